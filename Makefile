@@ -1,0 +1,53 @@
+# Needs Python 3.11 or newer with its venv module, and nothing else.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+# The environment's own packages and pip's own targets must not leak in.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT
+export MPLBACKEND ?= Agg
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help .venv demo test lint types format clean
+
+help: ## Print the targets
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.venv: $(STAMP) ## Make the virtual environment, with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("implicitvi needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	@echo "Installing into $(VENV), once"
+	@$(PYTHON) -m venv $(VENV)
+	@# torch alone first: left to the dependencies of others it would come as the newest CUDA build
+	@$(PIP) install torch -c constraints.txt
+	@$(PIP) install -e '.[test]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## Fit Eight Schools and draw the picture
+	$(BIN)/python examples/01_eight_schools.py
+
+test: lint types ## Check style and types, then run the tests, doctests and examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code, and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the virtual environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+"""What every test and doctest is held to; here at the root, so that the package's doctests are too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch.distributions import Distribution
+
+PYROS = "Pyro's setting "
+SEED = 20170807  # any constant will do; a test that needs luck is mended, not reseeded
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[int]:
+    """Every test starts from one seed and leaves torch's generators as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        yield SEED
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves the process changed, and put it right for the next one."""
+    pyro.clear_param_store()
+    before = process_state()
+    yield
+    after = process_state()
+    shows_svi = isinstance(request.node, pytest.DoctestItem)
+    if shows_svi or request.node.get_closest_marker("uses_param_store"):
+        after["parameters in Pyro's store"] = before["parameters in Pyro's store"]
+    restore(before)
+    changed = [
+        f"{name}: {before[name]!r} -> {after[name]!r}"
+        for name in before
+        if before[name] != after[name]
+    ]
+    if changed:
+        pytest.fail("the test left the process changed: " + "; ".join(changed), pytrace=False)
+
+
+def process_state() -> dict[str, Any]:
+    """What no call of the library may change, by name."""
+    root = logging.getLogger()
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "torch's argument checks": Distribution._validate_args,
+        "arguments that torch checks": Distribution.__dict__["arg_constraints"],
+        **{PYROS + name: value for name, value in pyro.settings.get().items()},
+        "parameters in Pyro's store": sorted(pyro.get_param_store().keys()),
+        "level of the root logger": root.level,
+        "handlers of the root logger": [h for h in root.handlers if not is_pytests(h)],
+    }
+
+
+def is_pytests(handler: logging.Handler) -> bool:
+    return type(handler).__module__.startswith("_pytest.")
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Bring back a `process_state` whose parameter store was empty."""
+    torch.set_default_dtype(state["default dtype"])
+    torch.set_grad_enabled(state["grad mode"])
+    pyro.settings.set(
+        **{name.removeprefix(PYROS): state[name] for name in state if name.startswith(PYROS)}
+    )
+    Distribution._validate_args = state["torch's argument checks"]
+    Distribution.arg_constraints = state["arguments that torch checks"]
+    pyro.clear_param_store()
+    root = logging.getLogger()
+    root.setLevel(state["level of the root logger"])
+    root.handlers = [*filter(is_pytests, root.handlers), *state["handlers of the root logger"]]

@@ -1,0 +1,116 @@
+"""Adversaries: networks ``T(z, x)`` that learn ``log q - log r`` from draws of both.
+
+``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; the last axis is
+squeezed here and nowhere else. A score of zero everywhere is where training starts: until something is
+learned the objective is that of ``q = r``.
+
+Implementing an adversary: a module with this signature, its last layer zero; then join the list in
+``tests/contracts.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from implicitvi.errors import check_at_least, check_positive
+from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, side_by_side, zeroed
+
+
+class GatedAdversary(nn.Module):
+    """Gated residual blocks: the default. Gates multiply coordinates, as log densities do.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+
+    >>> GatedAdversary(3)(torch.zeros(5, 3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 64, blocks: int = 1):
+        super().__init__()
+        check_at_least("width", width, 1)
+        check_at_least("blocks", blocks, 0)
+        self.net = nn.Sequential(
+            nn.Linear(latent_dim + context_dim, width),
+            *(GatedBlock(width) for _ in range(blocks)),
+            GatedLayer(width, width),
+            zeroed(nn.Linear(width, 1)),
+        )
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
+        scores: Tensor = self.net(side_by_side(z, x)).squeeze(-1)
+        return scores
+
+
+class ResidualAdversary(nn.Module):
+    """A residual network on draw and context side by side (Mescheder et al. 2017, section 5.1).
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+
+    >>> ResidualAdversary(3)(torch.zeros(5, 3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 128, blocks: int = 2):
+        super().__init__()
+        check_at_least("width", width, 1)
+        check_at_least("blocks", blocks, 0)
+        self.net = nn.Sequential(
+            nn.Linear(latent_dim + context_dim, width),
+            nn.ELU(),
+            *(ResidualBlock(width) for _ in range(blocks)),
+            nn.ELU(),
+            zeroed(nn.Linear(width, 1)),
+        )
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
+        scores: Tensor = self.net(side_by_side(z, x)).squeeze(-1)
+        return scores
+
+
+class InformedAdversary(nn.Module):
+    """An adversary that starts from what is known: ``T(z) + a · clip(log p(x, z) - log r(z | x) - c)``.
+
+    At the optimum of the sampler ``log q - log r`` *is* ``log p - log r`` up to a constant, so with ``a = 1`` the
+    network has nothing left to learn and its error vanishes where it matters. ``a`` is learned from 0 (far from
+    the optimum the hint misleads) and ``c`` follows the median over draws of ``q``.
+
+    Args:
+        network: The adversary ``T``.
+        clip: Bound of the clipped difference, in nats.
+        momentum: Share of the old centre kept at each `recentre`.
+    """
+
+    centre: Tensor
+
+    def __init__(self, network: nn.Module, *, clip: float = 20.0, momentum: float = 0.9):
+        super().__init__()
+        check_positive("clip", clip)
+        self.network = network
+        self.clip = clip
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.register_buffer("centre", torch.full((), torch.nan))
+
+    def recentre(self, gap: Tensor) -> None:
+        """Move ``c`` toward the median of ``gap = log p - log r [S, (B,)]`` on draws of ``q``, NaN left out."""
+        middle = gap.detach().nanmedian()
+        blend = self.momentum * self.centre + (1 - self.momentum) * middle
+        known = torch.where(blend.isfinite(), blend, middle)
+        self.centre.copy_(torch.where(known.isfinite(), known, self.centre))
+
+    def forward(self, z: Tensor, gap: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` with ``gap = log p - log r [S, (B,)]``."""
+        scores: Tensor = self.network(z) if x is None else self.network(z, x)
+        hint = (gap - self.centre).nan_to_num(-self.clip, self.clip, -self.clip)
+        return scores + self.weight * hint.clamp(-self.clip, self.clip)

@@ -1,0 +1,181 @@
+"""Contrasts: the explicit distributions ``r(z | x)`` that an implicit ``q`` is compared with.
+
+``contrast(z, x)`` looks at draws ``z [S, (B,) D]`` of ``q`` and returns an ordinary
+`torch.distributions.Distribution` with batch shape ``[(B,)]`` and event shape ``[D]`` that is easy to draw
+from and to score. It is a constant for the sampler: its statistics are detached, because ``E_q[∇ log r]`` is
+what the objective needs and the moments' own gradient is not part of it (Mescheder et al. 2017, section 4).
+
+The closer ``r`` is to ``q``, the less is left for the adversary to learn. ``KL(q‖r)`` does not change under a
+common bijection of both, so the adversary may look at standardised draws, ``contrast.standardise(z, r)``.
+
+Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, and ``loss`` where it has
+parameters that are fitted to the draws; then join the list in ``tests/contracts.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+)
+
+from implicitvi.errors import ModelError
+
+JITTER = (
+    1e-5  # added to the relative variances of a batch, so that a collapsed direction stays scorable
+)
+
+
+class Contrast(nn.Module, ABC):
+    """An explicit distribution made from, or fitted to, the draws of ``q``."""
+
+    @abstractmethod
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        """``r(· | x)`` for draws ``z [S, (B,) D]``: batch shape ``[(B,)]``, event shape ``[D]``."""
+
+    @abstractmethod
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        """``z [S, (B,) D]`` in coordinates fit for a network, a bijection that ``r`` fixes."""
+
+    def loss(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the contrast's own parameters minimise, where it has any: ``-mean log r(z | x)`` in nats."""
+        return -self(z, x).log_prob(z).mean()
+
+
+class PriorContrast(Contrast):
+    """The prior of the model: plain AVB (Mescheder et al. 2017, section 3).
+
+    Args:
+        prior: Distribution with event shape ``[D]``; only its ``sample`` and ``log_prob`` are used.
+        loc: Centre ``[D]`` for the adversary's coordinates, default 0.
+        scale: Scale ``[D]`` for the adversary's coordinates, default 1.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, prior: Distribution, *, loc: Tensor | None = None, scale: Tensor | None = None
+    ):
+        super().__init__()
+        self.prior = prior
+        self.register_buffer("loc", torch.zeros(prior.event_shape) if loc is None else loc)
+        self.register_buffer("scale", torch.ones(prior.event_shape) if scale is None else scale)
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        return self.prior
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        return (z - self.loc) / self.scale
+
+
+class DiagonalGaussianContrast(Contrast):
+    """A Gaussian with the mean and variances of the current draws: adaptive contrast as in the paper.
+
+    Source: Mescheder et al. 2017, section 4 and eq. 4.2.
+    """
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        z = z.detach()
+        return Independent(Normal(z.mean(0), z.std(0) + 1e-6, validate_args=False), 1)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        return (z - r.mean) / r.stddev
+
+
+class GaussianContrast(Contrast):
+    """A Gaussian with the mean and full covariance of the current draws.
+
+    A linear dependence between latents costs the adversary nothing here; with fewer draws than
+    dimensions the covariance is completed by a small multiple of its diagonal.
+    """
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        loc, scale_tril = moments(z.detach())
+        return MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, MultivariateNormal)
+        return _whiten(z, r.loc, r._unbroadcasted_scale_tril)
+
+
+class FlowContrast(Contrast):
+    """A coupling flow around the Gaussian of the draws, fitted to them by maximum likelihood.
+
+    Needs zuko. It takes the shape out of a funnel or a banana before the adversary looks at it, and follows
+    the sampler by one step of `loss` beside each step of the adversary. Coupling layers cost one pass for
+    scoring and two for drawing.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        transforms: Number of coupling layers.
+        hidden: Widths of the hidden layers of each.
+    """
+
+    def __init__(self, latent_dim: int, *, transforms: int = 4, hidden: tuple[int, ...] = (64, 64)):
+        super().__init__()
+        with _zuko() as zuko:
+            self.flow = zuko.flows.MAF(
+                latent_dim, transforms=transforms, hidden_features=hidden, passes=2, randperm=True
+            )
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        if x is not None:
+            raise ModelError(
+                "a flow contrast does not take a context", do="Use contrast='gaussian'."
+            )
+        from pyro.distributions.transforms import LowerCholeskyAffine
+
+        affine = LowerCholeskyAffine(*moments(z.detach()))
+        return TransformedDistribution(self.flow(), [affine], validate_args=False)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, TransformedDistribution)
+        affine: Any = r.transforms[0]
+        return _whiten(z, affine.loc, affine.scale_tril)
+
+
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[(B,) D]`` and Cholesky factor of the covariance ``[(B,) D, D]`` of draws ``z [S, (B,) D]``."""
+    loc = z.mean(0)
+    centred = (z - loc).movedim(0, -2)
+    cov = centred.mT @ centred / max(len(z) - 1, 1)
+    diagonal = cov.diagonal(dim1=-2, dim2=-1)
+    cov = cov + torch.diag_embed(JITTER * diagonal + 1e-12)
+    scale_tril, info = torch.linalg.cholesky_ex(cov)
+    if info.any():  # fewer draws than dimensions: keep what is certain, the variances
+        cov = 0.9 * cov + 0.1 * torch.diag_embed(diagonal + 1e-12)
+        scale_tril = torch.linalg.cholesky(cov)
+    return loc, scale_tril
+
+
+def _whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    """``scale_tril⁻¹ (z - loc)`` for ``z [..., (B,) D]``, one triangular solve for all draws of a context."""
+    if loc.dim() == 1:
+        return torch.linalg.solve_triangular(scale_tril, (z - loc).mT, upper=False).mT
+    columns = (z - loc).movedim(0, -1)
+    return torch.linalg.solve_triangular(scale_tril, columns, upper=False).movedim(-1, 0)
+
+
+@contextmanager
+def _zuko() -> Iterator[Any]:
+    """Import zuko, and keep to its own classes what the import does to every distribution of the process."""
+    validate, constraints = Distribution._validate_args, Distribution.arg_constraints
+    try:
+        import zuko
+
+        zuko.distributions.NormalizingFlow._validate_args = False  # it names no constraints
+        yield zuko
+    finally:
+        Distribution._validate_args = validate
+        Distribution.arg_constraints = constraints

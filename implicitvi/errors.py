@@ -1,0 +1,83 @@
+"""What this library raises: each error names what was wrong, what it got, what it expected, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ImplicitVIError(Exception):
+    """Base of every error that implicitvi raises on purpose.
+
+    Args:
+        what: What was wrong, one sentence without the full stop.
+        got: What was given; left out of the message when ``None``.
+        expected: What would have been right; left out when ``None``.
+        do: What the reader can do about it.
+
+    >>> print(ImplicitVIError("the plate is empty", got=0, expected="at least 1", do="Pass data."))
+    the plate is empty; got 0, expected at least 1. Pass data.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, do: str = ""
+    ) -> None:
+        parts = [f"got {got}"] if got is not None else []
+        parts += [f"expected {expected}"] if expected is not None else []
+        detail = "; " + ", ".join(parts) if parts else ""
+        super().__init__(f"{what}{detail}.{' ' + do if do else ''}")
+
+
+class OptionError(ImplicitVIError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class ShapeError(ImplicitVIError, ValueError):
+    """A tensor does not have the shape that its role asks for."""
+
+
+class ModelError(ImplicitVIError, ValueError):
+    """The Pyro model cannot be fitted by this guide, found out before the first step."""
+
+
+class SetupError(ImplicitVIError, RuntimeError):
+    """Something was asked of a guide or fit that has not seen the model's arguments yet."""
+
+
+class NonFiniteError(ImplicitVIError, FloatingPointError):
+    """Training met too many non-finite steps; the last good state has been restored.
+
+    Attributes:
+        player: Name of the player whose loss or gradient was not finite.
+        step: The step at which training gave up.
+    """
+
+    def __init__(self, what: str, *, player: str, step: int, do: str = "") -> None:
+        super().__init__(what, do=do)
+        self.player = player
+        self.step = step
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `OptionError` unless ``value`` is one of ``choices``; suggests the nearest one."""
+    names = sorted(choices)
+    if value not in names:
+        near = get_close_matches(str(value), names, n=1)
+        raise OptionError(
+            f"{option} is not known",
+            got=repr(value),
+            expected=f"one of {', '.join(map(repr, names))}",
+            do=f"Did you mean {near[0]!r}?" if near else "",
+        )
+
+
+def check_at_least(option: str, value: float, least: float) -> None:
+    """Raise `OptionError` unless ``value`` is a number and ``value >= least``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise OptionError(f"{option} is out of range", got=repr(value), expected=f">= {least}")
+
+
+def check_positive(option: str, value: float) -> None:
+    """Raise `OptionError` unless ``value`` is a number and ``value > 0``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise OptionError(f"{option} is out of range", got=repr(value), expected="> 0")

@@ -1,0 +1,5 @@
+"""Judging draws of a fit against draws of a reference."""
+
+from implicitvi.evaluation.divergences import c2st, knn_kl, mean_error, mmd, sd_ratio, whiten
+
+__all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "whiten"]

@@ -1,0 +1,125 @@
+"""The sites of a Pyro model on one flat unconstrained vector ``u [..., D]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+
+@dataclass(frozen=True)
+class Site:
+    """One latent site of a model.
+
+    Attributes:
+        name: The site's name.
+        shape: Shape of its value.
+        unconstrained_shape: Shape of its image under the inverse transform; a simplex loses one entry.
+        event_dim: Number of rightmost dimensions that belong together in the value.
+        transform: Bijection from unconstrained values to the support.
+        dims: Names of the site's plates, one for each batch dimension of ``shape``, ``None`` where unnamed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    unconstrained_shape: tuple[int, ...]
+    event_dim: int
+    transform: Transform
+    dims: tuple[str | None, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of entries of ``u`` that the site takes."""
+        return prod(self.unconstrained_shape)
+
+    def constrain(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [...]``."""
+        u = (
+            flat.unflatten(-1, self.unconstrained_shape)
+            if self.unconstrained_shape
+            else flat[..., 0]
+        )
+        value = self.transform(u)
+        log_det = self.transform.log_abs_det_jacobian(u, value)
+        return value, sum_rightmost(log_det, log_det.dim() - (flat.dim() - 1))
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """Where each latent site of a model stands in the flat vector ``u``, in the model's order."""
+
+    sites: tuple[Site, ...]
+
+    @classmethod
+    def from_trace(cls, trace: Any) -> SiteLayout:
+        """Read the layout off a Pyro trace that holds only the latent sites."""
+        return cls(tuple(_site(name, node) for name, node in trace.iter_stochastic_nodes()))
+
+    @property
+    def dim(self) -> int:
+        """Dimension ``D`` of ``u``."""
+        return sum(site.size for site in self.sites)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sites in order."""
+        return tuple(site.name for site in self.sites)
+
+    def split(self, u: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        """Each site with its part of ``u [..., D]``."""
+        yield from zip(self.sites, u.split([site.size for site in self.sites], -1), strict=True)
+
+    def unpack(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """``u [..., D]`` to values ``{name: [..., *site shape]}`` and ``log|J| [...]`` in nats."""
+        values = {}
+        log_det = u.new_zeros(u.shape[:-1])
+        for site, flat in self.split(u):
+            values[site.name], site_log_det = site.constrain(flat)
+            log_det = log_det + site_log_det
+        return values, log_det
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values ``{name: [..., *site shape]}`` to ``u [..., D]``; the inverse of `unpack`."""
+        parts = []
+        for site in self.sites:
+            u = site.transform.inv(values[site.name])
+            batch = u.shape[: u.dim() - len(site.unconstrained_shape)]
+            parts.append(u.reshape(*batch, site.size))
+        return torch.cat(parts, -1)
+
+    def coordinates(self) -> list[str]:
+        """A name for each entry of ``u``: ``"eta[3]"``; for a simplex they count unconstrained entries."""
+        return [
+            site.name + (f"[{','.join(map(str, index))}]" if index else "")
+            for site in self.sites
+            for index in np.ndindex(*site.unconstrained_shape)
+        ]
+
+
+def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:
+    """Names of the plates of a traced site, one for each batch dimension of its value."""
+    dims: list[str | None] = [None] * (node["value"].dim() - node["fn"].event_dim)
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized and -frame.dim <= len(dims):
+            dims[frame.dim] = frame.name
+    return tuple(dims)
+
+
+def _site(name: str, node: dict[str, Any]) -> Site:
+    fn, value = node["fn"], node["value"]
+    transform = biject_to(fn.support)
+    return Site(
+        name=name,
+        shape=tuple(value.shape),
+        unconstrained_shape=tuple(transform.inv(value).shape),
+        event_dim=fn.event_dim,
+        transform=transform,
+        dims=plate_names(node),
+    )

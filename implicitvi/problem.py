@@ -1,0 +1,223 @@
+"""From a Pyro model and a guide to an `AVB` objective: the options that `AVBSVI` and `AVB_ELBO` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicitvi.adversaries import GatedAdversary, InformedAdversary
+from implicitvi.contrasts import (
+    Contrast,
+    DiagonalGaussianContrast,
+    FlowContrast,
+    GaussianContrast,
+    PriorContrast,
+)
+from implicitvi.errors import ModelError, OptionError, check_at_least, check_choice
+from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
+from implicitvi.layout import SiteLayout
+from implicitvi.log_joint import LogJoint, ModelPrior
+from implicitvi.objectives import AVB
+from implicitvi.ratios import RATIOS, RatioLoss
+from implicitvi.training import Player, Stage
+from implicitvi.training.player import Metrics
+from implicitvi.warm_start import gaussian_fit, starting_point
+
+CONTRASTS = ("prior", "diagonal", "gaussian", "flow")
+Model = Callable[..., Any]
+Turn = Iterator[tuple[Tensor | None, Metrics]]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its guide set up for it, and the objective that fits one to the other.
+
+    Attributes:
+        log_joint: The model's log joint, its mode chosen.
+        avb: The objective.
+        arguments: The arguments that it was made with.
+    """
+
+    log_joint: LogJoint
+    avb: AVB
+    arguments: Arguments
+
+    def scorer(self, arguments: Arguments, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
+        """``β log p(x, z)`` of particles ``[S, D]`` at the model's arguments: ``[S]``."""
+        return lambda u: beta * self.log_joint(u, *arguments.args, **arguments.kwargs)
+
+    def opponents(self, arguments: Callable[[], Arguments]) -> list[Player]:
+        """The players that follow the sampler: a fitted contrast, where there is one, and the adversary.
+
+        Args:
+            arguments: Gives the model's arguments at the time of a turn.
+        """
+        avb = self.avb
+
+        def contrast_losses(stage: Stage) -> Turn:
+            for _ in range(stage.adversary_steps):
+                yield avb.contrast_loss(stage.num_particles), {}
+
+        def adversary_losses(stage: Stage) -> Turn:
+            scorer = self.scorer(arguments(), stage.beta)
+            for loss in avb.adversary_losses(stage.num_particles, stage.adversary_steps, scorer):
+                yield loss, {}
+
+        def rate(stage: Stage) -> float:
+            return stage.adversary_lr
+
+        fitted = any(True for _ in avb.contrast.parameters())
+        return [
+            *([Player("contrast", avb.contrast, contrast_losses, rate)] if fitted else []),
+            Player(
+                "adversary",
+                avb.adversary,
+                adversary_losses,
+                rate,
+                follow=avb.keep_average,
+                follower=avb.average,
+            ),
+        ]
+
+    def sampler(self, arguments: Callable[[], Arguments]) -> Player:
+        """The player that raises the ELBO. Arguments as for `opponents`."""
+
+        def losses(stage: Stage) -> Turn:
+            loss, dropped = self.sampler_loss(arguments(), stage)
+            yield loss, {"dropped": float(dropped)}
+
+        return Player("sampler", self.avb.sampler, losses, lambda stage: stage.lr)
+
+    def sampler_loss(self, arguments: Arguments, stage: Stage) -> tuple[Tensor | None, int]:
+        """Negative mean ELBO of fresh draws, ``None`` where none has a density, and how many were dropped."""
+        elbo, dropped = self.avb.elbo(stage.num_particles, self.scorer(arguments, stage.beta))
+        return (-elbo.mean() if len(elbo) else None), dropped
+
+    def explain(self, arguments: Arguments) -> str:
+        """The sites that are not finite at a draw of the sampler, with values, in words."""
+        with torch.no_grad():
+            u = self.avb.sampler(1)[0]
+        return self.log_joint.describe(u, *arguments.args, **arguments.kwargs)
+
+    def log_q(self, u: Tensor) -> Tensor:
+        """The learned ``log q(u)`` of draws ``[S, D]`` in nats, at the arguments of the set-up."""
+        return self.avb.log_q(u, self.scorer(self.arguments))
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """What the objective is made of; the words are those of `AVBSVI`."""
+
+    contrast: str | Callable[[int], Contrast] = "gaussian"
+    adversary: Callable[[int], nn.Module] = GatedAdversary
+    informed: bool = True
+    ratio: str | RatioLoss = "logistic"
+    averaging: float = 0.9
+    warm_start: int = 600
+    mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.contrast, str):
+            check_choice("contrast", self.contrast, CONTRASTS)
+        if isinstance(self.ratio, str):
+            check_choice("ratio", self.ratio, RATIOS)
+        check_at_least("warm_start", self.warm_start, 0)
+        if not 0 <= self.averaging < 1:
+            raise OptionError(
+                "averaging is out of range", got=self.averaging, expected="0 to below 1"
+            )
+
+    def build(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Problem:
+        """Set the guide up, choose how to score the model, place the sampler, make the networks.
+
+        Raises:
+            ModelError: The model cannot be fitted, or is not the guide's.
+        """
+        args, kwargs = arguments.args, arguments.kwargs
+        fresh = not guide.is_set_up
+        guide.setup(*args, **kwargs)
+        check_match(model, guide, arguments)
+        sampler, layout = guide.sampler, guide.layout
+        log_joint = LogJoint(model, layout, mode=self.mode)
+
+        def score(u: Tensor) -> Tensor:
+            return log_joint(u, *args, **kwargs)
+
+        start = starting_point(
+            lambda u: log_joint.loop(u, *args, **kwargs),
+            sampler.loc,
+            lambda u: log_joint.describe(u, *args, **kwargs),
+        )
+        log_joint.choose(start + 0.1 * torch.randn(3, layout.dim).to(start), *args, **kwargs)
+        if fresh:
+            unit = torch.eye(layout.dim).to(start)
+            frame = (
+                gaussian_fit(score, start, num_steps=self.warm_start) if self.warm_start else None
+            )
+            sampler.set_frame(*(frame or (start, unit)))
+        network = self.adversary(layout.dim)
+        avb = AVB(
+            sampler=sampler,
+            contrast=self._contrast(model, layout, arguments, start).to(start),
+            adversary=(InformedAdversary(network) if self.informed else network).to(start),
+            ratio=RATIOS[self.ratio]() if isinstance(self.ratio, str) else self.ratio,
+            averaging=self.averaging,
+        )
+        problem = Problem(log_joint, avb, arguments)
+        guide.set_log_density(problem.log_q)
+        return problem
+
+    def _contrast(
+        self, model: Model, layout: SiteLayout, arguments: Arguments, like: Tensor
+    ) -> Contrast:
+        if not isinstance(self.contrast, str):
+            return self.contrast(layout.dim)
+        if self.contrast == "prior":
+            log_prior = LogJoint(model, layout, mode=self.mode, only=layout.names)
+            prior = ModelPrior(log_prior, arguments.args, arguments.kwargs, like)
+            draws = prior.sample((1000,))
+            return PriorContrast(prior, loc=draws.mean(0), scale=draws.std(0))
+        made: dict[str, Callable[[], Contrast]] = {
+            "diagonal": DiagonalGaussianContrast,
+            "gaussian": GaussianContrast,
+            "flow": lambda: FlowContrast(layout.dim),
+        }
+        return made[self.contrast]()
+
+
+def check_guide(guide: Any) -> None:
+    """Raise `OptionError` unless ``guide`` is an `ImplicitGuide`."""
+    if not isinstance(guide, ImplicitGuide):
+        raise OptionError(
+            "the guide is not implicit",
+            got=type(guide).__name__,
+            expected="an ImplicitGuide",
+            do="Write guide = ImplicitGuide(model); other guides are trained by pyro.infer.SVI.",
+        )
+
+
+def check_match(model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
+    """Raise `ModelError` unless the latent sites of ``model`` are those of the guide."""
+    trace = latent_trace(model, *arguments.args, **arguments.kwargs)
+    check_latents(trace)
+    found = {name: tuple(node["value"].shape) for name, node in trace.iter_stochastic_nodes()}
+    known = {site.name: site.shape for site in guide.layout.sites}
+    if found != known:
+        raise ModelError(
+            "the latent sites of the model are not those of the guide",
+            got=found,
+            expected=known,
+            do="Give ImplicitGuide and AVBSVI the same model, and data of the same size.",
+        )

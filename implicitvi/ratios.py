@@ -1,0 +1,83 @@
+"""Ratio losses: how an adversary learns the log density ratio of two distributions from their draws.
+
+Each is a frozen dataclass: ``loss(t_q, t_r)`` is minimised by the adversary, whose output ``t``
+then gives ``log q - log r`` through ``log_ratio(t)``. Shapes: ``t_q [S, ...]`` are scores of draws of
+``q``, ``t_r [R, ...]`` scores of draws of the contrast ``r``.
+
+Implementing a ratio loss: a frozen dataclass with these two methods, its `log_ratio` taken at the minimum
+of `loss` over all functions; then join `RATIOS` and the list in ``tests/contracts.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+class RatioLoss(Protocol):
+    """What an adversary minimises, and how its output is read."""
+
+    def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
+        """Scalar loss of scores on draws of ``q`` and of the contrast ``r``; lower is better."""
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        """``log q - log r`` in nats, same shape as ``t``."""
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Binary cross-entropy (Mescheder et al. 2017, eq. 3.3): ``-E_q log σ(t) - E_r log σ(-t)``.
+
+    Minimised by ``t = log q - log r``; its value there is ``2 log 2 - 2 JS(q, r)``.
+
+    >>> import torch
+    >>> zero = torch.zeros(3)
+    >>> round(Logistic().loss(zero, zero).item(), 4)
+    1.3863
+    """
+
+    def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
+        return softplus(-t_q).mean() + softplus(t_r).mean()
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        return t
+
+
+@dataclass(frozen=True)
+class FGanKL:
+    """The f-GAN bound of the KL divergence (eq. 6.10; Nguyen et al. 2010): ``-E_q t + E_r exp(t - 1)``.
+
+    Minimised by ``t = 1 + log q - log r``, where its value is ``-KL(q‖r)``. The exponential makes its
+    gradients heavy-tailed far from the minimum; prefer `Logistic` unless this form is the point.
+    """
+
+    def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
+        return (t_r - 1).exp().mean() - t_q.mean()
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        return t - 1
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Squared error of the class probability (Mao et al. 2017): ``E_q (1 - σ(t))² + E_r σ(t)²``.
+
+    A proper score (Brier's), so it is minimised by ``t = log q - log r``. Unlike the published least squares
+    GAN the output passes a sigmoid, without which a score below 0 or above 1 would have no log ratio.
+    """
+
+    def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
+        return (1 - t_q.sigmoid()).square().mean() + t_r.sigmoid().square().mean()
+
+    def log_ratio(self, t: Tensor) -> Tensor:
+        return t
+
+
+RATIOS: dict[str, type[RatioLoss]] = {
+    "logistic": Logistic,
+    "fgan_kl": FGanKL,
+    "least_squares": LeastSquares,
+}

@@ -1,0 +1,308 @@
+"""Samplers: networks fed with noise whose outputs are the draws of an implicit distribution.
+
+``sampler(num_samples, x=None)`` returns reparameterised draws ``z [S, D]``, or ``[S, B, D]`` for a context
+``x [B, C]``. Every sampler writes into a *frame*, ``z = loc + scale_tril · h(ε, x)``: an affine map that a
+short Gaussian fit sets before training, so that the network works in coordinates where the posterior has
+roughly zero mean and unit covariance, whatever the units of the model.
+
+Implementing a sampler: subclass `Sampler`, define ``transform(eps, x) -> h`` in the frame's coordinates,
+start it near ``h = ε[..., :D]``, then join the list in ``tests/contracts.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from implicitvi.errors import OptionError, ShapeError, check_at_least
+from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, SkipNet, dense
+
+
+class Sampler(nn.Module, ABC):
+    """A distribution that can be drawn from and reparameterised, and whose density is never computed.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        noise_dim: Dimension of the standard normal noise, ``None`` for ``latent_dim``. Below ``latent_dim``
+            the draws lie on a surface, which has no density; that is refused.
+        context_dim: Dimension ``C`` of the context ``x``; 0 for none.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def __init__(self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0):
+        super().__init__()
+        check_at_least("latent_dim", latent_dim, 1)
+        self.latent_dim = latent_dim
+        self.noise_dim = latent_dim if noise_dim is None else noise_dim
+        self.context_dim = context_dim
+        if self.noise_dim < latent_dim:
+            raise OptionError(
+                "noise_dim is smaller than the latent dimension, so the draws would have no density",
+                got=self.noise_dim,
+                expected=f">= {latent_dim}",
+            )
+        self.register_buffer("loc", torch.zeros(latent_dim))
+        self.register_buffer("scale_tril", torch.eye(latent_dim))
+
+    def set_frame(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Place the sampler: ``loc [D]`` and lower triangular ``scale_tril [D, D]``."""
+        self.loc.copy_(loc)
+        self.scale_tril.copy_(scale_tril)
+
+    def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
+        """Standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""
+        if (x is None) != (self.context_dim == 0) or (
+            x is not None and x.shape[-1] != self.context_dim
+        ):
+            raise ShapeError(
+                "the sampler's context does not fit",
+                got="no context" if x is None else f"shape {tuple(x.shape)}",
+                expected=f"[B, {self.context_dim}]" if self.context_dim else "no context",
+            )
+        batch = () if x is None else x.shape[:-1]
+        shape = (num_samples, *batch, self.noise_dim)
+        return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+
+    def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
+        """Draw ``z [S, (B,) D]``, differentiable in the sampler's parameters."""
+        return self.place(self.transform(self.noise(num_samples, x), x))
+
+    def place(self, h: Tensor) -> Tensor:
+        """Map ``h [..., D]`` from the frame's coordinates to ``z [..., D]``."""
+        return self.loc + h @ self.scale_tril.mT
+
+    @abstractmethod
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        """Noise ``eps [S, (B,) noise_dim]`` to ``h [S, (B,) D]`` in the frame's coordinates."""
+
+
+class DenseSampler(Sampler):
+    """A multilayer perceptron beside a linear path (Mescheder et al. 2017, section 5.1).
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        noise_dim: Dimension of the noise, at least ``D``; ``None`` for ``D``.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        hidden: Widths of the hidden layers.
+
+    >>> DenseSampler(3)(5).shape
+    torch.Size([5, 3])
+    >>> DenseSampler(3, context_dim=2)(5, torch.zeros(4, 2)).shape
+    torch.Size([5, 4, 3])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        noise_dim: int | None = None,
+        context_dim: int = 0,
+        hidden: Sequence[int] = (128, 128),
+    ):
+        super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
+        net = dense([self.noise_dim + context_dim, *hidden, latent_dim])
+        self.net = SkipNet(self.noise_dim, latent_dim, net)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        h: Tensor = self.net(eps, x)
+        return h
+
+
+class ResidualSampler(Sampler):
+    """Residual blocks beside a linear path; deeper than `DenseSampler` at the same ease of training.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        noise_dim: Dimension of the noise, at least ``D``; ``None`` for ``D``.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        noise_dim: int | None = None,
+        context_dim: int = 0,
+        width: int = 128,
+        blocks: int = 2,
+    ):
+        super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
+        net = nn.Sequential(
+            nn.Linear(self.noise_dim + context_dim, width),
+            nn.ELU(),
+            *(ResidualBlock(width) for _ in range(blocks)),
+            nn.Linear(width, latent_dim),
+        )
+        self.net = SkipNet(self.noise_dim, latent_dim, net)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        h: Tensor = self.net(eps, x)
+        return h
+
+
+class GatedSampler(Sampler):
+    """Gated residual blocks beside a linear path: the default.
+
+    Noise beyond the latent dimension lets a draw choose its mode freely instead of by where it stands, and gates
+    multiply noises with each other as posteriors do.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        noise_dim: Dimension of the noise, at least ``D``; ``None`` for ``2 D``.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        noise_dim: int | None = None,
+        context_dim: int = 0,
+        width: int = 64,
+        blocks: int = 1,
+    ):
+        noise_dim = 2 * latent_dim if noise_dim is None else noise_dim
+        super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
+        net = nn.Sequential(
+            nn.Linear(self.noise_dim + context_dim, width),
+            *(GatedBlock(width) for _ in range(blocks)),
+            GatedLayer(width, width),
+            nn.Linear(width, latent_dim),
+        )
+        self.net = SkipNet(self.noise_dim, latent_dim, net)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        h: Tensor = self.net(eps, x)
+        return h
+
+
+class NoiseBasisSampler(Sampler):
+    """Noise through ``M`` basis networks, mixed with coefficients of ``x`` (Mescheder et al. 2017, section 4).
+
+        h_k(ε, x) = h⁰_k(x) + Σ_m a_mk(x) · v_mk(ε_m)
+
+    Given ``x`` the draws are linear in the basis, so their conditional moments are known in closed form from
+    the moments of the basis, which one batch of noise gives for every ``x`` at once (`moments`).
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        noise_dim: Dimension of the noise of *each* basis network, ``None`` for ``D``.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        num_basis: Number ``M`` of basis networks.
+        hidden: Widths of the hidden layers, of the basis and of the coefficient networks.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        noise_dim: int | None = None,
+        context_dim: int = 0,
+        num_basis: int = 8,
+        hidden: Sequence[int] = (64, 64),
+    ):
+        each = latent_dim if noise_dim is None else noise_dim
+        super().__init__(latent_dim, noise_dim=each * num_basis, context_dim=context_dim)
+        self.num_basis = num_basis
+        self.basis = nn.ModuleList(
+            SkipNet(each, latent_dim, dense([each, *hidden, latent_dim])) for _ in range(num_basis)
+        )
+        size = (num_basis + 1) * latent_dim
+        self.mix = dense([context_dim, *hidden, size]) if context_dim else None
+        self.offset = nn.Parameter(torch.zeros(num_basis + 1, latent_dim))
+
+    def values(self, eps: Tensor) -> Tensor:
+        """The basis at noise ``eps [S, (B,) M · noise]``: ``v [S, (B,) M, D]``."""
+        parts = eps.unflatten(-1, (self.num_basis, -1)).unbind(-2)
+        return torch.stack([v(e) for v, e in zip(self.basis, parts, strict=True)], -2)
+
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``h⁰ [(B,) D]`` and positive ``a [(B,) M, D]``; the ``a²`` sum to 1 at the start."""
+        raw = self.offset
+        if self.mix is not None:
+            raw = raw + self.mix(x).unflatten(-1, raw.shape)
+        return raw[..., 0, :], raw[..., 1:, :].exp() / self.num_basis**0.5
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        base, a = self.coefficients(x)
+        return base + (a * self.values(eps)).sum(-2)
+
+    def moments(self, num_samples: int, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Conditional mean ``[(B,) D]`` and covariance ``[(B,) D, D]`` of ``z`` given ``x``.
+
+        Exact in ``x``; the moments of the basis come from ``num_samples`` noises shared by every row of ``x``.
+        """
+        shape = (num_samples, self.noise_dim)
+        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        v = self.values(eps)
+        base, a = self.coefficients(x)
+        centred = v - v.mean(0)
+        cov_v = torch.einsum("smd,sme->mde", centred, centred) / num_samples
+        mean = base + (a * v.mean(0)).sum(-2)
+        cov = torch.einsum("...md,mde,...me->...de", a, cov_v, a)
+        return self.place(mean), self.scale_tril @ cov @ self.scale_tril.mT
+
+
+class SemiImplicitSampler(Sampler):
+    """An implicit mean with a small learned Gaussian around it (Yin & Zhou 2018).
+
+        h = f(ε, x) + σ ⊙ η,   η ~ N(0, I)
+
+    Its density is a mixture ``E_ε N(z; f(ε, x), σ²)``, positive everywhere and bounded from both sides by
+    finitely many ``ε``: what certified bounds on the evidence need.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        noise_dim: Dimension of ``ε``, at least ``D``; ``None`` for ``D``.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        hidden: Widths of the hidden layers of ``f``.
+        init_scale: ``σ`` at the start, in the frame's units.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        noise_dim: int | None = None,
+        context_dim: int = 0,
+        hidden: Sequence[int] = (128, 128),
+        init_scale: float = 0.1,
+    ):
+        mean_dim = latent_dim if noise_dim is None else noise_dim
+        super().__init__(latent_dim, noise_dim=mean_dim + latent_dim, context_dim=context_dim)
+        self.net = SkipNet(
+            mean_dim, latent_dim, dense([mean_dim + context_dim, *hidden, latent_dim])
+        )
+        self.log_scale = nn.Parameter(torch.full((latent_dim,), init_scale).log())
+
+    def mean(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        """``f(ε, x) [S, (B,) D]`` in the frame's coordinates, from ``eps [S, (B,) noise]``."""
+        h: Tensor = self.net(eps, x)
+        return h
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        eps, eta = eps.split([self.noise_dim - self.latent_dim, self.latent_dim], -1)
+        return self.mean(eps, x) + self.log_scale.exp() * eta
+
+    def conditional(self, eps: Tensor, x: Tensor | None = None) -> Independent:
+        """``q(h | ε, x)`` in the frame's coordinates, an explicit Gaussian with event dimension ``D``."""
+        return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "gated": GatedSampler,
+    "dense": DenseSampler,
+    "residual": ResidualSampler,
+    "noise_basis": NoiseBasisSampler,
+    "semi_implicit": SemiImplicitSampler,
+}

@@ -1,0 +1,390 @@
+"""`AVBSVI`, which trains an `ImplicitGuide` by itself, and `AVB_ELBO`, which does inside `pyro.infer.SVI`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from implicitvi.adversaries import GatedAdversary
+from implicitvi.contrasts import Contrast
+from implicitvi.errors import OptionError, SetupError, check_at_least, check_positive
+from implicitvi.fit import Fit
+from implicitvi.guide import ImplicitGuide
+from implicitvi.log_joint import LogJoint
+from implicitvi.problem import Arguments, Model, Problem, ProblemOptions, check_guide
+from implicitvi.ratios import RatioLoss
+from implicitvi.training import (
+    Callback,
+    History,
+    Progress,
+    RandomStream,
+    Schedule,
+    Trainer,
+)
+
+
+class AVBSVI:
+    """Adversarial variational Bayes for a Pyro model, with the contract of `pyro.infer.SVI`.
+
+    Two players take turns: the adversary learns ``log q - log r``, the guide's sampler raises the ELBO that follows
+    from it. All options belong here, so that the arguments of `run` and `step` are the model's own. Where an
+    option takes a pair, `Schedule` says what its two numbers mean.
+
+    Args:
+        model: The Pyro model.
+        guide: An `ImplicitGuide` of it.
+        num_steps: Steps of the sampler that `run` takes, and the horizon of every schedule.
+        num_particles: Draws a step.
+        adversary_steps: Steps of the adversary before each of the sampler.
+        lr: Rate of the sampler.
+        adversary_lr: Rate of the adversary and of a flow contrast.
+        tempering: Power of the log joint at the first step, rising to 1; ``None`` for none. It balances modes
+            that one Gaussian start would not.
+        contrast: ``"gaussian"`` (adaptive contrast, full covariance), ``"diagonal"`` (as in the paper), ``"flow"``,
+            ``"prior"`` (plain AVB), or a function of the latent dimension that returns a `Contrast`.
+        adversary: Function of the latent dimension that returns the adversary.
+        informed: Whether the adversary sees ``log p - log r`` (`InformedAdversary`).
+        ratio: ``"logistic"``, ``"fgan_kl"``, ``"least_squares"``, or a `RatioLoss`.
+        averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
+            sampler is shown the average. 0 for the current weights.
+        warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
+        mode: How the model is scored: ``"auto"``, ``"vmap"`` or ``"loop"`` (`LogJoint`).
+        clip_norm: Bound of the global norm of each player's gradient.
+        max_skips: Non-finite turns in a row that end the fit.
+        seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
+            ``pyro.set_rng_seed`` decides.
+        progress: Whether `run` shows a bar.
+        callbacks: Called after every step of `run` with the trainer; `StopTraining` ends it.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = ImplicitGuide(model)
+        >>> fit = AVBSVI(model, guide, num_steps=20, progress=False, seed=0).run(torch.ones(3))
+        >>> fit.num_steps, fit.stop_reason
+        (20, 'finished')
+
+    References:
+        Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; algorithm 1 and
+        section 4. The paper's own settings: ``contrast="diagonal"`` or ``"prior"``, ``informed=False``,
+        ``averaging=0``, ``tempering=None``, ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``, ``num_particles=512``,
+        ``adversary_steps=2``, ``num_steps=10_000``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: ImplicitGuide,
+        *,
+        num_steps: int = Schedule.num_steps,
+        num_particles: int | tuple[int, int] = Schedule.num_particles,
+        adversary_steps: int | tuple[int, int] = Schedule.adversary_steps,
+        lr: float | tuple[float, float] = Schedule.lr,
+        adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
+        tempering: float | None = Schedule.tempering,
+        contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
+        adversary: Callable[[int], nn.Module] = GatedAdversary,
+        informed: bool = ProblemOptions.informed,
+        ratio: str | RatioLoss = ProblemOptions.ratio,
+        averaging: float = ProblemOptions.averaging,
+        warm_start: int = ProblemOptions.warm_start,
+        mode: str = ProblemOptions.mode,
+        clip_norm: float = 10.0,
+        max_skips: int = 20,
+        seed: int | None = None,
+        progress: bool = True,
+        callbacks: Iterable[Callback] = (),
+    ):
+        check_guide(guide)
+        check_positive("clip_norm", clip_norm)
+        check_at_least("max_skips", max_skips, 1)
+        self.model = model
+        self.guide = guide
+        self.schedule = Schedule(
+            num_steps=num_steps,
+            num_particles=num_particles,
+            adversary_steps=adversary_steps,
+            lr=lr,
+            adversary_lr=adversary_lr,
+            tempering=tempering,
+        )
+        self.options = ProblemOptions(
+            contrast=contrast,
+            adversary=adversary,
+            informed=informed,
+            ratio=ratio,
+            averaging=averaging,
+            warm_start=warm_start,
+            mode=mode,
+        )
+        self.progress = progress
+        self.callbacks = tuple(callbacks)
+        self._clip_norm = clip_norm
+        self._max_skips = max_skips
+        self._stream = RandomStream(seed)
+        self._problem: Problem | None = None
+        self._trainer: Trainer | None = None
+        self._arguments = Arguments((), {})
+
+    def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:
+        """Everything that precedes the first step, the warm start included; does nothing the second time.
+
+        Raises:
+            ModelError: The model cannot be fitted by this guide.
+        """
+        self._arguments = Arguments(args, kwargs)
+        if self._problem is None:
+            with self._stream:
+                problem = self.options.build(self.model, self.guide, self._arguments)
+            self._problem = problem
+            self._trainer = Trainer(
+                [
+                    *problem.opponents(lambda: self._arguments),
+                    problem.sampler(lambda: self._arguments),
+                ],
+                schedule=self.schedule,
+                stream=self._stream,
+                clip_norm=self._clip_norm,
+                max_skips=self._max_skips,
+                explain=lambda: problem.explain(self._arguments),
+            )
+        return self
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one step on the schedule with the model's arguments; returns the loss in nats.
+
+        The loss is the negative learned ELBO. It is an estimate and no bound: an adversary that lags makes it look
+        better than it is.
+        """
+        self.setup(*args, **kwargs)
+        return float(self.trainer.step()["sampler"])
+
+    def run(self, *args: Any, **kwargs: Any) -> Fit:
+        """Train to the horizon with the model's arguments; an interrupt keeps what has been learned.
+
+        A run that was cut short is continued by the next one. A run after the horizon takes ``num_steps`` more steps
+        with the settings of the last.
+        """
+        began = time.perf_counter()
+        self.setup(*args, **kwargs)
+        setup_seconds = time.perf_counter() - began
+        trainer = self.trainer
+        num_steps = self.schedule.num_steps
+        ahead = num_steps - trainer.step_count if trainer.step_count < num_steps else num_steps
+        bar = (
+            Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
+            if self.progress
+            else None
+        )
+        watchers = self.callbacks if bar is None else (bar, *self.callbacks)
+        try:
+            stop_reason = trainer.run(ahead, watchers)
+        finally:
+            if bar is not None:
+                bar.close()
+        return Fit(
+            guide=self.guide,
+            history=trainer.history,
+            num_steps=trainer.step_count,
+            seconds=time.perf_counter() - began,
+            setup_seconds=setup_seconds,
+            stop_reason=stop_reason,
+            skipped=trainer.skipped,
+            log_joint=f"{self.log_joint.mode} ({self.log_joint.reason})",
+        )
+
+    @torch.no_grad()
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss of fresh draws, untempered, in nats; changes nothing but the stream of random numbers."""
+        self.setup(*args, **kwargs)
+        num_particles = self.schedule.at(self.schedule.num_steps).num_particles
+        with self._stream:
+            elbo, _ = self.problem.avb.elbo(num_particles, self.problem.scorer(self._arguments))
+        return -elbo.mean().item()
+
+    @property
+    def trainer(self) -> Trainer:
+        """The loop, with its players, step count and history."""
+        return self._made[1]
+
+    @property
+    def problem(self) -> Problem:
+        """The objective and the log joint."""
+        return self._made[0]
+
+    @property
+    def log_joint(self) -> LogJoint:
+        """The model's `LogJoint`; its ``mode`` and ``reason`` say how the model is scored."""
+        return self.problem.log_joint
+
+    @property
+    def history(self) -> History:
+        """Metrics of every step so far."""
+        return self.trainer.history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: networks, optimisers, step, random numbers, history."""
+        return self.trainer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` gave; call `setup` with the model's arguments first."""
+        self.trainer.load_state_dict(state)
+
+    @property
+    def _made(self) -> tuple[Problem, Trainer]:
+        if self._problem is None or self._trainer is None:
+            raise SetupError(
+                "the fit has not seen its model yet",
+                do="Call run, step, or setup with the model's arguments first.",
+            )
+        return self._problem, self._trainer
+
+
+class AVB_ELBO(ELBO):  # type: ignore[misc]
+    """Adversarial variational Bayes as a loss for `pyro.infer.SVI`, whose optimiser moves the sampler.
+
+    Before each gradient the loss lets its own adversary take its steps, with an optimiser of its own. Options are
+    those of `AVBSVI`; the sampler's rate is the Pyro optimiser's. Use one instance for one guide.
+
+    Args:
+        num_steps: Horizon of the schedules: tempering, batch growth, adversary's rate.
+        num_particles: Draws a step.
+        adversary_steps: Steps of the adversary before each of the sampler.
+        adversary_lr: Rate of the adversary and of a flow contrast.
+        tempering: Power of the log joint at the first step, rising to 1; ``None`` for none.
+        contrast: As in `AVBSVI`.
+        adversary: As in `AVBSVI`.
+        informed: As in `AVBSVI`.
+        ratio: As in `AVBSVI`.
+        averaging: As in `AVBSVI`.
+        warm_start: As in `AVBSVI`.
+        mode: As in `AVBSVI`.
+        clip_norm: Bound of the global norm of the adversary's gradient.
+        max_skips: Non-finite turns in a row that end the fit.
+        seed: As in `AVBSVI`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from implicitvi import ImplicitGuide
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = ImplicitGuide(model)
+        >>> optim = pyro.optim.Adam({"lr": 1e-3, "betas": (0.5, 0.999)})
+        >>> svi = pyro.infer.SVI(model, guide, optim, loss=AVB_ELBO(num_steps=3, seed=0))
+        >>> losses = [svi.step(torch.ones(3)) for _ in range(3)]
+    """
+
+    def __init__(
+        self,
+        *,
+        num_steps: int = Schedule.num_steps,
+        num_particles: int | tuple[int, int] = Schedule.num_particles,
+        adversary_steps: int | tuple[int, int] = Schedule.adversary_steps,
+        adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
+        tempering: float | None = Schedule.tempering,
+        contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
+        adversary: Callable[[int], nn.Module] = GatedAdversary,
+        informed: bool = ProblemOptions.informed,
+        ratio: str | RatioLoss = ProblemOptions.ratio,
+        averaging: float = ProblemOptions.averaging,
+        warm_start: int = ProblemOptions.warm_start,
+        mode: str = ProblemOptions.mode,
+        clip_norm: float = 10.0,
+        max_skips: int = 20,
+        seed: int | None = None,
+    ):
+        self.schedule = Schedule(
+            num_steps=num_steps,
+            num_particles=num_particles,
+            adversary_steps=adversary_steps,
+            adversary_lr=adversary_lr,
+            tempering=tempering,
+        )
+        super().__init__(num_particles=self.schedule.at(0).num_particles)
+        self.options = ProblemOptions(
+            contrast=contrast,
+            adversary=adversary,
+            informed=informed,
+            ratio=ratio,
+            averaging=averaging,
+            warm_start=warm_start,
+            mode=mode,
+        )
+        check_positive("clip_norm", clip_norm)
+        check_at_least("max_skips", max_skips, 1)
+        self._clip_norm = clip_norm
+        self._max_skips = max_skips
+        self._stream = RandomStream(seed)
+        self._problem: Problem | None = None
+        self._trainer: Trainer | None = None
+        self._guide: ImplicitGuide | None = None
+        self._arguments = Arguments((), {})
+
+    def loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
+        """The loss of fresh draws at the current stage, in nats; trains nothing."""
+        with torch.no_grad():
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        return loss.item()
+
+    def loss_and_grads(
+        self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any
+    ) -> float:
+        """Let the adversary take its steps, then back-propagate the sampler's loss; returns it in nats.
+
+        A step without a finite loss leaves no gradient.
+        """
+        self._setup(model, guide, Arguments(args, kwargs)).step()
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.isfinite():
+            loss.backward()
+        return loss.item()
+
+    def differentiable_loss(
+        self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The sampler's loss at the current stage, a scalar with gradients for the sampler only."""
+        trainer = self._setup(model, guide, Arguments(args, kwargs))
+        assert self._problem is not None
+        pyro.module(f"{guide._pyro_name}.sampler", guide.sampler)
+        with poutine.block(), self._stream:
+            stage = self.schedule.at(max(trainer.step_count - 1, 0))
+            loss, _ = self._problem.sampler_loss(self._arguments, stage)
+        return guide.sampler.loc.new_tensor(torch.nan) if loss is None else loss
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        """Pyro's hook for losses made of traces, which this one is not."""
+        raise NotImplementedError("AVB_ELBO scores particles without traces of the guide")
+
+    def _setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Trainer:
+        self._arguments = arguments
+        if self._guide is not guide and self._guide is not None:
+            raise OptionError(
+                "this AVB_ELBO already belongs to another guide", do="Make one for each guide."
+            )
+        if self._trainer is None:
+            check_guide(guide)
+            with poutine.block(), self._stream:
+                problem = self.options.build(model, guide, arguments)
+            self._problem = problem
+            self._trainer = Trainer(
+                problem.opponents(lambda: self._arguments),
+                schedule=self.schedule,
+                stream=self._stream,
+                clip_norm=self._clip_norm,
+                max_skips=self._max_skips,
+                explain=lambda: problem.explain(self._arguments),
+            )
+            self._guide = guide
+        return self._trainer

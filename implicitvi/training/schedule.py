@@ -1,0 +1,108 @@
+"""What changes in the course of a fit, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from implicitvi.errors import OptionError, check_at_least, check_positive
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The settings of one step.
+
+    Attributes:
+        num_particles: Draws in the sampler's step, and of each class in the adversary's.
+        adversary_steps: Steps of the adversary before the sampler's.
+        lr: Rate of the sampler.
+        adversary_lr: Rate of the adversary and of a fitted contrast.
+        beta: Power of the joint density, ``β log p(x, z)``.
+    """
+
+    num_particles: int
+    adversary_steps: int
+    lr: float
+    adversary_lr: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Explore with small batches at high rates, then cool with larger ones.
+
+    A pair means (while exploring, in the cool end) for the counts, and (at the start, at the end) for the
+    rates, which stay constant while exploring and then fall geometrically. A single number never changes.
+
+    Args:
+        num_steps: Steps of the sampler.
+        num_particles: Draws a step.
+        adversary_steps: Steps of the adversary for each of the sampler.
+        lr: Rate of the sampler (Adam).
+        adversary_lr: Rate of the adversary and of a fitted contrast (Adam).
+        tempering: Power ``β`` of the joint density at the first step; it rises geometrically to 1 over
+            ``tempered`` of the fit. ``None`` or 1 leaves the density alone.
+        tempered: Share of the steps over which ``β`` rises.
+        cool: Share of the steps that make up the cool end.
+
+    >>> schedule = Schedule(num_steps=100, lr=1e-3, num_particles=(256, 1024), tempering=None)
+    >>> schedule.at(0).num_particles, schedule.at(99).num_particles, schedule.at(99).lr
+    (256, 1024, 0.001)
+    """
+
+    num_steps: int = 3500
+    num_particles: int | tuple[int, int] = (256, 1024)
+    adversary_steps: int | tuple[int, int] = (2, 3)
+    lr: float | tuple[float, float] = (1e-3, 1e-5)
+    adversary_lr: float | tuple[float, float] = (4e-3, 3e-4)
+    tempering: float | None = 0.1
+    tempered: float = 1 / 3
+    cool: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_at_least("num_steps", self.num_steps, 1)
+        for value in _pair("num_particles", self.num_particles):
+            check_at_least("num_particles", value, 2)
+        for value in _pair("adversary_steps", self.adversary_steps):
+            check_at_least("adversary_steps", value, 0)
+        for option in ("lr", "adversary_lr"):
+            for rate in _pair(option, getattr(self, option)):
+                check_positive(option, rate)
+        shares = {"tempered": self.tempered, "cool": self.cool, "tempering": self.tempering or 1}
+        for option, share in shares.items():
+            if not 0 <= share <= 1:
+                raise OptionError(f"{option} is out of range", got=share, expected="0 to 1")
+
+    def at(self, step: int) -> Stage:
+        """The settings of step ``step``, counted from 0; beyond the horizon those of the last step."""
+        done = min(step / self.num_steps, 1.0)
+        cooled = max(0.0, (done - (1 - self.cool)) / self.cool) if self.cool else 0.0
+        end = int(self.cool > 0 and done >= 1 - self.cool)
+        return Stage(
+            num_particles=int(_pair("num_particles", self.num_particles)[end]),
+            adversary_steps=int(_pair("adversary_steps", self.adversary_steps)[end]),
+            lr=_geometric(*_pair("lr", self.lr), cooled),
+            adversary_lr=_geometric(*_pair("adversary_lr", self.adversary_lr), cooled),
+            beta=self._beta(done),
+        )
+
+    def _beta(self, done: float) -> float:
+        if not self.tempering or not self.tempered:
+            return 1.0
+        return min(1.0, _geometric(self.tempering, 1.0, done / self.tempered))
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Names of the options."""
+        return tuple(field.name for field in fields(cls))
+
+
+def _pair(option: str, value: float | tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(value, tuple | list):
+        return value, value
+    if len(value) != 2:
+        raise OptionError(f"{option} is neither a number nor a pair", got=value)
+    return value[0], value[1]
+
+
+def _geometric(start: float, end: float, done: float) -> float:
+    return float(start * (end / start) ** done)

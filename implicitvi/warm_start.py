@@ -1,0 +1,82 @@
+"""Where a fit starts: a point the model accepts, then the place and scale of a Gaussian fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from implicitvi.errors import ModelError
+
+LogDensity = Callable[[Tensor], Tensor]
+TRIES = 100
+
+
+def starting_point(log_joint: LogDensity, u: Tensor, describe: Callable[[Tensor], str]) -> Tensor:
+    """``u [D]`` where its log density and gradient are finite, else the first of 100 random points.
+
+    Args:
+        log_joint: Log density of points ``[S, D]``.
+        u: Where to look first.
+        describe: Names the sites of a point ``[D]`` that are not finite.
+
+    Raises:
+        ModelError: None of the points will do; lists the sites and values of the first.
+    """
+    for attempt in range(TRIES + 1):
+        candidate = u if attempt == 0 else torch.rand_like(u) * 4 - 2
+        v = candidate.detach()[None].requires_grad_()
+        with torch.enable_grad():
+            score = log_joint(v).sum()
+            if score.isfinite() and torch.autograd.grad(score, v)[0].isfinite().all():
+                return candidate
+    raise ModelError(
+        f"the log density is not finite at the start nor at {TRIES} random points",
+        got=describe(u) or "a finite log density whose gradient is not",
+        expected="a finite log density",
+        do="Look for NaN in the data, observations outside their support, and priors that exclude the data.",
+    )
+
+
+def gaussian_fit(
+    log_joint: LogDensity, loc: Tensor, *, num_steps: int = 600, num_particles: int = 32
+) -> tuple[Tensor, Tensor]:
+    """A short variational fit of a full-rank Gaussian: robust location and scale of a posterior.
+
+    Args:
+        log_joint: Log density of points ``[S, D]``.
+        loc: Where to start, ``[D]``.
+        num_steps: Steps of Adam, the rate falling from 0.05 to 0.0025.
+        num_particles: Draws a step.
+
+    Returns:
+        Location ``[D]`` and lower triangular scale ``[D, D]`` with a positive diagonal.
+    """
+    dim = len(loc)
+    loc = loc.clone().requires_grad_()
+    log_diagonal = loc.new_full((dim,), 0.1).log().requires_grad_()
+    lower = loc.new_zeros(dim, dim).requires_grad_()
+    parameters = [loc, log_diagonal, lower]
+    optimiser = torch.optim.Adam(parameters, lr=0.05, fused=True)
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.05 ** (1 / num_steps))
+    for _ in range(num_steps):
+        scale = log_diagonal.exp()
+        eps = torch.randn(num_particles, dim, dtype=loc.dtype, device=loc.device)
+        u = loc + scale * (eps + eps @ lower.tril(-1).mT)
+        scores = log_joint(u)
+        finite = scores.isfinite()
+        if not finite.all():
+            if not finite.any():
+                continue
+            scores = log_joint(u[finite])
+        loss = -scores.mean() - log_diagonal.sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        if all(g.isfinite().all() for g in gradients):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+        decay.step()
+    unit = torch.eye(dim, dtype=loc.dtype, device=loc.device)
+    scale_tril = log_diagonal.exp()[:, None] * (unit + lower.tril(-1))
+    return loc.detach(), scale_tril.detach()

@@ -1,0 +1,336 @@
+"""Laws that need no tolerance but rounding: the objective, its gradients, its ratio losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contracts import (
+    ADVERSARIES,
+    CONTRASTS,
+    RATIOS,
+    SAMPLERS,
+    D,
+    ExplicitSampler,
+    OracleAdversary,
+    OracleContrast,
+    gaussian,
+)
+from implicitvi.adversaries import InformedAdversary
+from implicitvi.contrasts import GaussianContrast
+from implicitvi.objectives import AVB
+from implicitvi.ratios import RatioLoss
+
+
+def oracle(contrast: str, q: torch.distributions.MultivariateNormal) -> AVB:
+    wrapped = OracleContrast(CONTRASTS[contrast]().double())
+    return AVB(ExplicitSampler(q), wrapped, OracleAdversary(q, wrapped))
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_with_the_oracle_adversary_the_objective_is_the_elbo_integrand(contrast: str) -> None:
+    """Whatever the contrast, draw by draw: ``log p - log q``."""
+    q, p = gaussian(1), gaussian(2)
+    avb = oracle(contrast, q)
+    seen: list[Tensor] = []
+
+    def log_joint(z: Tensor) -> Tensor:
+        seen.append(z)
+        return p.log_prob(z) - 3.0
+
+    elbo, dropped = avb.elbo(50, log_joint)
+    assert dropped == 0
+    expected = p.log_prob(seen[-1]) - 3.0 - q.log_prob(seen[-1])
+    torch.testing.assert_close(elbo, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_at_the_posterior_every_draw_gives_the_log_evidence(contrast: str) -> None:
+    q = gaussian(3)
+    elbo, _ = oracle(contrast, q).elbo(50, lambda z: q.log_prob(z) - 7.25)
+    torch.testing.assert_close(elbo, torch.full_like(elbo, -7.25), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_the_hint_is_part_of_the_ratio(contrast: str) -> None:
+    """An oracle for what the hint of an informed adversary leaves over gives the ELBO integrand too."""
+    q, p = gaussian(1), gaussian(2)
+    plain = oracle(contrast, q)
+    assert isinstance(plain.contrast, OracleContrast)
+    wrapped = plain.contrast
+
+    class Rest(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            log_ratio: Tensor = plain.adversary(z)
+            hint = (p.log_prob(z) - wrapped.r.log_prob(z) - 0.3).clamp(-1, 1)
+            return log_ratio - 0.7 * hint
+
+    informed = InformedAdversary(Rest(), clip=1.0).double()
+    with torch.no_grad():
+        informed.weight.fill_(0.7)
+        informed.centre.fill_(0.3)
+    torch.manual_seed(0)
+    elbo, _ = AVB(plain.sampler, wrapped, informed).elbo(50, p.log_prob)
+    torch.manual_seed(0)
+    expected, _ = plain.elbo(50, p.log_prob)
+    torch.testing.assert_close(elbo, expected, rtol=0, atol=1e-10)
+
+
+def test_the_oracle_law_catches_a_wrong_sign() -> None:
+    """The planted bug: an adversary of the opposite sign fails the first law by more than rounding."""
+    q = gaussian(3)
+    avb = oracle("gaussian", q)
+    flipped = AVB(avb.sampler, avb.contrast, Negated(avb.adversary))
+    elbo, _ = flipped.elbo(50, lambda z: q.log_prob(z) - 7.25)
+    assert (elbo + 7.25).abs().max() > 1e-3
+
+
+class Negated(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z: Tensor) -> Tensor:
+        scores: Tensor = -self.inner(z)
+        return scores
+
+
+def trained(sampler: str, contrast: str, adversary: str = "gated") -> AVB:
+    """All parts real, their zero layers filled so that every parameter matters."""
+    torch.manual_seed(0)
+    informed = InformedAdversary(ADVERSARIES[adversary](D)).double()
+    avb = AVB(
+        SAMPLERS[sampler](D).double(), CONTRASTS[contrast]().double(), informed, averaging=0.5
+    )
+    with torch.no_grad():
+        for module in (avb.sampler, avb.adversary):
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    avb.keep_average()
+    return avb
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gradients_stay_home(sampler: str, contrast: str) -> None:
+    """The adversary's loss moves the adversary alone, the sampler's own parameters all get a gradient."""
+    p = gaussian(2)
+    avb = trained(sampler, contrast)
+    own = list(avb.adversary.parameters())
+
+    (loss,) = avb.adversary_losses(20, 1, p.log_prob)
+    given = torch.autograd.grad(loss, [*own, *avb.sampler.parameters()], allow_unused=True)
+    assert all(
+        g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in given[: len(own)]
+    )
+    assert all(g is None for g in given[len(own) :])
+
+    elbo, _ = avb.elbo(20, p.log_prob)
+    for gradient in torch.autograd.grad(elbo.mean(), list(avb.sampler.parameters())):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_the_contrast_is_a_constant_for_the_sampler() -> None:
+    """Pathwise gradient against finite differences of the same draws with r and T held where they were."""
+    q, p = gaussian(1), gaussian(2)
+    avb = oracle("gaussian", q)
+    sampler = avb.sampler
+    assert isinstance(sampler, ExplicitSampler)
+    torch.manual_seed(0)
+    elbo, _ = avb.elbo(30, p.log_prob)
+    (gradient,) = torch.autograd.grad(elbo.mean(), sampler.shift)
+    torch.manual_seed(0)
+    z = sampler(30).detach().requires_grad_()
+    frozen = (p.log_prob(z) - q.log_prob(z)).mean()
+    (per_draw,) = torch.autograd.grad(frozen, z)
+    torch.testing.assert_close(gradient, (per_draw @ sampler.scale_tril).sum(0), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratio_losses_have_their_optimum_at_the_log_ratio(name: str) -> None:
+    """A quadratic adversary contains the truth of two Gaussians; quadrature makes the loss exact."""
+    ratio = RATIOS[name]
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    q = torch.distributions.Normal(torch.tensor(0.5, dtype=torch.float64), 0.8)
+    r = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    weights_q, weights_r = (d.log_prob(grid).exp() * (grid[1] - grid[0]) for d in (q, r))
+    truth = torch.tensor(
+        [-0.5 * 0.25 / 0.64 - torch.log(torch.tensor(0.8)), 0.5 / 0.64, 0.5 - 0.5 / 0.64],
+        dtype=torch.float64,
+    )
+    features = torch.stack([torch.ones_like(grid), grid, grid**2])
+    coefficients = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [coefficients],
+        max_iter=1000,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        t = coefficients @ features
+        value = expected_loss(ratio, t, weights_q, weights_r)
+        value.backward()
+        return value
+
+    optimiser.step(loss)  # type: ignore[arg-type]
+    with torch.no_grad():
+        log_ratio = ratio.log_ratio(coefficients @ features)
+    near = (grid.abs() < 4).nonzero().squeeze()
+    torch.testing.assert_close(
+        log_ratio[near], (truth @ features)[near], rtol=0, atol=1e-4, check_dtype=False
+    )
+
+
+def expected_loss(ratio: RatioLoss, t: Tensor, weights_q: Tensor, weights_r: Tensor) -> Tensor:
+    """The ratio's loss in expectation: its two parts point by point, under quadrature weights."""
+    low, high = (
+        t.new_full((1,), -50.0),
+        t.new_full((1,), 50.0),
+    )  # scores at which the other part is flat
+    q_part = torch.func.vmap(lambda s: ratio.loss(s[None], low))(t)
+    r_part = torch.func.vmap(lambda s: ratio.loss(high, s[None]))(t)
+    return (q_part * weights_q).sum() + (r_part * weights_r).sum()
+
+
+@pytest.mark.parametrize("contrast", ["diagonal", "gaussian"])
+def test_standardised_draws_have_the_divergence_of_the_draws(contrast: str) -> None:
+    """``KL(q‖r)`` does not change under the standardisation: its log|J| cancels, draw by draw."""
+    q = gaussian(4)
+    z = q.sample((400,))
+    made = CONTRASTS[contrast]()
+    r = made(z)
+    standard = torch.distributions.MultivariateNormal(
+        torch.zeros(D).double(), torch.eye(D).double()
+    )
+    zbar = made.standardise(z, r)
+    log_det = r.log_prob(z) - standard.log_prob(zbar)
+    assert log_det.std() < 1e-10  # r in the new coordinates is N(0, I): one constant apart
+    jacobian = torch.func.jacrev(lambda v: made.standardise(v[None], r)[0])(z[0])
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=0, atol=1e-8)
+
+
+def test_moments_with_fewer_draws_than_dimensions_stay_scorable() -> None:
+    z = torch.randn(4, 10, dtype=torch.float64)
+    r = GaussianContrast()(z)
+    assert r.log_prob(z).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_keep_the_contract(name: str) -> None:
+    """Shapes, frame, one noise for each draw, and a start near the frame."""
+    torch.manual_seed(0)
+    plain = SAMPLERS[name](D)
+    assert plain(7).shape == (7, D)
+    plain.set_frame(torch.tensor([10.0, 0.0, -10.0]), torch.eye(D) * 0.1)
+    z = plain(2000)
+    assert (z.mean(0) - plain.loc).abs().max() < 0.05
+    assert (z.std(0) / 0.1 - 1).abs().max() < 0.25
+    assert z.unique(dim=0).shape == z.shape
+    with_context = SAMPLERS[name](D, context_dim=2)
+    x = torch.randn(5, 2)
+    assert with_context(7, x).shape == (7, 5, D)
+
+
+def test_noise_basis_moments_are_those_of_its_draws() -> None:
+    """Closed-form conditional moments against the moments of many draws, within 5 standard errors.
+
+    Planted bug: coefficients taken to the first power instead of the second fail by tens of errors.
+    """
+    torch.manual_seed(0)
+    sampler = SAMPLERS["noise_basis"](D, context_dim=2, num_basis=4).double()
+    with torch.no_grad():
+        for parameter in sampler.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x = torch.randn(5, 2, dtype=torch.float64)
+    n = 40_000
+    with torch.no_grad():
+        mean, cov = sampler.moments(n, x)  # type: ignore[operator]
+        z = sampler(n, x)
+    sd = z.std(0)
+    assert ((z.mean(0) - mean).abs() < 5 * (2 / n) ** 0.5 * sd).all()
+    drawn = torch.stack([zi.T.cov() for zi in z.unbind(1)])
+    scale = sd[:, :, None] * sd[:, None, :]
+    kurtosis = (((z - z.mean(0)) / sd) ** 4).mean(0).max()
+    assert ((drawn - cov).abs() / scale < 5 * (2 * kurtosis / n) ** 0.5).all()
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_every_adversary_gets_gradients(name: str) -> None:
+    avb = trained("gated", "gaussian", name)
+    (loss,) = avb.adversary_losses(20, 1, gaussian(2).log_prob)
+    for gradient in torch.autograd.grad(loss, list(avb.adversary.parameters())):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_the_adversary_sees_other_draws_at_each_of_its_steps() -> None:
+    avb = trained("gated", "gaussian")
+    losses = list(avb.adversary_losses(20, 3, gaussian(2).log_prob))
+    assert len({loss.item() for loss in losses}) == 3
+
+
+def test_the_sampler_is_shown_the_average() -> None:
+    """One step of an average with share 0.5 between two constant adversaries lies halfway between them."""
+    q = gaussian(1)
+    constant = Constant().double()
+    avb = AVB(ExplicitSampler(q), CONTRASTS["gaussian"](), constant, averaging=0.5)
+    avb.keep_average()
+    with torch.no_grad():
+        constant.level.fill_(2.0)
+    avb.keep_average()
+    torch.manual_seed(0)
+    averaged, _ = avb.elbo(10, q.log_prob)
+    torch.manual_seed(0)
+    current, _ = AVB(avb.sampler, avb.contrast, constant).elbo(10, q.log_prob)
+    torch.testing.assert_close(averaged - current, torch.ones_like(current))
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.level.expand(z.shape[:-1])
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_adversaries_start_at_zero_and_keep_the_contract(name: str) -> None:
+    plain = ADVERSARIES[name](D)
+    assert plain(torch.randn(7, D)).shape == (7,)
+    assert plain(torch.randn(7, D)).abs().max() == 0
+    with_context = ADVERSARIES[name](D, context_dim=2)
+    assert with_context(torch.randn(7, 5, D), torch.randn(5, 2)).shape == (7, 5)
+
+
+def test_the_hint_survives_particles_without_density() -> None:
+    informed = InformedAdversary(ADVERSARIES["gated"](D), clip=5.0)
+    gap = torch.tensor([0.0, 1.0, 2.0, -torch.inf, torch.nan])
+    informed.recentre(gap)
+    with torch.no_grad():
+        informed.weight.fill_(1.0)
+    assert informed(torch.zeros(5, D), gap).tolist()[3:] == [-5.0, -5.0]
+    informed.recentre(torch.full((5,), -torch.inf))
+    assert informed.centre.isfinite()
+
+
+def test_a_flow_contrast_follows_the_draws() -> None:
+    """Maximum likelihood brings ``E_q log r`` of a curved q above that of its best Gaussian."""
+    torch.manual_seed(0)
+    contrast = CONTRASTS["flow"]()
+    optimiser = torch.optim.Adam(contrast.parameters(), lr=5e-3)
+
+    def draw() -> Tensor:
+        z = torch.randn(512, D)
+        return torch.stack([z[:, 0], z[:, 1] + z[:, 0] ** 2, z[:, 2]], -1)
+
+    for _ in range(200):
+        optimiser.zero_grad()
+        contrast.loss(draw()).backward()
+        optimiser.step()
+    z = draw()
+    assert contrast(z).log_prob(z).mean() > GaussianContrast()(z).log_prob(z).mean() + 0.2
+    assert contrast(z).sample((9,)).shape == (9, D)

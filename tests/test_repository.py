@@ -1,0 +1,69 @@
+"""The files around the package say what is true."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import implicitvi
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted([*(ROOT / "implicitvi").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+ROOMS = sorted(p for p in (ROOT / "implicitvi").rglob("*.py") if p.name != "__init__.py")
+
+
+def test_changelog_has_a_section_for_what_is_not_released() -> None:
+    assert re.search(
+        r"^## \[?Unreleased\]?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+def test_make_has_every_target_that_the_documents_name() -> None:
+    targets = set(
+        re.findall(r"^([a-z.]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    readme = commands(ROOT / "README.md")
+    assert {"demo", "test"} <= readme
+    assert (readme | commands(ROOT / "CONTRIBUTING.md")) <= targets
+
+
+def commands(path: Path) -> set[str]:
+    """Targets of ``make`` in a document's code: inline, fenced or indented."""
+    pattern = r"```.*?```|`[^`\n]+`|^    .*?$"
+    code = re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return {target for piece in code for target in re.findall(r"\bmake ([a-z.]+)", piece)}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert implicitvi.__version__ == project["version"]
+
+
+def test_every_dependency_has_a_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = set(
+        re.findall(
+            r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    assert {re.match(r"[\w-]+", requirement)[0] for requirement in wanted} <= pinned  # type: ignore[index]
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
+def test_architecture_document_shows_every_module(path: Path) -> None:
+    shown = re.findall(r"\w+\.py", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    assert path.name in shown, f"give {path.name} its line in docs/architecture.md"
+
+
+@pytest.mark.parametrize("banned", ["/work/", "/tmp/", "/home/", "pickle", "weights_only=False"])
+def test_code_has_no_machine_paths_and_no_pickles(banned: str) -> None:
+    assert SHIPPED
+    assert [
+        str(path.relative_to(ROOT))
+        for path in SHIPPED
+        if banned in path.read_text(encoding="utf-8")
+    ] == []

@@ -1,0 +1,228 @@
+"""The trainer: players in order, schedules, guard, state, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from implicitvi import StopTraining
+from implicitvi.errors import NonFiniteError, OptionError
+from implicitvi.training import History, Player, RandomStream, Schedule, Stage, Trainer
+from implicitvi.training.player import Metrics
+
+
+class Weight(nn.Module):
+    def __init__(self, value: float = 1.0):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(value))
+
+
+def player(
+    loss: Callable[[Weight], Tensor | None], name: str = "one", turns: int = 1, value: float = 1.0
+) -> Player:
+    module = Weight(value)
+
+    def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
+        for _ in range(turns):
+            yield loss(module), {}
+
+    return Player(name, module, losses, lambda stage: stage.lr)
+
+
+def trainer(*players: Player, max_skips: int = 3, num_steps: int = 100) -> Trainer:
+    schedule = Schedule(num_steps=num_steps, lr=0.1, tempering=None)
+    return Trainer(players, schedule=schedule, stream=RandomStream(0), max_skips=max_skips)
+
+
+def noisy_square(module: Weight) -> Tensor:
+    return (module.w + 0.1 * torch.randn(())).square()
+
+
+def test_players_step_in_order_and_as_often_as_they_want() -> None:
+    order: list[str] = []
+
+    def watch(name: str) -> Callable[[Weight], Tensor]:
+        def loss(module: Weight) -> Tensor:
+            order.append(name)
+            return noisy_square(module)
+
+        return loss
+
+    trainer(player(watch("a"), "a", turns=2), player(watch("b"), "b")).run(2)
+    assert order == ["a", "a", "b", "a", "a", "b"]
+
+
+def test_a_minimum_is_found() -> None:
+    made = trainer(player(noisy_square))
+    assert made.run(100) == "finished"
+    assert abs(made.players[0].module.w.item()) < 0.2  # type: ignore[union-attr, operator]
+    assert made.history["one"].shape == (100,)
+
+
+def test_stop_and_resume_is_never_stopped() -> None:
+    whole = trainer(player(noisy_square))
+    whole.run(20)
+    first = trainer(player(noisy_square))
+    first.run(10)
+    second = trainer(player(noisy_square, value=-3.0))
+    second.load_state_dict(first.state_dict())
+    second.run(10)
+    assert np.array_equal(whole.history["one"], second.history["one"])
+    assert whole.step_count == second.step_count == 20
+
+
+def test_watching_changes_nothing() -> None:
+    seen: list[int] = []
+    quiet, watched = trainer(player(noisy_square)), trainer(player(noisy_square))
+    quiet.run(5)
+    watched.run(5, [lambda t: seen.append(t.step_count)])
+    assert seen == [1, 2, 3, 4, 5]
+    assert np.array_equal(quiet.history["one"], watched.history["one"])
+
+
+def test_a_callback_may_stop_and_an_interrupt_keeps_the_state() -> None:
+    def stop(t: Trainer) -> None:
+        if t.step_count == 3:
+            raise StopTraining("good enough")
+
+    def interrupt(t: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    made = trainer(player(noisy_square))
+    assert made.run(10, [stop]) == "good enough"
+    assert made.run(10, [interrupt]) == "interrupted"
+    assert made.step_count == 4
+
+
+def test_a_non_finite_turn_is_skipped_and_counted() -> None:
+    calls = iter(range(100))
+
+    def loss(module: Weight) -> Tensor | None:
+        call = next(calls)
+        return None if call == 1 else noisy_square(module) * (torch.nan if call == 2 else 1.0)
+
+    made = trainer(player(loss))
+    made.run(5)
+    assert made.skipped == 2
+    assert np.isnan(made.history["one"]).tolist() == [False, True, True, False, False]
+    assert made.players[0].module.w.isfinite()  # type: ignore[union-attr, operator]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped() -> None:
+    made = trainer(player(lambda m: (m.w * 0).sqrt() + 1))  # finite, its gradient 0 · ∞
+    made.step()
+    assert made.skipped == 1
+
+
+def test_too_many_non_finite_turns_raise_and_restore() -> None:
+    good = [True]
+
+    def loss(module: Weight) -> Tensor:
+        return noisy_square(module) * (1.0 if good[0] else torch.nan)
+
+    made = trainer(player(loss, "sampler"), num_steps=50)  # remembers every step
+    made.run(5)
+    before = made.state_dict()
+    good[0] = False
+    with pytest.raises(
+        NonFiniteError, match="the sampler was not finite 3 times in a row, up to step 7"
+    ) as caught:
+        made.run(10)
+    assert (caught.value.player, caught.value.step) == ("sampler", 7)
+    assert made.step_count == 5
+    assert torch.equal(
+        made.state_dict()["players"]["sampler"]["module.w"],
+        before["players"]["sampler"]["module.w"],
+    )
+    good[0] = True
+    made.run(1)
+    assert made.step_count == 6
+
+
+def test_gradients_are_clipped_by_their_global_norm() -> None:
+    """Adam is blind to the size of one gradient, not to a large one among small ones."""
+    sizes = []
+
+    class Spy(torch.optim.Adam):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            sizes.append(self.param_groups[0]["params"][0].grad.abs().item())
+
+    made = trainer(player(lambda m: 1e6 * m.w))
+    made._optimisers["one"] = Spy(made.players[0].module.parameters())
+    made.step()
+    assert sizes == [pytest.approx(10.0)]
+
+
+def test_a_stream_is_private_and_reproducible() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with RandomStream(0):
+        torch.rand(100)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(5)
+    a = RandomStream()
+    torch.manual_seed(5)
+    b = RandomStream()
+    with a:
+        first = torch.rand(2)
+    with b:
+        assert torch.equal(torch.rand(2), first)
+
+
+def test_schedule_follows_its_words() -> None:
+    schedule = Schedule(
+        num_steps=100,
+        num_particles=(10, 40),
+        adversary_steps=(1, 3),
+        lr=(1e-2, 1e-4),
+        adversary_lr=1e-3,
+        tempering=0.01,
+        tempered=0.5,
+        cool=0.4,
+    )
+    start, middle, late, end = (schedule.at(step) for step in (0, 25, 80, 100))
+    assert (start.num_particles, start.adversary_steps, start.lr) == (10, 1, 1e-2)
+    assert (start.beta, middle.beta, late.beta) == pytest.approx((0.01, 0.1, 1.0))
+    assert (late.num_particles, late.adversary_steps) == (40, 3)
+    assert late.lr == pytest.approx(1e-3) and end.lr == pytest.approx(1e-4)
+    assert {stage.adversary_lr for stage in (start, middle, late, end)} == {1e-3}
+    assert schedule.at(10_000) == end
+    constant = Schedule(
+        num_particles=5, adversary_steps=2, lr=0.1, adversary_lr=0.2, tempering=None
+    )
+    assert constant.at(0) == constant.at(constant.num_steps)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("num_steps", 0),
+        ("num_particles", 0),
+        ("num_particles", (10, 0)),
+        ("num_particles", (1, 2, 3)),
+        ("num_particles", True),
+        ("adversary_steps", -1),
+        ("lr", 0.0),
+        ("adversary_lr", (1e-3, -1.0)),
+        ("tempering", 2.0),
+        ("cool", -0.1),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(option: str, value: object) -> None:
+    with pytest.raises(OptionError, match=option):
+        Schedule(**{option: value})  # type: ignore[arg-type]
+
+
+def test_history_names_what_it_has() -> None:
+    history = History()
+    history.append(loss=1.0)
+    history.append(loss=float("nan"))
+    assert history.last("loss", 5) == 1.0
+    assert np.isnan(history.last("gain"))
+    with pytest.raises(KeyError, match="there are"):
+        history["gain"]
