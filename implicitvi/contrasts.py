@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import (
+    Categorical,
     Distribution,
     Independent,
+    MixtureSameFamily,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
 )
 
-from implicitvi.errors import ModelError
+from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
 
 JITTER = (
     1e-5  # added to the relative variances of a batch, so that a collapsed direction stays scorable
@@ -47,9 +49,13 @@ class Contrast(nn.Module, ABC):
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         """``z [S, (B,) D]`` in coordinates fit for a network, a bijection that ``r`` fixes."""
 
+    def observe(self, z: Tensor) -> None:
+        """Learn from draws ``z [S, D]`` that have been used; for contrasts that remember."""
+
     def loss(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """What the contrast's own parameters minimise, where it has any: ``-mean log r(z | x)`` in nats."""
-        return -self(z, x).log_prob(z).mean()
+        loss: Tensor = -self(z, x).log_prob(z).mean()
+        return loss
 
 
 class PriorContrast(Contrast):
@@ -109,6 +115,113 @@ class GaussianContrast(Contrast):
         return _whiten(z, r.loc, r._unbroadcasted_scale_tril)
 
 
+class MixtureContrast(Contrast):
+    """A mixture of Gaussians that follows the draws by expectation maximisation.
+
+    A few components take in most of the shape that defeats one Gaussian: modes, bends, the neck and the mouth of a
+    funnel. What is left for the adversary is small, at little more than the price of one Gaussian. Each batch moves
+    the mixture a little, after it has been used, so that no draw is scored by a mixture that has already seen it.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        components: Number ``K`` of Gaussians.
+        rate: Share of the current batch in the running estimates.
+        ridge: Least variance of a component along each axis, as a share of the whole mixture's.
+
+    References:
+        On-line expectation–maximization algorithm for latent data models, Olivier Cappé, Eric Moulines, 2009.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    covs: Tensor
+    scale_trils: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self, latent_dim: int, *, components: int = 8, rate: float = 0.1, ridge: float = 1e-3
+    ):
+        super().__init__()
+        check_at_least("components", components, 1)
+        if not 0 < rate <= 1:
+            raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
+        check_positive("ridge", ridge)
+        self.components = components
+        self.rate = rate
+        self.ridge = ridge
+        unit = torch.eye(latent_dim)
+        self.register_buffer("weights", torch.full((components,), 1 / components))
+        self.register_buffer("locs", torch.zeros(components, latent_dim))
+        self.register_buffer("covs", unit.repeat(components, 1, 1))
+        self.register_buffer("scale_trils", unit.repeat(components, 1, 1))
+        self.register_buffer("loc", torch.zeros(latent_dim))
+        self.register_buffer("scale_tril", unit.clone())
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        _refuse_context(x)
+        if not self.fitted:
+            self._begin(z.detach())
+        # copies, because a distribution that has been handed out must not move with the next batch
+        weights = Categorical(self.weights.clone(), validate_args=False)
+        components = MultivariateNormal(
+            self.locs.clone(), scale_tril=self.scale_trils.clone(), validate_args=False
+        )
+        return MixtureSameFamily(weights, components, validate_args=False)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        return _whiten(z, self.loc, self.scale_tril)
+
+    @torch.no_grad()
+    def observe(self, z: Tensor) -> None:
+        self._step(z, self.rate)
+
+    @torch.no_grad()
+    def _begin(self, z: Tensor) -> None:
+        """Spread the components over the draws, then take a few large steps on the batch."""
+        loc, scale_tril = moments(z)
+        self.locs.copy_(z[_spread(_whiten(z, loc, scale_tril), self.components)])
+        self.covs.copy_(scale_tril @ scale_tril.mT / self.components)
+        self.fitted.fill_(True)
+        self._factorise()
+        for _ in range(10):
+            self._step(z, 0.5)
+
+    def _step(self, z: Tensor, rate: float) -> None:
+        """One step of expectation maximisation, in updates that do not cancel far from the origin."""
+        components = MultivariateNormal(
+            self.locs, scale_tril=self.scale_trils, validate_args=False
+        )
+        shares = (components.log_prob(z[:, None]) + self.weights.log()).softmax(-1)
+        found = shares.mean(0)
+        weights = (1 - rate) * self.weights + rate * found
+        gain = (rate * found / weights)[:, None]
+        within = (shares / shares.sum(0).clamp(min=1e-12)).mT
+        off = z - (within @ z)[:, None]
+        spread = (within[..., None] * off).mT @ off
+        shift = within @ z - self.locs
+        outer = shift[:, :, None] * shift[:, None, :]
+        self.locs.add_(gain * shift)
+        gain = gain[..., None]
+        self.covs.copy_((1 - gain) * self.covs + gain * spread + gain * (1 - gain) * outer)
+        # no component may die: it could not be called back when a mode appears
+        self.weights.copy_((weights + 1e-3 / self.components) / (1 + 1e-3))
+        self._factorise()
+
+    def _factorise(self) -> None:
+        """Bring the factors, and the moments of the whole mixture, up to date with the components."""
+        loc = self.weights @ self.locs
+        off = self.locs - loc
+        cov = (self.weights[:, None] * off).mT @ off + torch.einsum("k,kde", self.weights, self.covs)
+        floor = torch.diag_embed(self.ridge * cov.diagonal() + 1e-12)
+        factors = torch.linalg.cholesky(torch.cat([self.covs + floor, (cov + floor)[None]]))
+        self.scale_trils.copy_(factors[:-1])
+        self.loc.copy_(loc)
+        self.scale_tril.copy_(factors[-1])
+
+
 class FlowContrast(Contrast):
     """A coupling flow around the Gaussian of the draws, fitted to them by maximum likelihood.
 
@@ -130,10 +243,7 @@ class FlowContrast(Contrast):
             )
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        if x is not None:
-            raise ModelError(
-                "a flow contrast does not take a context", do="Use contrast='gaussian'."
-            )
+        _refuse_context(x)
         from pyro.distributions.transforms import LowerCholeskyAffine
 
         affine = LowerCholeskyAffine(*moments(z.detach()))
@@ -143,6 +253,20 @@ class FlowContrast(Contrast):
         assert isinstance(r, TransformedDistribution)
         affine: Any = r.transforms[0]
         return _whiten(z, affine.loc, affine.scale_tril)
+
+
+def _spread(z: Tensor, count: int) -> Tensor:
+    """Indices ``[count]`` of draws far from each other, by the rule of k-means++ (Arthur & Vassilvitskii 2007)."""
+    chosen = torch.randint(len(z), (1,), device=z.device)
+    for _ in range(count - 1):
+        nearest = torch.cdist(z, z[chosen]).min(1).values
+        chosen = torch.cat([chosen, torch.multinomial(nearest.square() + 1e-12, 1)])
+    return chosen
+
+
+def _refuse_context(x: Tensor | None) -> None:
+    if x is not None:
+        raise ModelError("this contrast does not take a context", do="Use contrast='gaussian'.")
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +286,11 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
 def _whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
     """``scale_tril⁻¹ (z - loc)`` for ``z [..., (B,) D]``, one triangular solve for all draws of a context."""
     if loc.dim() == 1:
-        return torch.linalg.solve_triangular(scale_tril, (z - loc).mT, upper=False).mT
+        rows: Tensor = torch.linalg.solve_triangular(scale_tril.mT, z - loc, upper=True, left=False)
+        return rows
     columns = (z - loc).movedim(0, -1)
-    return torch.linalg.solve_triangular(scale_tril, columns, upper=False).movedim(-1, 0)
+    solved: Tensor = torch.linalg.solve_triangular(scale_tril, columns, upper=False)
+    return solved.movedim(-1, 0)
 
 
 @contextmanager
@@ -178,4 +304,4 @@ def _zuko() -> Iterator[Any]:
         yield zuko
     finally:
         Distribution._validate_args = validate
-        Distribution.arg_constraints = constraints
+        setattr(Distribution, "arg_constraints", constraints)  # noqa: B010

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -20,7 +20,7 @@ from implicitvi.samplers import SAMPLERS, Sampler
 _instances = itertools.count(1)
 
 
-class ImplicitDistribution(TorchDistribution):  # type: ignore[misc]
+class ImplicitDistribution(TorchDistribution):
     """What a sampler draws from, as a Pyro distribution with event shape ``[D]``.
 
     Args:
@@ -53,7 +53,8 @@ class ImplicitDistribution(TorchDistribution):  # type: ignore[misc]
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Reparameterised draws ``[*sample_shape, *batch_shape, D]``."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        return self.sampler(shape.numel()).reshape(shape + self.event_shape)
+        draws: Tensor = self.sampler(shape.numel())
+        return draws.reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The *learned* log density in nats; raises before there is one."""
@@ -67,7 +68,7 @@ class ImplicitDistribution(TorchDistribution):  # type: ignore[misc]
         return self.log_density(flat).reshape(value.shape[:-1])
 
 
-class ImplicitGuide(AutoContinuous):  # type: ignore[misc]
+class ImplicitGuide(AutoContinuous):
     """Automatic guide whose posterior is implicit: draws of a network, with no density.
 
     All continuous latent sites of ``model`` are transformed to the real line and laid out on one vector
@@ -78,8 +79,8 @@ class ImplicitGuide(AutoContinuous):  # type: ignore[misc]
 
     Args:
         model: A Pyro model with continuous latent sites.
-        sampler: ``"gated"``, ``"dense"``, ``"residual"``, ``"noise_basis"``, ``"semi_implicit"``, or a function of the latent
-            dimension ``D`` that returns a `Sampler`.
+        sampler: ``"gated"``, ``"dense"``, ``"residual"``, ``"noise_basis"``, ``"semi_implicit"``, or a function of
+            the latent dimension ``D`` that returns a `Sampler`.
         init_loc_fn: Where the sites start, one of Pyro's ``init_to_…`` functions.
         name: Name of the guide in Pyro's parameter store and of its auxiliary site. The default is unique in
             the process, so that no two guides share parameters by accident.
@@ -210,10 +211,12 @@ class ImplicitGuide(AutoContinuous):  # type: ignore[misc]
             for name, value in draws.items()
         }
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
         self._require_setup()
-        return super().load_state_dict(state, *args, **kwargs)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:
         if self.is_set_up:

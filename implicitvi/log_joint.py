@@ -22,7 +22,7 @@ from implicitvi.layout import SiteLayout
 Model = Callable[..., Any]
 Run = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 MODES = ("auto", "vmap", "loop")
-PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)
+PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 class LogJoint:
@@ -162,7 +162,7 @@ def trace_at(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any)
     return trace
 
 
-class _Unvalidated(Messenger):  # type: ignore[misc]
+class _Unvalidated(Messenger):
     """Turns argument checks off in distributions that were built before the checks were turned off."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class ModelPrior(Distribution):
         self._like = like
         self._loops = False
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Run the model forward: ``u [*sample_shape, D]``."""
         count = torch.Size(sample_shape).numel()
         with torch.no_grad(), unvalidated():
@@ -269,7 +269,7 @@ class ModelPrior(Distribution):
                 got=str(error),
                 do="Use contrast='gaussian' or 'flow'.",
             ) from error
-        values = {name: trace.nodes[name]["value"] for name in layout.names}
+        values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in layout.names}
         return layout.pack(values) + blank
 
 

@@ -84,7 +84,8 @@ class GatedLayer(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """``[..., in_dim]`` to ``[..., out_dim]``."""
         gate, value = self.both(h).chunk(2, -1)
-        return silu(gate) * value
+        out: Tensor = silu(gate) * value
+        return out
 
 
 class GatedBlock(nn.Module):

@@ -10,11 +10,11 @@ adversary (proposition 2), ``T`` is held fixed while the sampler learns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicitvi.adversaries import InformedAdversary
 from implicitvi.contrasts import Contrast
@@ -59,11 +59,8 @@ class AVB:
         self.contrast = contrast
         self.adversary = adversary
         self.ratio = Logistic() if ratio is None else ratio
-        self.average = (
-            AveragedModel(adversary, multi_avg_fn=get_ema_multi_avg_fn(averaging))
-            if averaging
-            else None
-        )
+        self.averaging = averaging
+        self.average = deepcopy(adversary) if averaging else None
 
     def contrast_loss(self, num_samples: int) -> Tensor:
         """``-mean log r`` of fresh draws: a step of it lets a fitted contrast follow the sampler."""
@@ -78,20 +75,20 @@ class AVB:
 
         Neither ``q`` nor ``r`` moves meanwhile, so the draws of all steps are made and scored at once.
         """
+        informed = isinstance(self.adversary, InformedAdversary)
         with torch.no_grad():
             z_q = self.sampler(num_samples * num_steps)
             r = self.contrast(z_q)
-            z = torch.stack([z_q, r.sample(torch.Size([len(z_q)]))])
-            log_r = r.log_prob(z)
-            gap = None
-            if isinstance(self.adversary, InformedAdversary):
-                gap = log_joint(z.flatten(0, 1)).view_as(log_r) - log_r
-                self.adversary.recentre(gap[0])
+            z = torch.stack([z_q, r.sample(z_q.shape[:1])])
             standard = self.contrast.standardise(z, r)
-        for step in torch.arange(len(z_q)).split(num_samples):
-            t_q, t_r = self._scores(
-                self.adversary, standard[:, step], None if gap is None else gap[:, step]
-            )
+            gap = log_joint(z.flatten(0, 1)).view(2, -1) - r.log_prob(z) if informed else None
+            self.contrast.observe(z_q)
+        if isinstance(self.adversary, InformedAdversary) and gap is not None:
+            self.adversary.recentre(gap[0])
+        for i in range(0, len(z_q), num_samples):
+            step = slice(i, i + num_samples)
+            known = None if gap is None else gap[:, step]
+            t_q, t_r = self._scores(self.adversary, standard[:, step], known)
             yield self.ratio.loss(t_q, t_r)
 
     def elbo(self, num_samples: int, log_joint: LogDensity) -> tuple[Tensor, int]:
@@ -117,15 +114,24 @@ class AVB:
         """
         r = self.contrast(z)
         log_r = r.log_prob(z)
-        return log_r + self._log_ratio(z, r, log_joint(z), log_r)
+        log_q: Tensor = log_r + self._log_ratio(z, r, log_joint(z), log_r)
+        return log_q
 
     def keep_average(self) -> None:
         """Let the average follow; called after each step of the adversary."""
-        if self.average is not None:
-            self.average.update_parameters(self.adversary)
+        if self.average is None:
+            return
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.adversary.parameters()), 1 - self.averaging
+            )
+            for mine, current in zip(
+                self.average.buffers(), self.adversary.buffers(), strict=True
+            ):
+                mine.copy_(current)
 
     def _log_ratio(self, z: Tensor, r: Distribution, log_p: Tensor, log_r: Tensor) -> Tensor:
-        adversary = self.adversary if self.average is None else self.average.module
+        adversary = self.adversary if self.average is None else self.average
         standard = self.contrast.standardise(z, r)
         return self.ratio.log_ratio(self._scores(adversary, standard, log_p - log_r))
 

@@ -15,6 +15,7 @@ from implicitvi.contrasts import (
     DiagonalGaussianContrast,
     FlowContrast,
     GaussianContrast,
+    MixtureContrast,
     PriorContrast,
 )
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_choice
@@ -27,7 +28,7 @@ from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.warm_start import gaussian_fit, starting_point
 
-CONTRASTS = ("prior", "diagonal", "gaussian", "flow")
+CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "prior")
 Model = Callable[..., Any]
 Turn = Iterator[tuple[Tensor | None, Metrics]]
 
@@ -71,6 +72,8 @@ class Problem:
                 yield avb.contrast_loss(stage.num_particles), {}
 
         def adversary_losses(stage: Stage) -> Turn:
+            if not stage.adversary_steps:
+                return
             scorer = self.scorer(arguments(), stage.beta)
             for loss in avb.adversary_losses(stage.num_particles, stage.adversary_steps, scorer):
                 yield loss, {}
@@ -87,7 +90,7 @@ class Problem:
                 adversary_losses,
                 rate,
                 follow=avb.keep_average,
-                follower=avb.average,
+                followers=(avb.contrast, *([] if avb.average is None else [avb.average])),
             ),
         ]
 
@@ -120,7 +123,7 @@ class Problem:
 class ProblemOptions:
     """What the objective is made of; the words are those of `AVBSVI`."""
 
-    contrast: str | Callable[[int], Contrast] = "gaussian"
+    contrast: str | Callable[[int], Contrast] = "mixture"
     adversary: Callable[[int], nn.Module] = GatedAdversary
     informed: bool = True
     ratio: str | RatioLoss = "logistic"
@@ -192,6 +195,7 @@ class ProblemOptions:
         made: dict[str, Callable[[], Contrast]] = {
             "diagonal": DiagonalGaussianContrast,
             "gaussian": GaussianContrast,
+            "mixture": lambda: MixtureContrast(layout.dim),
             "flow": lambda: FlowContrast(layout.dim),
         }
         return made[self.contrast]()

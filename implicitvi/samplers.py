@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
 from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, SkipNet, dense
@@ -292,9 +292,10 @@ class SemiImplicitSampler(Sampler):
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         eps, eta = eps.split([self.noise_dim - self.latent_dim, self.latent_dim], -1)
-        return self.mean(eps, x) + self.log_scale.exp() * eta
+        h: Tensor = self.mean(eps, x) + self.log_scale.exp() * eta
+        return h
 
-    def conditional(self, eps: Tensor, x: Tensor | None = None) -> Independent:
+    def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
         """``q(h | ε, x)`` in the frame's coordinates, an explicit Gaussian with event dimension ``D``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
 

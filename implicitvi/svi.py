@@ -77,8 +77,8 @@ class AVBSVI:
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; algorithm 1 and
         section 4. The paper's own settings: ``contrast="diagonal"`` or ``"prior"``, ``informed=False``,
-        ``averaging=0``, ``tempering=None``, ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``, ``num_particles=512``,
-        ``adversary_steps=2``, ``num_steps=10_000``.
+        ``averaging=0``, ``tempering=None``, ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``,
+        ``num_particles=512``, ``adversary_steps=2``, ``num_steps=10_000``.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class AVBSVI:
         return self._problem, self._trainer
 
 
-class AVB_ELBO(ELBO):  # type: ignore[misc]
+class AVB_ELBO(ELBO):
     """Adversarial variational Bayes as a loss for `pyro.infer.SVI`, whose optimiser moves the sampler.
 
     Before each gradient the loss lets its own adversary take its steps, with an optimiser of its own. Options are

@@ -17,6 +17,7 @@ from implicitvi.contrasts import (
     DiagonalGaussianContrast,
     FlowContrast,
     GaussianContrast,
+    MixtureContrast,
     PriorContrast,
 )
 from implicitvi.ratios import FGanKL, LeastSquares, Logistic, RatioLoss
@@ -42,6 +43,7 @@ CONTRASTS: dict[str, Callable[[], Contrast]] = {
     "prior": lambda: PriorContrast(gaussian(seed=5)),
     "diagonal": DiagonalGaussianContrast,
     "gaussian": GaussianContrast,
+    "mixture": lambda: MixtureContrast(D, components=3),
     "flow": lambda: FlowContrast(D, hidden=(16,)),
 }
 ADVERSARIES: dict[str, Callable[..., nn.Module]] = {

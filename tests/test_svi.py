@@ -29,7 +29,7 @@ def small(model: Callable[..., Any] = models.normal_normal, **options: Any) -> A
     return AVBSVI(model, ImplicitGuide(model), **(SMALL | {"seed": 0} | options))
 
 
-@pytest.mark.parametrize("contrast", ["prior", "diagonal", "gaussian", "flow"])
+@pytest.mark.parametrize("contrast", ["mixture", "gaussian", "diagonal", "flow", "prior"])
 @pytest.mark.parametrize("informed", [True, False])
 def test_every_contrast_trains(contrast: str, informed: bool) -> None:
     svi = small(models.eight_schools, contrast=contrast, informed=informed)

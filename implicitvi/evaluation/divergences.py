@@ -134,7 +134,7 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
 
     Mean held-out accuracy, over stratified folds, of a 64-64 network trained for 25 epochs (more
     below 1 500 draws). Both sets are standardised by the mean and standard deviation of ``y``, and
-    the longer is cut to the length of the shorter. Figures depend on the classifier and on ``N``, so
+    the longer is cut to the length of the shorter. Figures depend on the classifier and on ``N``:
     compare only those with the same ones.
 
     Args:
@@ -145,7 +145,7 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
 
     Returns:
         Accuracy in [0, 1]; 1 is disjoint, 0.5 is indistinguishable, with a standard deviation of
-            about ``0.4 / sqrt(N)`` for equal distributions.
+            about ``0.5 / sqrt(N)`` for equal distributions.
 
     Raises:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with ``folds`` rows or more each.
@@ -168,7 +168,9 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
     x, y = _pair(x, y, least_rows=max(2, folds))
     rows = min(len(x), len(y))
     centre, scale = y.mean(0), _spread(y)
-    features = ((torch.cat([x[:rows], y[:rows]]) - centre) / scale).numpy()
+    # No draw of y is as far out as sqrt(M) deviations; far beyond that the network would diverge.
+    reach = 10 * math.sqrt(len(y))
+    features = ((torch.cat([x[:rows], y[:rows]]) - centre) / scale).clamp(-reach, reach).numpy()
     labels = np.repeat([0, 1], rows)
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels)
     scores = [_held_out_accuracy(features, labels, *split, seed=seed) for split in splits]

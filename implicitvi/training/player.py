@@ -24,7 +24,7 @@ class Player:
             asked for after the step on the last.
         lr: Its rate at a stage.
         follow: Called after each of its steps.
-        follower: A module that `follow` changes, part of the state of a fit.
+        followers: Modules that change in its turn without gradients, part of the state of a fit.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Player:
     losses: Callable[[Stage], Iterator[tuple[Tensor | None, Metrics]]]
     lr: Callable[[Stage], float]
     follow: Callable[[], None] = lambda: None
-    follower: nn.Module | None = None
+    followers: tuple[nn.Module, ...] = ()
 
     def state(self) -> nn.ModuleDict:
         """Its modules by role."""
         return nn.ModuleDict(
-            {"module": self.module} | ({"follower": self.follower} if self.follower else {})
+            {"module": self.module, "followers": nn.ModuleList(self.followers)}
         )

@@ -49,14 +49,14 @@ class Schedule:
     (256, 1024, 0.001)
     """
 
-    num_steps: int = 3500
-    num_particles: int | tuple[int, int] = (256, 1024)
+    num_steps: int = 3000
+    num_particles: int | tuple[int, int] = (256, 512)
     adversary_steps: int | tuple[int, int] = (2, 3)
     lr: float | tuple[float, float] = (1e-3, 1e-5)
     adversary_lr: float | tuple[float, float] = (4e-3, 3e-4)
     tempering: float | None = 0.1
     tempered: float = 1 / 3
-    cool: float = 0.5
+    cool: float = 2 / 3
 
     def __post_init__(self) -> None:
         check_at_least("num_steps", self.num_steps, 1)

@@ -1,0 +1,73 @@
+"""Every example runs from start to end at a tiny size, prints its whole table and draws its pictures."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+ROWS = {
+    "00_toy_densities.py": {"torus", "rosenbrock", "banana", "two_modes", "x_shaped"},
+    "01_eight_schools.py": {
+        "AVB + AC (defaults)",
+        "AVB, paper (8 of 10,000 steps)",
+        "AVB + AC, paper (8 of 10,000 steps)",
+        "AutoNormal",
+        "AutoMultivariateNormal",
+        "AutoIAFNormal",
+        "NUTS",
+        "floor",
+    },
+}
+PICTURES = {
+    "00_toy_densities.py": {"toy_densities.png"},
+    "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},
+}
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == ROWS.keys() == PICTURES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_example_prints_its_table_and_draws_its_pictures(name: str, tmp_path: Path) -> None:
+    printed = run(name, "--smoke", "--output", "pictures", cwd=tmp_path)
+    rows = table(printed)
+    assert rows.keys() == ROWS[name]
+    assert len({len(numbers) for numbers in rows.values()}) == 1, "a number is missing"
+    assert all(math.isfinite(number) for numbers in rows.values() for number in numbers)
+    pictures = {path.name: imread(path) for path in (tmp_path / "pictures").iterdir()}
+    assert pictures.keys() == PICTURES[name]
+    for picture in pictures.values():
+        height, width, _ = picture.shape
+        assert min(height, width) > 500
+        assert picture[..., :3].std() > 0.05, "the picture is blank"
+
+
+def run(name: str, *options: str, cwd: Path) -> str:
+    """What an example prints; its warnings are errors."""
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *options]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
+
+
+def table(printed: str) -> dict[str, list[float]]:
+    """Rows of the first table printed: what stands left of the numbers, and the numbers."""
+    _, _, below = printed.partition("KL(q||p)")
+    rows = {}
+    for line in below.partition("\n\n")[0].splitlines()[1:]:
+        name, *numbers = re.split(r"\s{2,}", line.strip())
+        rows[name] = [float(number.replace(",", "")) for number in numbers]
+    return rows
