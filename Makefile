@@ -15,7 +15,7 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test lint types format clean
+.PHONY: help .venv demo test accuracy lint types format clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ demo: $(STAMP) ## Fit Eight Schools and draw the picture
 
 test: lint types ## Check style and types, then run the tests, doctests and examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+accuracy: $(STAMP) ## Measure the defaults on Eight Schools beside an IAF guide; writes docs/results (an hour)
+	$(BIN)/python tests/accuracy.py
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .

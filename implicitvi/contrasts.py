@@ -127,6 +127,8 @@ class MixtureContrast(Contrast):
         components: Number ``K`` of Gaussians.
         rate: Share of the current batch in the running estimates.
         ridge: Least variance of a component along each axis, as a share of the whole mixture's.
+        inflation: Factor on the components' scales. A contrast a little wider than ``q`` shows the adversary where
+            ``q`` ends, and with it the sampler where it is cut off too early.
 
     References:
         On-line expectation–maximization algorithm for latent data models, Olivier Cappé, Eric Moulines, 2009.
@@ -141,16 +143,24 @@ class MixtureContrast(Contrast):
     fitted: Tensor
 
     def __init__(
-        self, latent_dim: int, *, components: int = 8, rate: float = 0.1, ridge: float = 1e-3
+        self,
+        latent_dim: int,
+        *,
+        components: int = 8,
+        rate: float = 0.25,
+        ridge: float = 1e-3,
+        inflation: float = 1.15,
     ):
         super().__init__()
         check_at_least("components", components, 1)
         if not 0 < rate <= 1:
             raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
         check_positive("ridge", ridge)
+        check_at_least("inflation", inflation, 1)
         self.components = components
         self.rate = rate
         self.ridge = ridge
+        self.inflation = inflation
         unit = torch.eye(latent_dim)
         self.register_buffer("weights", torch.full((components,), 1 / components))
         self.register_buffer("locs", torch.zeros(components, latent_dim))
@@ -164,10 +174,10 @@ class MixtureContrast(Contrast):
         _refuse_context(x)
         if not self.fitted:
             self._begin(z.detach())
-        # copies, because a distribution that has been handed out must not move with the next batch
+        # new tensors, because a distribution that has been handed out must not move with the next batch
         weights = Categorical(self.weights.clone(), validate_args=False)
         components = MultivariateNormal(
-            self.locs.clone(), scale_tril=self.scale_trils.clone(), validate_args=False
+            self.locs.clone(), scale_tril=self.inflation * self.scale_trils, validate_args=False
         )
         return MixtureSameFamily(weights, components, validate_args=False)
 
@@ -191,9 +201,7 @@ class MixtureContrast(Contrast):
 
     def _step(self, z: Tensor, rate: float) -> None:
         """One step of expectation maximisation, in updates that do not cancel far from the origin."""
-        components = MultivariateNormal(
-            self.locs, scale_tril=self.scale_trils, validate_args=False
-        )
+        components = MultivariateNormal(self.locs, scale_tril=self.scale_trils, validate_args=False)
         shares = (components.log_prob(z[:, None]) + self.weights.log()).softmax(-1)
         found = shares.mean(0)
         weights = (1 - rate) * self.weights + rate * found
@@ -214,7 +222,9 @@ class MixtureContrast(Contrast):
         """Bring the factors, and the moments of the whole mixture, up to date with the components."""
         loc = self.weights @ self.locs
         off = self.locs - loc
-        cov = (self.weights[:, None] * off).mT @ off + torch.einsum("k,kde", self.weights, self.covs)
+        cov = (self.weights[:, None] * off).mT @ off + torch.einsum(
+            "k,kde", self.weights, self.covs
+        )
         floor = torch.diag_embed(self.ridge * cov.diagonal() + 1e-12)
         factors = torch.linalg.cholesky(torch.cat([self.covs + floor, (cov + floor)[None]]))
         self.scale_trils.copy_(factors[:-1])

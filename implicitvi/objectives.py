@@ -123,11 +123,11 @@ class AVB:
             return
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.adversary.parameters()), 1 - self.averaging
+                list(self.average.parameters()),
+                list(self.adversary.parameters()),
+                1 - self.averaging,
             )
-            for mine, current in zip(
-                self.average.buffers(), self.adversary.buffers(), strict=True
-            ):
+            for mine, current in zip(self.average.buffers(), self.adversary.buffers(), strict=True):
                 mine.copy_(current)
 
     def _log_ratio(self, z: Tensor, r: Distribution, log_p: Tensor, log_r: Tensor) -> Tensor:

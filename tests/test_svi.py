@@ -267,14 +267,8 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         OptionError,
         "ImplicitGuide",
     ),
-    "guide of another model": (
-        lambda: AVBSVI(models.normal_normal, ImplicitGuide(models.half_line), **SMALL).run(Y),
-        None,  # type: ignore[dict-item]
-        "",
-    ),
     "before the first step": (lambda: small().state_dict(), SetupError, "has not seen its model"),
 }
-del MISUSES["guide of another model"]
 
 
 @pytest.mark.parametrize("misuse", MISUSES)

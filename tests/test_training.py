@@ -188,7 +188,8 @@ def test_schedule_follows_its_words() -> None:
     start, middle, late, end = (schedule.at(step) for step in (0, 25, 80, 100))
     assert (start.num_particles, start.adversary_steps, start.lr) == (10, 1, 1e-2)
     assert (start.beta, middle.beta, late.beta) == pytest.approx((0.01, 0.1, 1.0))
-    assert (late.num_particles, late.adversary_steps) == (40, 3)
+    assert (late.num_particles, late.adversary_steps) == (20, 2)
+    assert (end.num_particles, end.adversary_steps) == (40, 3)
     assert late.lr == pytest.approx(1e-3) and end.lr == pytest.approx(1e-4)
     assert {stage.adversary_lr for stage in (start, middle, late, end)} == {1e-3}
     assert schedule.at(10_000) == end

@@ -36,6 +36,4 @@ class Player:
 
     def state(self) -> nn.ModuleDict:
         """Its modules by role."""
-        return nn.ModuleDict(
-            {"module": self.module, "followers": nn.ModuleList(self.followers)}
-        )
+        return nn.ModuleDict({"module": self.module, "followers": nn.ModuleList(self.followers)})

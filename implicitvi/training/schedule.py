@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from implicitvi.errors import OptionError, check_at_least, check_positive
 
@@ -30,8 +30,8 @@ class Stage:
 class Schedule:
     """Explore with small batches at high rates, then cool with larger ones.
 
-    A pair means (while exploring, in the cool end) for the counts, and (at the start, at the end) for the
-    rates, which stay constant while exploring and then fall geometrically. A single number never changes.
+    A pair means (while exploring, at the end): the first holds while exploring, then the batch grows and the rates
+    fall geometrically to the second. A single number never changes.
 
     Args:
         num_steps: Steps of the sampler.
@@ -45,12 +45,12 @@ class Schedule:
         cool: Share of the steps that make up the cool end.
 
     >>> schedule = Schedule(num_steps=100, lr=1e-3, num_particles=(256, 1024), tempering=None)
-    >>> schedule.at(0).num_particles, schedule.at(99).num_particles, schedule.at(99).lr
-    (256, 1024, 0.001)
+    >>> [schedule.at(step).num_particles for step in (0, 50, 100)]
+    [256, 362, 1024]
     """
 
     num_steps: int = 3000
-    num_particles: int | tuple[int, int] = (256, 512)
+    num_particles: int | tuple[int, int] = (256, 1024)
     adversary_steps: int | tuple[int, int] = (2, 3)
     lr: float | tuple[float, float] = (1e-3, 1e-5)
     adversary_lr: float | tuple[float, float] = (4e-3, 3e-4)
@@ -76,10 +76,10 @@ class Schedule:
         """The settings of step ``step``, counted from 0; beyond the horizon those of the last step."""
         done = min(step / self.num_steps, 1.0)
         cooled = max(0.0, (done - (1 - self.cool)) / self.cool) if self.cool else 0.0
-        end = int(self.cool > 0 and done >= 1 - self.cool)
+        few, many = _pair("adversary_steps", self.adversary_steps)
         return Stage(
-            num_particles=int(_pair("num_particles", self.num_particles)[end]),
-            adversary_steps=int(_pair("adversary_steps", self.adversary_steps)[end]),
+            num_particles=round(_geometric(*_pair("num_particles", self.num_particles), cooled)),
+            adversary_steps=round(few + (many - few) * cooled),
             lr=_geometric(*_pair("lr", self.lr), cooled),
             adversary_lr=_geometric(*_pair("adversary_lr", self.adversary_lr), cooled),
             beta=self._beta(done),
@@ -89,11 +89,6 @@ class Schedule:
         if not self.tempering or not self.tempered:
             return 1.0
         return min(1.0, _geometric(self.tempering, 1.0, done / self.tempered))
-
-    @classmethod
-    def options(cls) -> tuple[str, ...]:
-        """Names of the options."""
-        return tuple(field.name for field in fields(cls))
 
 
 def _pair(option: str, value: float | tuple[float, float]) -> tuple[float, float]:
