@@ -17,18 +17,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import log, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import (
-    Categorical,
     Distribution,
     Independent,
-    MixtureSameFamily,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
+    constraints,
 )
 
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
@@ -127,8 +127,6 @@ class MixtureContrast(Contrast):
         components: Number ``K`` of Gaussians.
         rate: Share of the current batch in the running estimates.
         ridge: Least variance of a component along each axis, as a share of the whole mixture's.
-        inflation: Factor on the components' scales. A contrast a little wider than ``q`` shows the adversary where
-            ``q`` ends, and with it the sampler where it is cut off too early.
 
     References:
         On-line expectation–maximization algorithm for latent data models, Olivier Cappé, Eric Moulines, 2009.
@@ -149,18 +147,15 @@ class MixtureContrast(Contrast):
         components: int = 8,
         rate: float = 0.25,
         ridge: float = 1e-3,
-        inflation: float = 1.15,
     ):
         super().__init__()
         check_at_least("components", components, 1)
         if not 0 < rate <= 1:
             raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
         check_positive("ridge", ridge)
-        check_at_least("inflation", inflation, 1)
         self.components = components
         self.rate = rate
         self.ridge = ridge
-        self.inflation = inflation
         unit = torch.eye(latent_dim)
         self.register_buffer("weights", torch.full((components,), 1 / components))
         self.register_buffer("locs", torch.zeros(components, latent_dim))
@@ -174,12 +169,7 @@ class MixtureContrast(Contrast):
         _refuse_context(x)
         if not self.fitted:
             self._begin(z.detach())
-        # new tensors, because a distribution that has been handed out must not move with the next batch
-        weights = Categorical(self.weights.clone(), validate_args=False)
-        components = MultivariateNormal(
-            self.locs.clone(), scale_tril=self.inflation * self.scale_trils, validate_args=False
-        )
-        return MixtureSameFamily(weights, components, validate_args=False)
+        return GaussianMixture(self.weights, self.locs, self.scale_trils)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         return _whiten(z, self.loc, self.scale_tril)
@@ -201,8 +191,8 @@ class MixtureContrast(Contrast):
 
     def _step(self, z: Tensor, rate: float) -> None:
         """One step of expectation maximisation, in updates that do not cancel far from the origin."""
-        components = MultivariateNormal(self.locs, scale_tril=self.scale_trils, validate_args=False)
-        shares = (components.log_prob(z[:, None]) + self.weights.log()).softmax(-1)
+        now = GaussianMixture(self.weights, self.locs, self.scale_trils)
+        shares = now.log_joint(z).softmax(-1)
         found = shares.mean(0)
         weights = (1 - rate) * self.weights + rate * found
         gain = (rate * found / weights)[:, None]
@@ -230,6 +220,61 @@ class MixtureContrast(Contrast):
         self.scale_trils.copy_(factors[:-1])
         self.loc.copy_(loc)
         self.scale_tril.copy_(factors[-1])
+
+
+class GaussianMixture(Distribution):
+    """A mixture of ``K`` Gaussians with event shape ``[D]``, scored by one matrix product.
+
+    Args:
+        weights: Weights ``[K]``, summing to 1.
+        locs: Means ``[K, D]``.
+        scale_trils: Lower triangular scales ``[K, D, D]``.
+
+    >>> one = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+    >>> round(one.log_prob(torch.zeros(2)).item(), 4)
+    -1.8379
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+
+    def __init__(self, weights: Tensor, locs: Tensor, scale_trils: Tensor):
+        super().__init__(event_shape=locs.shape[-1:], validate_args=False)
+        # new tensors: a distribution that has been handed out must not move with the next batch
+        self.weights = weights.clone()
+        self.centre = weights @ locs
+        self.shifts = locs - self.centre
+        self.scale_trils = scale_trils.clone()
+        unit = torch.eye(locs.shape[-1], dtype=locs.dtype, device=locs.device)
+        self._inverses = torch.linalg.solve_triangular(scale_trils, unit, upper=False)
+        self._standard_shifts = torch.einsum("ked,kd->ke", self._inverses, self.shifts)
+        log_scale = scale_trils.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self._constants = self.weights.log() - log_scale - 0.5 * log(2 * pi) * len(unit)
+
+    def log_joint(self, value: Tensor) -> Tensor:
+        """Log density of ``value [..., D]`` and each component together: ``[..., K]`` in nats."""
+        flat = self._inverses.flatten(0, 1)
+        standard = ((value - self.centre) @ flat.mT).unflatten(-1, self._standard_shifts.shape)
+        distance = (standard - self._standard_shifts).square().sum(-1)
+        return self._constants - 0.5 * distance
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of ``value [..., D]``: ``[...]`` in nats."""
+        return self.log_joint(value).logsumexp(-1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Independent draws ``[*sample_shape, D]``."""
+        shape = torch.Size(sample_shape)
+        which = torch.multinomial(self.weights, shape.numel(), replacement=True)
+        noise = torch.randn(
+            (len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device
+        )
+        counts = which.bincount(minlength=len(self.weights)).tolist()
+        parts = zip(noise.split(counts), self.scale_trils, strict=True)
+        draws = torch.empty_like(noise)
+        draws[which.argsort()] = torch.cat([part @ scale.mT for part, scale in parts])
+        return (draws + self.shifts[which] + self.centre).reshape(shape + self.event_shape)
 
 
 class FlowContrast(Contrast):
@@ -306,7 +351,7 @@ def _whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
 @contextmanager
 def _zuko() -> Iterator[Any]:
     """Import zuko, and keep to its own classes what the import does to every distribution of the process."""
-    validate, constraints = Distribution._validate_args, Distribution.arg_constraints
+    validate, checked = Distribution._validate_args, Distribution.arg_constraints
     try:
         import zuko
 
@@ -314,4 +359,4 @@ def _zuko() -> Iterator[Any]:
         yield zuko
     finally:
         Distribution._validate_args = validate
-        setattr(Distribution, "arg_constraints", constraints)  # noqa: B010
+        setattr(Distribution, "arg_constraints", checked)  # noqa: B010

@@ -200,6 +200,39 @@ def summary(rows: list[Row]) -> list[str]:
     return lines
 
 
+FIGURES = {
+    "seconds": "seconds",
+    "kl_qp": "KL(q‖p)",
+    "kl_pq": "KL(p‖q)",
+    "p_tau_positive": "P(τ > 0)",
+    "c2st": "C2ST",
+    "mean_error": "mean error (sd)",
+}
+POSTERIORS = {
+    "paper": "the AVB paper's, two modes",
+    "centred": "posteriordb's, centred (a funnel)",
+    "noncentred": "posteriordb's, noncentred",
+}
+
+
+def table(result: Row) -> str:
+    """The result as a Markdown table: medians over the seeds, with the range."""
+    head = ["posterior", "method", "seeds", *FIGURES.values()]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["posterior"], row["method"]), []).append(row)
+    for (posterior, method), rows in groups.items():
+        cells = [POSTERIORS[posterior], method, str(len(rows))]
+        for key in FIGURES:
+            values = sorted(row[key] for row in rows if key in row)
+            digits = 1 if key == "seconds" else 3
+            spread = f" ({values[0]:.{digits}f}–{values[-1]:.{digits}f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -231,6 +264,7 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(table(result))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ ROWS = {
     "00_toy_densities.py": {"torus", "rosenbrock", "banana", "two_modes", "x_shaped"},
     "01_eight_schools.py": {
         "AVB + AC (defaults)",
-        "AVB, paper (8 steps, width 64)",
-        "AVB + AC, paper (8 steps, width 64)",
+        "AVB, paper (8 steps, width 128)",
+        "AVB + AC, paper (8 steps, width 128)",
         "AutoNormal",
         "AutoMultivariateNormal",
         "AutoIAFNormal",
@@ -27,7 +27,7 @@ ROWS = {
         "floor",
     },
 }
-OPTIONS = {"00_toy_densities.py": [], "01_eight_schools.py": ["--paper-ac"]}
+OPTIONS = {"00_toy_densities.py": [], "01_eight_schools.py": ["--paper"]}
 PICTURES = {
     "00_toy_densities.py": {"toy_densities.png"},
     "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},

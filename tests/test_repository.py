@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -35,6 +36,16 @@ def commands(path: Path) -> set[str]:
     pattern = r"```.*?```|`[^`\n]+`|^    .*?$"
     code = re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return {target for piece in code for target in re.findall(r"\bmake ([a-z.]+)", piece)}
+
+
+def test_readme_shows_the_measured_table() -> None:
+    """Every figure of the README comes from the results file, and that from `make accuracy`."""
+    import accuracy
+
+    folder = ROOT / "docs" / "results"
+    shown = accuracy.table(json.loads((folder / "accuracy.json").read_text(encoding="utf-8")))
+    assert (folder / "accuracy.md").read_text(encoding="utf-8") == shown
+    assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_version_is_the_same_everywhere() -> None:

@@ -49,9 +49,9 @@ class Schedule:
     [256, 362, 1024]
     """
 
-    num_steps: int = 3000
-    num_particles: int | tuple[int, int] = (256, 1024)
-    adversary_steps: int | tuple[int, int] = (2, 3)
+    num_steps: int = 2500
+    num_particles: int | tuple[int, int] = (448, 640)
+    adversary_steps: int | tuple[int, int] = 3
     lr: float | tuple[float, float] = (1e-3, 1e-5)
     adversary_lr: float | tuple[float, float] = (4e-3, 3e-4)
     tempering: float | None = 0.1
