@@ -12,8 +12,9 @@ exact draws score against other exact draws.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,27 +33,19 @@ torch.set_num_threads(1)  # the networks are small: a second thread costs more t
 class Sizes:
     """How much of everything."""
 
-    num_steps: int
-    warm_start: int = 600
+    avb: dict[str, Any] = field(default_factory=dict)  # nothing: the defaults of `AVBSVI`
     draws: int = 20_000
     shown: int = 4_000
     grid: int = 200
 
 
-SMOKE = Sizes(num_steps=8, warm_start=10, draws=200, shown=200, grid=20)
+SMOKE = Sizes(avb={"num_steps": 8, "warm_start": 10}, draws=200, shown=200, grid=20)
 
 
 def fit(density: ToyDensity, sizes: Sizes, seed: int) -> tuple[Tensor, float]:
     """Draws ``[S, 2]`` of the fitted posterior, and the seconds of the fit."""
     guide = ImplicitGuide(density.model)
-    svi = AVBSVI(
-        density.model,
-        guide,
-        num_steps=sizes.num_steps,
-        warm_start=sizes.warm_start,
-        seed=seed,
-        progress=False,
-    )
+    svi = AVBSVI(density.model, guide, seed=seed, progress=False, **sizes.avb)
     seconds = svi.run().seconds
     return guide.sample(sizes.draws)["z"], seconds
 
@@ -110,9 +103,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, default=2_000, help="of each fit")
     options = parser.parse_args()
-    sizes = SMOKE if options.smoke else Sizes(num_steps=options.num_steps)
+    sizes = SMOKE if options.smoke else Sizes()
     pyro.set_rng_seed(options.seed)
     fitted = compare(sizes, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)

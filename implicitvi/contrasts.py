@@ -256,7 +256,8 @@ class GaussianMixture(Distribution):
         flat = self._inverses.flatten(0, 1)
         standard = ((value - self.centre) @ flat.mT).unflatten(-1, self._standard_shifts.shape)
         distance = (standard - self._standard_shifts).square().sum(-1)
-        return self._constants - 0.5 * distance
+        joint: Tensor = self._constants - 0.5 * distance
+        return joint
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``value [..., D]``: ``[...]`` in nats."""

@@ -27,7 +27,7 @@ ROWS = {
         "floor",
     },
 }
-OPTIONS = {"00_toy_densities.py": [], "01_eight_schools.py": ["--paper"]}
+OPTIONS = {"00_toy_densities.py": [], "01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
     "00_toy_densities.py": {"toy_densities.png"},
     "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},
