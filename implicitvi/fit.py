@@ -18,7 +18,8 @@ class Fit:
 
     Attributes:
         guide: The trained guide.
-        history: Metrics of every step: ``sampler`` and ``adversary`` (their losses), ``beta``, ``dropped``.
+        history: Metrics of every step: ``sampler`` and ``adversary`` (their losses), ``elbo``,
+            ``beta``, ``dropped``.
         num_steps: Steps taken so far, over all runs.
         seconds: Wall time of this run, the one-off costs included.
         setup_seconds: The part of it that went to the layout, the choice of log joint and the warm start.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Problem:
 
         def losses(stage: Stage) -> Turn:
             loss, dropped = self.sampler_loss(arguments(), stage)
-            yield loss, {"dropped": float(dropped)}
+            yield loss, {"elbo": nan if loss is None else -loss.detach(), "dropped": float(dropped)}
 
         return Player("sampler", self.avb.sampler, losses, lambda stage: stage.lr)
 

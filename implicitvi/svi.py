@@ -181,11 +181,7 @@ class AVBSVI:
         trainer = self.trainer
         num_steps = self.schedule.num_steps
         ahead = num_steps - trainer.step_count if trainer.step_count < num_steps else num_steps
-        bar = (
-            Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
-            if self.progress
-            else None
-        )
+        bar = Progress(ahead, {"elbo": "elbo", "adversary": "adversary"}) if self.progress else None
         watchers = self.callbacks if bar is None else (bar, *self.callbacks)
         try:
             stop_reason = trainer.run(ahead, watchers)
