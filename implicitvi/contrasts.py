@@ -8,8 +8,9 @@ what the objective needs and the moments' own gradient is not part of it (Mesche
 The closer ``r`` is to ``q``, the less is left for the adversary to learn. ``KL(q‖r)`` does not change under a
 common bijection of both, so the adversary may look at standardised draws, ``contrast.standardise(z, r)``.
 
-Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, and ``loss`` where it has
-parameters that are fitted to the draws; then join the list in ``tests/contracts.py``.
+Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, ``loss`` where it has
+parameters that are fitted to the draws, ``observe`` where it remembers them; then join the list in
+``tests/contracts.py``.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class MixtureContrast(Contrast):
 
     A few components take in most of the shape that defeats one Gaussian: modes, bends, the neck and the mouth of a
     funnel. What is left for the adversary is small, at little more than the price of one Gaussian. Each batch moves
-    the mixture a little, after it has been used, so that no draw is scored by a mixture that has already seen it.
+    the mixture a little, after it has been used, so that after the first batch, which starts the mixture, no draw is
+    scored by one that has already seen it.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.

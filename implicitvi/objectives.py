@@ -75,16 +75,18 @@ class AVB:
 
         Neither ``q`` nor ``r`` moves meanwhile, so the draws of all steps are made and scored at once.
         """
-        informed = isinstance(self.adversary, InformedAdversary)
+        if not num_steps:
+            return
+        gap = None
         with torch.no_grad():
             z_q = self.sampler(num_samples * num_steps)
             r = self.contrast(z_q)
             z = torch.stack([z_q, r.sample(z_q.shape[:1])])
             standard = self.contrast.standardise(z, r)
-            gap = log_joint(z.flatten(0, 1)).view(2, -1) - r.log_prob(z) if informed else None
+            if isinstance(self.adversary, InformedAdversary):
+                gap = log_joint(z.flatten(0, 1)).view(2, -1) - r.log_prob(z)
+                self.adversary.recentre(gap[0])
             self.contrast.observe(z_q)
-        if isinstance(self.adversary, InformedAdversary) and gap is not None:
-            self.adversary.recentre(gap[0])
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
             known = None if gap is None else gap[:, step]

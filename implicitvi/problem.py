@@ -73,8 +73,6 @@ class Problem:
                 yield avb.contrast_loss(stage.num_particles), {}
 
         def adversary_losses(stage: Stage) -> Turn:
-            if not stage.adversary_steps:
-                return
             scorer = self.scorer(arguments(), stage.beta)
             for loss in avb.adversary_losses(stage.num_particles, stage.adversary_steps, scorer):
                 yield loss, {}

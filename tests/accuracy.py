@@ -184,22 +184,6 @@ def reference_folder() -> Path | None:
     return found[0] if found else None
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """Median and worst of every figure over the seeds."""
-    lines = []
-    for posterior in dict.fromkeys(row["posterior"] for row in rows):
-        for method in dict.fromkeys(row["method"] for row in rows if row["posterior"] == posterior):
-            group = [r for r in rows if (r["posterior"], r["method"]) == (posterior, method)]
-            figures = [key for key, value in group[0].items() if isinstance(value, float)]
-            parts = [
-                f"{key} {statistics.median(r[key] for r in group):.3f} "
-                f"({min(r[key] for r in group):.3f} to {max(r[key] for r in group):.3f})"
-                for key in figures
-            ]
-            lines.append(f"{posterior:11}{method:9} {len(group)} seeds  " + "  ".join(parts))
-    return lines
-
-
 FIGURES = {
     "seconds": "seconds",
     "kl_qp": "KL(q‖p)",
@@ -244,7 +228,7 @@ def main() -> None:
     rows = [floors(20_000)]
     for seed in range(options.seeds):
         rows += paper(seed, 20_000, options.contrast)
-        print(*summary(rows), sep="\n", flush=True)
+        print(table({"rows": rows}), flush=True)
     folder = reference_folder()
     if folder is None:
         print(
@@ -254,7 +238,7 @@ def main() -> None:
         for seed in range(min(options.seeds, 3)):
             for name in ("centred", "noncentred"):
                 rows += posteriordb(name, seed, folder, 5000, options.contrast)
-                print(*summary(rows), sep="\n", flush=True)
+                print(table({"rows": rows}), flush=True)
     packages = ("implicitvi", "torch", "pyro-ppl", "zuko", "scikit-learn")
     result = {
         "date": datetime.date.today().isoformat(),
