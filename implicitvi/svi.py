@@ -18,6 +18,7 @@ from implicitvi.errors import OptionError, SetupError, check_at_least, check_pos
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
+from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem, ProblemOptions, check_guide
 from implicitvi.ratios import RatioLoss
 from implicitvi.training import (
@@ -55,6 +56,8 @@ class AVBSVI:
         averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
             sampler is shown the average. 0 for the current weights.
         warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
+        num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
+            model has parameters or the guide is amortized; for a posterior alone they do not.
         mode: How the model is scored: ``"auto"``, ``"vmap"`` or ``"loop"`` (`LogJoint`).
         clip_norm: Bound of the global norm of each player's gradient.
         max_skips: Non-finite turns in a row that end the fit.
@@ -98,6 +101,7 @@ class AVBSVI:
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         clip_norm: float = 10.0,
         max_skips: int = 20,
@@ -125,6 +129,7 @@ class AVBSVI:
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            num_importance=num_importance,
             mode=mode,
         )
         self.progress = progress
@@ -197,6 +202,7 @@ class AVBSVI:
             stop_reason=stop_reason,
             skipped=trainer.skipped,
             log_joint=f"{self.log_joint.mode} ({self.log_joint.reason})",
+            parameters=parameter_values(self.model, *args, **kwargs),
         )
 
     @torch.no_grad()
@@ -264,6 +270,7 @@ class AVB_ELBO(ELBO):
         ratio: As in `AVBSVI`.
         averaging: As in `AVBSVI`.
         warm_start: As in `AVBSVI`.
+        num_importance: As in `AVBSVI`.
         mode: As in `AVBSVI`.
         clip_norm: Bound of the global norm of the adversary's gradient.
         max_skips: Non-finite turns in a row that end the fit.
@@ -296,6 +303,7 @@ class AVB_ELBO(ELBO):
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         clip_norm: float = 10.0,
         max_skips: int = 20,
@@ -316,6 +324,7 @@ class AVB_ELBO(ELBO):
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            num_importance=num_importance,
             mode=mode,
         )
         check_positive("clip_norm", clip_norm)
@@ -354,6 +363,7 @@ class AVB_ELBO(ELBO):
         trainer = self._setup(model, guide, Arguments(args, kwargs))
         assert self._problem is not None
         pyro.module(f"{guide._pyro_name}.sampler", guide.sampler)
+        show_parameters(tuple(self._problem.parameters))
         with poutine.block(), self._stream:
             stage = self.schedule.at(max(trainer.step_count - 1, 0))
             loss, _ = self._problem.sampler_loss(self._arguments, stage)

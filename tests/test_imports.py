@@ -21,7 +21,7 @@ LAYERS = (
     {"samplers", "contrasts", "adversaries", "ratios", "datasets"},
     {"objectives"},
     {"training"},
-    {"layout", "warm_start"},
+    {"layout", "parameters", "warm_start"},
     {"log_joint"},
     {"guide"},
     {"problem", "fit"},

@@ -357,13 +357,13 @@ def test_a_mixture_contrast_finds_the_modes_and_follows_them() -> None:
         assert (truth - GaussianContrast()(z).log_prob(z)).mean() > 1
         return (truth - contrast(z).log_prob(z)).mean().item()
 
-    contrast(two_modes(512))
+    r = contrast(two_modes(512))
     for _ in range(50):
-        contrast.observe(two_modes(512))
+        contrast.observe(two_modes(512), r)
     assert abs(miss(0.0)) < 0.05
     assert miss(1.0) > 0.5
     for _ in range(100):
-        contrast.observe(two_modes(512) + 1.0)
+        contrast.observe(two_modes(512) + 1.0, r)
     assert abs(miss(1.0)) < 0.05
 
 
@@ -374,7 +374,7 @@ def test_a_mixture_contrast_learns_from_draws_after_they_are_used() -> None:
     r = contrast(z)
     before = r.log_prob(z)
     assert torch.equal(contrast(z + 1).log_prob(z), before)
-    contrast.observe(two_modes(64) + 2)
+    contrast.observe(two_modes(64) + 2, r)
     assert torch.equal(r.log_prob(z), before)
     assert not torch.equal(contrast(z).log_prob(z), before)
 
@@ -384,7 +384,7 @@ def test_a_mixture_contrast_survives_a_collapsed_sampler() -> None:
     point = torch.ones(32, D) + 1e-4 * torch.randn(32, D)
     contrast(point)
     for _ in range(100):
-        contrast.observe(point)
+        contrast.observe(point, contrast(point))
     assert contrast(point).log_prob(point).isfinite().all()
     assert contrast(point).sample((5,)).isfinite().all()
 

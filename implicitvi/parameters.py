@@ -1,0 +1,63 @@
+"""The parameters of a Pyro model, which a fit learns beside the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+from pyro import poutine
+from torch import Tensor, nn
+
+from implicitvi.errors import ModelError
+
+
+def model_parameters(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The unconstrained leaves of every ``pyro.param`` and ``PyroModule`` parameter that the model meets.
+
+    The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show what has been learned.
+
+    Args:
+        model: The Pyro model; it is run once.
+        *args: Its arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        ``{name: leaf}``, those that do not ask for a gradient left out.
+
+    Raises:
+        ModelError: A parameter of the model's own module is hidden by an older one of its name in Pyro's store.
+    """
+    own = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    leaves = {}
+    for name, leaf in _met(model, *args, **kwargs):
+        if not leaf.is_leaf:
+            leaf = leaf.unconstrained()
+        if name in own and own[name] is not leaf:
+            raise ModelError(
+                f"the model's parameter {name} is hidden by an older one of that name in Pyro's store",
+                do="Call pyro.clear_param_store() before the second model, or set "
+                "pyro.settings.set(module_local_params=True).",
+            )
+        if leaf.requires_grad:
+            leaves[name] = leaf
+    return leaves
+
+
+def parameter_values(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The present values of the parameters that the model meets, constrained, without gradients."""
+    return {name: value.detach().clone() for name, value in _met(model, *args, **kwargs)}
+
+
+def _met(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, Any]]:
+    with poutine.block():
+        trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
+    return [(name, node["value"]) for name, node in trace.nodes.items() if node["type"] == "param"]
+
+
+def show_parameters(names: tuple[str, ...]) -> None:
+    """Let whoever watches, such as `pyro.infer.SVI`, see the parameters of these names."""
+    store = pyro.get_param_store()
+    for name in names:
+        if name in store:
+            pyro.param(name)
