@@ -118,6 +118,40 @@ def test_a_gradient_that_is_not_finite_is_skipped() -> None:
     assert made.skipped == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_skipped_turn_changes_not_one_bit(dtype: torch.dtype) -> None:
+    """Neither the parameters nor Adam's moments and step count move, whether value or gradient is at fault."""
+    faults = {3: lambda w: w * torch.nan, 5: lambda w: (w * 0).sqrt() + 1, 6: lambda w: w / 0}
+    calls = iter(range(100))
+
+    def loss(module: Weight) -> Tensor:
+        fault = faults.get(next(calls))
+        return noisy_square(module) if fault is None else fault(module.w)
+
+    one = player(loss)
+    one.module.to(dtype)
+    made = trainer(one, max_skips=100)
+    for step in range(8):
+        before = made.state_dict()
+        made.step()
+        after = made.state_dict()
+        same = [
+            torch.equal(before["players"]["one"]["module.w"], one.module.w),  # type: ignore[arg-type]
+            str(before["optimisers"]) == str(after["optimisers"]),
+        ]
+        assert same == [step in faults] * 2, step
+    assert made.skipped == after["skipped"] == 3
+
+
+def test_the_count_of_an_accelerator_is_looked_at_now_and_then() -> None:
+    """The error comes late, and the parameters have not moved meanwhile."""
+    made = trainer(player(lambda m: m.w * torch.nan), max_skips=3)
+    made._look_every = 10
+    with pytest.raises(NonFiniteError, match="11 times in a row, up to step 10"):
+        made.run(20)
+    assert made.players[0].module.w == 1.0
+
+
 def test_too_many_non_finite_turns_raise_and_restore() -> None:
     good = [True]
 
@@ -217,6 +251,22 @@ def test_schedule_follows_its_words() -> None:
 def test_schedules_that_cannot_be_are_refused(option: str, value: object) -> None:
     with pytest.raises(OptionError, match=option):
         Schedule(**{option: value})  # type: ignore[arg-type]
+
+
+def test_history_keeps_tensors_until_it_is_read() -> None:
+    """A metric may change after it was appended; floats and tensors of two dtypes mix; the state is numbers."""
+    history, moving = History(), torch.tensor(1.0)
+    history.append(loss=moving)
+    moving += 1
+    history.append(loss=torch.tensor(2.5, dtype=torch.float64))
+    history.append(loss=3)
+    assert history.last("loss", 2) == 2.75
+    history.append(loss=moving, gain=moving)
+    assert history.state_dict() == {"loss": [1.0, 2.5, 3.0, 2.0], "gain": [2.0]}
+    other = History()
+    other.load_state_dict(history.state_dict())
+    other.append(loss=4.0)
+    assert other["loss"].tolist() == [1.0, 2.5, 3.0, 2.0, 4.0] and len(history["loss"]) == 4
 
 
 def test_history_names_what_it_has() -> None:

@@ -25,7 +25,7 @@ class Player:
             history. A scalar, lower is better, or ``None`` where there is nothing to learn from. The next loss is
             asked for after the step on the last.
         lr: Its rate at a stage.
-        follow: Called after each of its steps.
+        follow: Called after each of its turns that had a loss.
         followers: Modules that change in its turn without gradients, part of the state of a fit.
         tensors: Leaves outside any module that it trains too, by name: the parameters of a Pyro model.
     """

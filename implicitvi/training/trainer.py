@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite, nan
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from implicitvi.training.player import Metrics, Player
 from implicitvi.training.rng import RandomStream
 from implicitvi.training.schedule import Schedule, Stage
 
+LOOK_EVERY = 10  # steps between two looks at the counts of an accelerator; the CPU's are free
+
 
 class History:
-    """Metrics of every step, by name.
+    """Metrics of every step, by name. Tensors stay where they are until a metric is read, then come all at once.
 
     >>> history = History()
     >>> history.append(loss=2.0); history.append(loss=torch.tensor(1.0))
@@ -29,17 +31,19 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._values: dict[str, list[float | Tensor]] = defaultdict(list)
+        self._fetched: dict[str, list[float]] = defaultdict(list)
 
     def append(self, **metrics: float | Tensor) -> None:
         """Add one step."""
         for name, value in metrics.items():
-            self._values[name].append(float(value))
+            value = value.detach().clone() if isinstance(value, Tensor) else float(value)
+            self._values[name].append(value)
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        if name not in self._values:
-            raise KeyError(f"no metric {name!r}; there are {sorted(self._values)}")
-        return np.array(self._values[name])
+        if name not in self.names():
+            raise KeyError(f"no metric {name!r}; there are {sorted(self.names())}")
+        return np.array(self._fetch(name))
 
     def names(self) -> list[str]:
         """Names of the metrics."""
@@ -47,31 +51,59 @@ class History:
 
     def last(self, name: str, count: int = 1) -> float:
         """Mean of the last ``count`` values that are finite, NaN where there is none."""
-        values = np.array(self._values.get(name, [])[-count:])
+        values = np.array(self._fetch(name)[-count:])
         finite = values[np.isfinite(values)]
         return float(finite.mean()) if finite.size else float("nan")
 
     def state_dict(self) -> dict[str, list[float]]:
         """A copy of all values."""
-        return {name: list(values) for name, values in self._values.items()}
+        return {name: list(self._fetch(name)) for name in self.names()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Take over what `state_dict` gave."""
-        self._values = defaultdict(list, {name: list(values) for name, values in state.items()})
+        self._fetched = defaultdict(list, {name: list(values) for name, values in state.items()})
+        self._values = defaultdict(list, {name: [] for name in state})
+
+    def _fetch(self, name: str) -> list[float]:
+        """All values of a metric as floats; those that are still tensors in one transfer."""
+        fetched, waiting = self._fetched[name], self._values.get(name, [])
+        tensors = [value for value in waiting if isinstance(value, Tensor)]
+        arrived = iter(torch.stack(tensors).tolist() if tensors else [])
+        fetched += [next(arrived) if isinstance(value, Tensor) else value for value in waiting]
+        waiting.clear()
+        return fetched
+
+
+class _Skips:
+    """How many turns of a player were skipped, in all and in a row; tensors where its losses are."""
+
+    def __init__(self) -> None:
+        self.total: float | Tensor = 0.0
+        self.in_a_row: float | Tensor = 0.0
+
+    def count(self, skipped: float | Tensor) -> None:
+        """Add a turn: 1 where it was skipped, 0 where it was taken."""
+        self.total = self.total + skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
 
 
 class Trainer:
     """Steps players in order, each with its own Adam, on a schedule.
 
-    A step whose loss or gradient is not finite is skipped and counted; after ``max_skips`` in a row the last good
-    state is restored and `NonFiniteError` raised. All random numbers come from ``stream``.
+    A turn whose loss or gradient is not finite changes neither parameters nor optimiser and is counted; after
+    ``max_skips`` in a row the last good state is restored and `NonFiniteError` raised. All random numbers come from
+    ``stream``.
+
+    No step waits for the device: whether a turn is taken is decided there, and the counts and metrics stay there
+    until they are read. On an accelerator the counts are read at every tenth step, so that the error comes up to ten
+    steps late, and not at all where the fit has recovered by then.
 
     Args:
         players: Who takes turns, in this order.
         schedule: Settings of every step.
         stream: Source of random numbers.
         clip_norm: Bound of the global norm of each player's gradient.
-        max_skips: Skipped steps of one player in a row that end the fit.
+        max_skips: Skipped turns of one player in a row that end the fit.
         explain: Says, in words, what is not finite, for the error.
         betas: Adam's moment decays. A low first one suits a game, where yesterday's gradient answers
             yesterday's opponent.
@@ -94,18 +126,28 @@ class Trainer:
         self.clip_norm = clip_norm
         self.max_skips = max_skips
         self.step_count = 0
-        self.skipped = 0
         self.history = History()
         self.explain = explain
-        self._skips = Counter[str]()
+        self._earlier_skips = 0
+        self._skips = {player.name: _Skips() for player in self.players}
         self._optimisers = {
             player.name: torch.optim.Adam(player.parameters(), lr=1.0, betas=betas, fused=True)
             for player in self.players
         }
+        on_cpu = all(p.is_cpu for player in self.players for p in player.module.parameters())
+        self._look_every = 1 if on_cpu else LOOK_EVERY
         self._good: dict[str, Any] | None = None
 
+    @property
+    def skipped(self) -> int:
+        """Turns skipped so far because a loss or gradient was not finite."""
+        return self._earlier_skips + int(sum(float(s.total) for s in self._skips.values()))
+
     def step(self) -> Metrics:
-        """Let every player take its turns; returns each one's last loss, NaN where skipped, and metrics."""
+        """Let every player take its turns; returns each one's last loss, NaN where skipped, and metrics.
+
+        Metrics may be tensors: reading them as numbers waits for the device.
+        """
         if self._good is None:
             self._good = self.state_dict()
         stage = self.schedule.at(self.step_count)
@@ -114,13 +156,13 @@ class Trainer:
             for player in self.players:
                 for loss, seen in player.losses(stage):
                     metrics |= seen | {player.name: self._descend(player, loss, stage)}
-        self.step_count += 1
         self.history.append(**metrics)
-        if (
-            not any(self._skips.values())
-            and self.step_count % max(1, self.schedule.num_steps // 50) == 0
-        ):
-            self._good = self.state_dict()
+        if self.step_count % self._look_every == 0:
+            self._raise_if_stuck()
+        self.step_count += 1
+        if self.step_count % max(1, self.schedule.num_steps // 50) == 0:
+            if not any(skips.in_a_row for skips in self._skips.values()):
+                self._good = self.state_dict()
         return metrics
 
     def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
@@ -137,45 +179,46 @@ class Trainer:
             return str(stop) or "stopped by a callback"
         return "finished"
 
-    def _descend(self, player: Player, loss: Tensor | None, stage: Stage) -> float:
+    def _descend(self, player: Player, loss: Tensor | None, stage: Stage) -> float | Tensor:
         """One gradient step of one player on a loss; returns it, or NaN where the step was skipped."""
         if loss is None:
-            return self._skip(player)
+            self._skips[player.name].count(1.0)
+            return nan
         optimiser = self._optimisers[player.name]
-        parameters = optimiser.param_groups[0]["params"]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        group = optimiser.param_groups[0]
+        gradients = torch.autograd.grad(loss, group["params"], allow_unused=True)
         known = [g for g in gradients if g is not None]
         norm = torch.nn.utils.get_total_norm(known)
-        value = loss.item()
-        if not isfinite(value + norm.item()):
-            return self._skip(player)
-        self._skips[player.name] = 0
-        if norm > self.clip_norm:
-            torch._foreach_mul_(known, self.clip_norm / norm)
-        optimiser.param_groups[0]["lr"] = player.lr(stage)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        loss = loss.detach()
+        finite = (loss + norm).isfinite()
+        clipped = iter(torch._foreach_mul(known, (self.clip_norm / norm).clamp(max=1.0)))
+        for parameter, gradient in zip(group["params"], gradients, strict=True):
+            parameter.grad = None if gradient is None else next(clipped)
+        group["lr"] = player.lr(stage)
+        # a fused optimiser takes no step where this is 1, as for torch.amp.GradScaler
+        skipped = optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
         optimiser.step()
         optimiser.zero_grad()
         player.follow()
-        return value
+        self._skips[player.name].count(skipped)
+        return torch.where(finite, loss, nan)
 
-    def _skip(self, player: Player) -> float:
-        self.skipped += 1
-        self._skips[player.name] += 1
-        if self._skips[player.name] >= self.max_skips:
-            step, why = self.step_count, self.explain()
+    def _raise_if_stuck(self) -> None:
+        """End the fit where a player has skipped too many turns in a row, in the last good state."""
+        for name, skips in self._skips.items():
+            if skips.in_a_row < self.max_skips:
+                continue
+            step, why, in_a_row = self.step_count, self.explain(), int(skips.in_a_row)
             if self._good is not None:
                 self.load_state_dict(self._good)
             raise NonFiniteError(
-                f"the loss or gradient of the {player.name} was not finite {self.max_skips} times in a row, "
+                f"the loss or gradient of the {name} was not finite {in_a_row} times in a row, "
                 f"up to step {step}{': ' + why if why else ''}",
-                player=player.name,
+                player=name,
                 step=step,
                 do=f"The state of step {self.step_count} has been restored. Lower the rates, or look at "
                 "the model where its log density is not finite.",
             )
-        return nan
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, copied."""
@@ -191,8 +234,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back, or on, to a state that `state_dict` gave."""
         self.step_count = state["step"]
-        self.skipped = state["skipped"]
-        self._skips.clear()
+        self._earlier_skips = state["skipped"]
+        self._skips = {player.name: _Skips() for player in self.players}
         for player in self.players:
             player.load_state_dict(state["players"][player.name])
         for name, optimiser in self._optimisers.items():
