@@ -136,7 +136,7 @@ def test_a_skipped_turn_changes_not_one_bit(dtype: torch.dtype) -> None:
         made.step()
         after = made.state_dict()
         same = [
-            torch.equal(before["players"]["one"]["module.w"], one.module.w),  # type: ignore[arg-type]
+            torch.equal(before["players"]["one"]["modules"]["module.w"], one.module.w),  # type: ignore[arg-type]
             str(before["optimisers"]) == str(after["optimisers"]),
         ]
         assert same == [step in faults] * 2, step

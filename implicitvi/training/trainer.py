@@ -134,7 +134,7 @@ class Trainer:
             player.name: torch.optim.Adam(player.parameters(), lr=1.0, betas=betas, fused=True)
             for player in self.players
         }
-        on_cpu = all(p.is_cpu for player in self.players for p in player.module.parameters())
+        on_cpu = all(p.is_cpu for player in self.players for p in player.parameters())
         self._look_every = 1 if on_cpu else LOOK_EVERY
         self._good: dict[str, Any] | None = None
 
