@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from implicitvi.errors import ModelError
 
 
-def model_parameters(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def model_parameters(
+    model: Callable[..., Any], values: dict[str, Tensor], *args: Any, **kwargs: Any
+) -> dict[str, Tensor]:
     """The unconstrained leaves of every ``pyro.param`` and ``PyroModule`` parameter that the model meets.
 
     The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show what has been learned.
 
     Args:
         model: The Pyro model; it is run once.
+        values: Values of its latent sites, so that it is run where it is known to work.
         *args: Its arguments.
         **kwargs: Its keyword arguments.
 
@@ -28,9 +31,15 @@ def model_parameters(model: Callable[..., Any], *args: Any, **kwargs: Any) -> di
     Raises:
         ModelError: A parameter of the model's own module is hidden by an older one of its name in Pyro's store.
     """
+    with poutine.block():
+        there = poutine.condition(model, data=values)
+        trace = poutine.trace(there, param_only=True).get_trace(*args, **kwargs)
     own = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     leaves = {}
-    for name, leaf in _met(model, *args, **kwargs):
+    for name, node in trace.nodes.items():
+        if node["type"] != "param":
+            continue
+        leaf: Any = node["value"]
         if not leaf.is_leaf:
             leaf = leaf.unconstrained()
         if name in own and own[name] is not leaf:
@@ -44,20 +53,16 @@ def model_parameters(model: Callable[..., Any], *args: Any, **kwargs: Any) -> di
     return leaves
 
 
-def parameter_values(model: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """The present values of the parameters that the model meets, constrained, without gradients."""
-    return {name: value.detach().clone() for name, value in _met(model, *args, **kwargs)}
-
-
-def _met(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, Any]]:
-    with poutine.block():
-        trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
-    return [(name, node["value"]) for name, node in trace.nodes.items() if node["type"] == "param"]
-
-
-def show_parameters(names: tuple[str, ...]) -> None:
-    """Let whoever watches, such as `pyro.infer.SVI`, see the parameters of these names."""
+def parameter_values(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The present values of parameters, constrained, without gradients."""
     store = pyro.get_param_store()
-    for name in names:
-        if name in store:
-            pyro.param(name)
+    return {
+        name: (store[name] if name in store else leaf).detach().clone()
+        for name, leaf in leaves.items()
+    }
+
+
+def show_parameters(leaves: dict[str, Tensor]) -> None:
+    """Let whoever watches, such as `pyro.infer.SVI`, see these parameters."""
+    for name in leaves.keys() & pyro.get_param_store().keys():
+        pyro.param(name)

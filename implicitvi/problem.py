@@ -161,7 +161,8 @@ class ProblemOptions:
         guide.setup(*args, **kwargs)
         check_match(model, guide, arguments)
         sampler, layout = guide.sampler, guide.layout
-        parameters = model_parameters(model, *args, **kwargs)
+        values, _ = layout.unpack(sampler.loc)
+        parameters = model_parameters(model, values, *args, **kwargs)
         log_joint = LogJoint(model, layout, mode=self.mode)
 
         def score(u: Tensor) -> Tensor:

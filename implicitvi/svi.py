@@ -202,7 +202,7 @@ class AVBSVI:
             stop_reason=stop_reason,
             skipped=trainer.skipped,
             log_joint=f"{self.log_joint.mode} ({self.log_joint.reason})",
-            parameters=parameter_values(self.model, *args, **kwargs),
+            parameters=parameter_values(self.problem.parameters),
         )
 
     @torch.no_grad()
@@ -363,7 +363,7 @@ class AVB_ELBO(ELBO):
         trainer = self._setup(model, guide, Arguments(args, kwargs))
         assert self._problem is not None
         pyro.module(f"{guide._pyro_name}.sampler", guide.sampler)
-        show_parameters(tuple(self._problem.parameters))
+        show_parameters(self._problem.parameters)
         with poutine.block(), self._stream:
             stage = self.schedule.at(max(trainer.step_count - 1, 0))
             loss, _ = self._problem.sampler_loss(self._arguments, stage)

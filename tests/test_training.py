@@ -169,8 +169,8 @@ def test_too_many_non_finite_turns_raise_and_restore() -> None:
     assert (caught.value.player, caught.value.step) == ("sampler", 7)
     assert made.step_count == 5
     assert torch.equal(
-        made.state_dict()["players"]["sampler"]["module.w"],
-        before["players"]["sampler"]["module.w"],
+        made.state_dict()["players"]["sampler"]["modules"]["module.w"],
+        before["players"]["sampler"]["modules"]["module.w"],
     )
     good[0] = True
     made.run(1)
