@@ -21,7 +21,7 @@ LAYERS = (
     {"samplers", "contrasts", "adversaries", "ratios", "datasets"},
     {"objectives"},
     {"training"},
-    {"layout", "parameters", "warm_start"},
+    {"layout", "parameters", "warm_start", "scoring", "enumeration"},
     {"log_joint"},
     {"guide"},
     {"problem", "fit"},
