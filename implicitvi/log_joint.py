@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from implicitvi.enumeration import Enumerate, batchable, is_enumerated, is_summed, log_sum
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.layout import SiteLayout, bijection
+from implicitvi.local import by_datum
+from implicitvi.objectives import finite_draws
 from implicitvi.scoring import (
     PARTICLE_ERRORS,
     Model,
@@ -57,6 +59,8 @@ class LogJoint:
         only: Names of the sites to sum over, ``None`` for all of the model. With the latent sites alone this is
             the log prior. Enumerated sites always count.
         exclude: Names of sites to leave out of the sum; their densities are not asked for.
+        plate: Name of a plate whose elements are scored one by one beside the rest, its weight taken out: values are
+            ``[S, 1 + B]`` then (`by_datum`).
 
     Attributes:
         mode: What is used; ``"auto"`` until `choose` has run.
@@ -71,6 +75,7 @@ class LogJoint:
         mode: str = "auto",
         only: tuple[str, ...] | None = None,
         exclude: tuple[str, ...] = (),
+        plate: str | None = None,
     ):
         check_choice("mode", mode, MODES)
         self.model = model
@@ -78,6 +83,8 @@ class LogJoint:
         self.mode = mode
         self.only = only
         self.exclude = exclude
+        self.plate = plate
+        self._shape = () if plate is None else (1 + layout.plate_size(plate),)
         self.reason = "not chosen yet" if mode == "auto" else "asked for"
         self._is_settled = False
         self._sites = {site.name: site for site in layout.sites}
@@ -131,8 +138,11 @@ class LogJoint:
 
     def one(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
-        values, log_det = self.layout.unpack(u)
+        values, log_dets = self.layout.unpack_each(u)
         trace = self._trace(values, args, kwargs)
+        if self.plate is not None:
+            return by_datum(trace, log_dets, self.plate)
+        log_det = sum((each.sum() for each in log_dets.values()), u.new_zeros(()))
         if self._enumerates:
             return log_det + log_sum(trace)
         return sum(
@@ -188,6 +198,11 @@ class LogJoint:
             trace = run_at(self.model, values, *args, **kwargs)
         nodes = [node for node in trace.nodes.values() if is_scored(node)]
         self._enumerates = any(is_enumerated(node) for node in nodes)
+        if self._enumerates and self.plate is not None:
+            raise ModelError(
+                "a guide amortized over a plate does not sum discrete sites out",
+                do="Sum them out by hand, for instance with dist.MixtureSameFamily.",
+            )
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
 
@@ -256,8 +271,12 @@ class LogJoint:
             if not is_particles_fault(error):
                 raise
             if len(u) == 1:
-                return u.new_full((1,), -torch.inf)
+                return u.new_full((1, *self._shape), -torch.inf)
             return torch.cat([self._score(run, half, args, kwargs) for half in u.tensor_split(2)])
+
+    def vmap(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Score particles together, without choice or guard; for use under another `torch.func.vmap`."""
+        return self._vmap(u, args, kwargs)
 
     def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         with batchable(), _quiet() if self._falls_back else nullcontext():
@@ -269,6 +288,8 @@ class LogJoint:
     def _plate(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._enumerates:
             raise NotImplementedError("discrete sites are not summed out in it")
+        if self.plate is not None:
+            raise NotImplementedError("data are not scored one by one in it")
         flat, log_det = self.layout.unpack(u)
         depth: int = self._nesting or 0
         values = {
@@ -317,7 +338,7 @@ class LogJoint:
                 noise = torch.randn(4, u.shape[1]).to(u)
             points = torch.cat([near, near[torch.arange(4) % len(near)] + scale * noise])
             values, gradients = self._probe(partial(self._score, self._loop), points, args, kwargs)
-            finite = values.isfinite() & gradients.isfinite().all(-1)
+            finite = finite_draws(values) & gradients.isfinite().all(-1)
             if finite.sum() > 1:
                 break
         return points[finite], (values[finite], gradients[finite])
@@ -351,7 +372,7 @@ class LogJoint:
         with torch.enable_grad(), RandomStream(0):
             v = u.detach().requires_grad_()
             scores = run(v, args, kwargs)
-            (grad,) = torch.autograd.grad((scores + 0 * v.sum(-1)).sum(), v)
+            (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
         return scores.detach(), grad
 
 
