@@ -7,9 +7,10 @@ to the left of all plates, and Pyro's contraction sums over them, plate by plate
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from implicitvi.errors import ImplicitVIError, ModelError
+from implicitvi.scoring import is_summed
+
+FALLBACK = "There is a performance drop because we have not yet implemented the batching rule"
 
 
 def is_finite(fn: Any) -> bool:
@@ -45,11 +49,6 @@ def is_enumerated(node: dict[str, Any]) -> bool:
         and not node["is_observed"]
         and is_finite(node["fn"])
     )
-
-
-def is_summed(node: dict[str, Any]) -> bool:
-    """Whether a node of an enumerated trace stands for all values of its site."""
-    return node["type"] == "sample" and "_enumerate_dim" in node["infer"]
 
 
 class SharedSiteError(ImplicitVIError, ValueError):
@@ -172,12 +171,18 @@ class _SafeLog(torch.autograd.Function):
 
 
 @contextmanager
-def batchable() -> Iterator[None]:
-    """Let Pyro's sums over discrete values, hidden Markov models' too, run under `torch.func.vmap`."""
+def batchable(*, quiet: bool = False) -> Iterator[None]:
+    """Let Pyro's sums over discrete values, hidden Markov models' too, run under `torch.func.vmap`.
+
+    ``quiet`` hides the warning that vmap loops inside an operation, which it repeats for every call.
+    """
     original = special._SafeLog
     setattr(special, "_SafeLog", _SafeLog)  # noqa: B010
     try:
-        yield
+        with warnings.catch_warnings() if quiet else nullcontext():
+            if quiet:
+                warnings.filterwarnings("ignore", FALLBACK)
+            yield
     finally:
         setattr(special, "_SafeLog", original)  # noqa: B010
 

@@ -22,11 +22,17 @@ from implicitvi.enumeration import (
     is_enumerated,
     log_sum_of,
 )
-from implicitvi.errors import check_at_least
+from implicitvi.errors import ImplicitVIError, check_at_least
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import plate_names
 from implicitvi.log_joint import LogJoint
-from implicitvi.scoring import plate_nesting, run_at, trace_at, unvalidated
+from implicitvi.scoring import (
+    is_deterministic,
+    plate_nesting,
+    run_at,
+    trace_at,
+    unvalidated,
+)
 
 Groups = dict[str, dict[str, NDArray[Any]]]
 
@@ -42,11 +48,12 @@ def to_arviz(
 ) -> Any:
     """Draws of a fitted guide, and what the model makes of them, as ArviZ's container.
 
-    Groups: ``posterior``, with discrete sites that the model sums out drawn from their exact conditional given each
-    draw; ``posterior_predictive`` (the observed sites drawn anew); ``log_likelihood`` (of every observation, unscaled,
-    discrete sites summed out; left out with a warning where a discrete site is shared by several observations);
-    ``observed_data``; ``sample_stats`` with ``lp`` (log joint of the constrained values,
-    nats) and, where an adversary was trained, ``log_q_learned`` and ``log_weight`` on the unconstrained space.
+    Groups: ``posterior``, with the deterministic sites, and with discrete sites that the model sums out drawn from
+    their exact conditional given each draw; ``posterior_predictive`` (the observed sites drawn anew);
+    ``log_likelihood`` (of every observation, unscaled, discrete sites summed out; left out with a warning where
+    several observations share a discrete site); ``observed_data``; ``sample_stats`` with ``lp`` (log joint of the
+    constrained values, nats) and, where an adversary was trained, ``log_q_learned`` and ``log_weight`` on the
+    unconstrained space.
     Draws are independent, so they stand as one chain: pass ``reff=1.0`` to ``az.loo``, and read nothing into R-hat.
 
     Args:
@@ -63,12 +70,9 @@ def to_arviz(
     """
     check_at_least("num_samples", num_samples, 1)
     u = guide.sample_unconstrained(num_samples, *args, **kwargs)
-    continuous, log_det = guide.layout.unpack(u)
-    nodes = _nodes(model, continuous, *args, **kwargs)
-    observed = {name: node for name, node in nodes.items() if _is_data(node, name in continuous)}
-    discrete = {name: node for name, node in nodes.items() if is_enumerated(node)}
-    nesting = plate_nesting(nodes.values())
-    posterior = continuous | _discrete(model, continuous, discrete, nesting, *args, **kwargs)
+    draws, log_det = guide.layout.unpack(u)
+    run = _Run(model, draws, args, kwargs)
+    posterior = draws | run.discrete()
     log_joint = LogJoint(model, guide.layout)
     with torch.no_grad():
         stats = {"lp": log_joint(u, *args, **kwargs) - log_det}
@@ -76,108 +80,136 @@ def to_arviz(
             stats["log_q_learned"] = guide.get_posterior().log_prob(u)
             stats["log_weight"] = stats["lp"] + log_det - stats["log_q_learned"]
     groups: Groups = {
-        "posterior": _chain(posterior),
-        "posterior_predictive": _chain(_predict(model, posterior, observed, *args, **kwargs)),
-        "log_likelihood": _chain(
-            _log_likelihood(
-                model, continuous, observed, nesting if discrete else None, *args, **kwargs
-            )
-        ),
-        "observed_data": {name: node["value"].numpy(force=True) for name, node in observed.items()},
+        "posterior": _chain(posterior | run.deterministic(posterior)),
+        "posterior_predictive": _chain(run.predictive(posterior)),
+        "log_likelihood": _chain(run.log_likelihood()),
+        "observed_data": {k: node["value"].numpy(force=True) for k, node in run.observed.items()},
         "sample_stats": _chain(stats),
     }
     named = {site.name: site.dims for site in guide.layout.sites}
-    named |= {name: plate_names(node) for name, node in (discrete | observed).items()}
+    named |= {
+        name: plate_names(node)
+        for name, node in (run.summed_out | run.computed | run.observed).items()
+    }
     given = {} if dims is None else {name: list(value) for name, value in dims.items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
     return _container({k: v for k, v in groups.items() if v}, coords, all_dims)
 
 
-def _nodes(
-    model: Callable[..., Any], draws: dict[str, Tensor], *args: Any, **kwargs: Any
-) -> dict[str, Any]:
-    """Sample nodes of one run of the model at the first draw, by name."""
-    first = {name: value[0] for name, value in draws.items()}
-    with unvalidated():
-        nodes = run_at(model, first, *args, **kwargs).nodes
-    return {name: node for name, node in nodes.items() if node["type"] == "sample"}
+class _Run:
+    """A model at draws ``{site: [S, *site shape]}`` of its continuous latents, and what its other sites are there.
 
-
-def _is_data(node: dict[str, Any], latent: bool) -> bool:
-    return node["is_observed"] and not latent and not isinstance(node["fn"], Unit)
-
-
-def _discrete(
-    model: Callable[..., Any],
-    draws: dict[str, Tensor],
-    discrete: dict[str, Any],
-    nesting: int,
-    *args: Any,
-    **kwargs: Any,
-) -> dict[str, Tensor]:
-    """The enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
-    if not discrete:
-        return {}
-    with torch.no_grad(), unvalidated():
-        size = len(next(iter(draws.values())))
-        each = [
-            discrete_draw(model, {k: v[i] for k, v in draws.items()}, nesting, *args, **kwargs)
-            for i in range(size)
-        ]
-    return {
-        name: torch.stack([draw[name].reshape(node["value"].shape) for draw in each])
-        for name, node in discrete.items()
-    }
-
-
-def _predict(
-    model: Callable[..., Any],
-    draws: dict[str, Tensor],
-    observed: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
-) -> dict[str, Tensor]:
-    """The observed sites drawn from the model at each draw of its latents: ``{site: [S, *site shape]}``."""
-    free = poutine.uncondition(model)
-    predictive = Predictive(free, posterior_samples=draws, return_sites=list(observed))
-    with torch.no_grad():
-        return dict(predictive(*args, **kwargs)) if observed else {}
-
-
-def _log_likelihood(
-    model: Callable[..., Any],
-    draws: dict[str, Tensor],
-    observed: dict[str, Any],
-    nesting: int | None,
-    *args: Any,
-    **kwargs: Any,
-) -> dict[str, Tensor]:
-    """Log density of every observation at each draw, without scales: ``{site: [S, *batch shape]}``, nats.
-
-    ``nesting`` is ``None`` for a model without discrete sites. A model whose discrete sites are shared by several
-    observations gets a warning and nothing.
+    Attributes:
+        observed: Nodes of the observed sites, by name.
+        summed_out: Nodes of the enumerated sites.
+        computed: Nodes of the deterministic sites.
     """
-    enumerated = model if nesting is None else Enumerate(-1 - nesting)(model)
 
-    def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        trace = trace_at(enumerated, values, *args, **kwargs)
-        return {name: log_sum_of(trace, name) for name in observed}
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        draws: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ):
+        self.model, self.draws, self.args, self.kwargs = model, draws, args, kwargs
+        with unvalidated():
+            trace = run_at(model, _at(draws, 0), *args, **kwargs)
+        nodes = {name: n for name, n in trace.nodes.items() if n["type"] == "sample"}
+        self.summed_out = {name: node for name, node in nodes.items() if is_enumerated(node)}
+        self.computed = {name: node for name, node in nodes.items() if is_deterministic(node)}
+        self.observed = {
+            name: node
+            for name, node in nodes.items()
+            if node["is_observed"]
+            and name not in draws | self.computed
+            and not isinstance(node["fn"], Unit)
+        }
+        self._nesting = plate_nesting(nodes.values())
 
-    with torch.no_grad(), unvalidated():
+    def discrete(self) -> dict[str, Tensor]:
+        """The enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
+        if not self.summed_out:
+            return {}
+        with torch.no_grad(), unvalidated():
+            each = [
+                discrete_draw(
+                    self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs
+                )
+                for i in range(_size(self.draws))
+            ]
+        return {
+            name: torch.stack([draw[name].reshape(node["value"].shape) for draw in each])
+            for name, node in self.summed_out.items()
+        }
+
+    def deterministic(self, posterior: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The deterministic sites at each draw: ``{site: [S, *site shape]}``."""
+
+        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            nodes = run_at(self.model, values, *self.args, **self.kwargs).nodes
+            return {name: nodes[name]["value"] for name in self.computed}
+
+        return _each(one, posterior) if self.computed else {}
+
+    def predictive(self, posterior: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The observed sites drawn from the model at each draw of its latents: ``{site: [S, *site shape]}``."""
+        if not self.observed:
+            return {}
+        # Predictive first runs the model by itself, which not every prior allows: hence the first draw.
+        free = poutine.condition(poutine.uncondition(self.model), data=_at(posterior, 0))
+        predictive = Predictive(free, posterior_samples=posterior, return_sites=list(self.observed))
+        with torch.no_grad():
+            drawn = predictive(*self.args, **self.kwargs)
+        return {
+            name: drawn[name].reshape(-1, *node["value"].shape)
+            for name, node in self.observed.items()
+        }
+
+    def log_likelihood(self) -> dict[str, Tensor]:
+        """Log density of every observation, unscaled, discrete sites summed out: ``{site: [S, *batch shape]}``, nats.
+
+        Where discrete sites are shared by several observations there is a warning and nothing.
+        """
+        enumerated = Enumerate(-1 - self._nesting)(self.model) if self.summed_out else self.model
+
+        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            trace = trace_at(enumerated, values, *self.args, **self.kwargs)
+            return {name: log_sum_of(trace, name) for name in self.observed}
+
         try:
-            with batchable():
-                scores: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
+            scores = _each(one, self.draws)
         except SharedSiteError as error:
             warnings.warn(f"no log_likelihood in the export: {error}", stacklevel=3)
             return {}
-        except Exception:  # a model that cannot be batched goes draw by draw
-            size = len(next(iter(draws.values())))
-            each = [one({name: value[i] for name, value in draws.items()}) for i in range(size)]
-            scores = {name: torch.stack([score[name] for score in each]) for name in observed}
-    return {
-        name: scores[name].reshape(len(scores[name]), *node["fn"].batch_shape)
-        for name, node in observed.items()
-    }
+        return {
+            name: scores[name].reshape(-1, *node["fn"].batch_shape)
+            for name, node in self.observed.items()
+        }
+
+
+def _each(
+    one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Apply a function to each draw: under vmap, or draw by draw where the model cannot be batched."""
+    with torch.no_grad(), unvalidated():
+        try:
+            with batchable(quiet=True):
+                results: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
+        except ImplicitVIError:
+            raise
+        except Exception:
+            each = [one(_at(draws, i)) for i in range(_size(draws))]
+            results = {name: torch.stack([result[name] for result in each]) for name in each[0]}
+    return results
+
+
+def _at(draws: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: value[index] for name, value in draws.items()}
+
+
+def _size(draws: dict[str, Tensor]) -> int:
+    return len(next(iter(draws.values())))
 
 
 def _chain(values: dict[str, Tensor]) -> dict[str, NDArray[Any]]:

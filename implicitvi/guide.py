@@ -17,7 +17,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.constraints import real
 
 from implicitvi.amortized import Amortization, Amortize, AmortizedSampler
 from implicitvi.enumeration import is_enumerated, is_finite
@@ -81,10 +80,44 @@ class ImplicitDistribution(TorchDistribution):
         return self.log_density(flat).reshape(value.shape[:-1])
 
 
+def check_site(name: str, fn: Any) -> None:
+    """Raise `ModelError` unless a latent site that is not summed out is continuous and maps to the real line."""
+    try:
+        discrete = fn.support.is_discrete
+    except (AttributeError, NotImplementedError):
+        discrete = False
+    if not discrete:
+        bijection(name, fn)
+        return
+    if is_finite(fn):
+        raise ModelError(
+            f"the discrete latent site {name!r} is not marked to be summed out",
+            do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
+            "@pyro.infer.config_enumerate.",
+        )
+    if isinstance(fn, Independent):
+        raise ModelError(
+            f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
+            "enumerate",
+            do="Declare them independent: a pyro.plate in place of to_event.",
+        )
+    raise ModelError(
+        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
+        "summed out",
+        got=type(fn).__name__,
+        do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
+    )
+
+
 class _Readable(Messenger):
-    """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn."""
+    """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
+
+    Refuses sites of which a continuous guide can make nothing, before anything asks for their support.
+    """
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not is_hidden(msg):
+            check_site(msg["name"], msg["fn"])
         msg["cond_indep_stack"] = tuple(
             frame
             for frame in msg["cond_indep_stack"]
@@ -390,10 +423,12 @@ class ImplicitGuide(AutoContinuous):
 
 def latent_trace(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Trace of the model's unobserved sample sites, those aside that are summed out."""
-    with pyro.poutine.block():
-        return pyro.poutine.trace(pyro.poutine.block(_Readable()(model), is_hidden)).get_trace(
-            *args, **kwargs
-        )
+    traced = pyro.poutine.trace(pyro.poutine.block(_Readable()(model), is_hidden))
+    try:
+        with pyro.poutine.block():
+            return traced.get_trace(*args, **kwargs)
+    except ModelError as error:  # Pyro raises errors again, with a table of shapes
+        raise error.__cause__ if isinstance(error.__cause__, ModelError) else error from None
 
 
 def check_latents(trace: Any, amortized: str | None = None) -> None:
@@ -404,10 +439,6 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
             "the model has no latent site to draw",
             do="Check that the sites to infer are not observed, and that observed ones get obs=.",
         )
-    for name, node in sites.items():
-        if getattr(node["fn"], "support", real).is_discrete:
-            _refuse_discrete(name, node["fn"])
-        bijection(name, node["fn"])
     local = {
         frame.name
         for node in sites.values()
@@ -420,24 +451,3 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
             do=f"Amortize the guide over it, ImplicitGuide(model, amortize={{{min(local)!r}: features}}) with a "
             "function of the model's arguments that returns a row for each element; or run the plate in full.",
         )
-
-
-def _refuse_discrete(name: str, fn: Any) -> None:
-    if is_finite(fn):
-        raise ModelError(
-            f"the discrete latent site {name!r} is not marked to be summed out",
-            do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
-            "@pyro.infer.config_enumerate.",
-        )
-    if isinstance(fn, Independent):
-        raise ModelError(
-            f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
-            "enumerate",
-            do="Declare them independent: a pyro.plate in place of to_event.",
-        )
-    raise ModelError(
-        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
-        "summed out",
-        got=type(fn).__name__,
-        do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
-    )

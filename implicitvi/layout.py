@@ -19,6 +19,7 @@ from implicitvi.errors import ModelError
 
 CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
 HINTS = {
+    "Wishart": "Sample LKJCholesky and scales, and multiply them.",
     "ProjectedNormal": "Write poutine.reparam(model, config={site: ProjectedNormalReparam()}).",
     "MixtureSameFamily": "Sample the component too, as a discrete site marked "
     'infer={"enumerate": "parallel"}, which is summed out.',
@@ -55,13 +56,14 @@ class Site:
         """Number of leftmost dimensions of the value that are independent of each other."""
         return len(self.shape) - self.event_dim
 
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """``flat [..., size]`` to the site's unconstrained values ``[..., *unconstrained_shape]``."""
+        shape = self.unconstrained_shape
+        return flat.unflatten(-1, shape) if shape else flat[..., 0]
+
     def constrain(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [..., *batch shape]``."""
-        u = (
-            flat.unflatten(-1, self.unconstrained_shape)
-            if self.unconstrained_shape
-            else flat[..., 0]
-        )
+        u = self.unflatten(flat)
         value = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, value)
         return value, sum_rightmost(log_det, log_det.dim() - (flat.dim() - 1 + self.batch_dim))
@@ -162,9 +164,11 @@ def bijection(name: str, fn: Any) -> Transform:
             do="Sample Uniform(-π, π) and add the density with pyro.factor, or use ProjectedNormal with "
             "ProjectedNormalReparam.",
         )
-    if kind == "Delta":
+    if kind in ("Delta", "Empirical"):
         raise ModelError(
-            f"site {name!r} is a Delta, which has no density", do="Use pyro.deterministic."
+            f"site {name!r} takes single values only, so it has no density",
+            got=kind,
+            do="Use pyro.deterministic for a value that follows from others.",
         )
     try:
         transform: Transform = biject_to(fn.support)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, constraints
-from torch.overrides import TorchFunctionMode
 
-from implicitvi.enumeration import Enumerate, batchable, is_enumerated, is_summed, log_sum
+from implicitvi.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.layout import SiteLayout, bijection
 from implicitvi.local import by_datum
@@ -25,13 +19,14 @@ from implicitvi.objectives import finite_draws
 from implicitvi.scoring import (
     PARTICLE_ERRORS,
     Model,
+    check_sites,
     first_line,
     is_particles_fault,
     is_scored,
+    is_summed,
     plate_nesting,
     run_at,
     score,
-    trace_at,
     unvalidated,
 )
 from implicitvi.training import RandomStream
@@ -39,7 +34,6 @@ from implicitvi.training import RandomStream
 Run = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 MODES = ("auto", "vmap", "plate", "loop")
 FAST = {"vmap": "vmap", "plate": "the particle plate"}
-FALLBACK = "There is a performance drop because we have not yet implemented the batching rule"
 
 
 class LogJoint:
@@ -87,14 +81,12 @@ class LogJoint:
         self._shape = () if plate is None else (1 + layout.plate_size(plate),)
         self.reason = "not chosen yet" if mode == "auto" else "asked for"
         self._is_settled = False
-        self._sites = {site.name: site for site in layout.sites}
-        self._nesting: int | None = (
-            None  # how many batch dimensions the model uses; None before its first run
-        )
+        self._shapes = {site.name: site.shape for site in layout.sites}
+        # What the first run of the model shows: depth of its batch dimensions, and whether sites are summed out.
+        self._nesting: int | None = None
         self._enumerates = False
-        self._falls_back = (
-            False  # whether vmap loops inside an operation, of which torch warns each time
-        )
+        # Whether vmap loops inside an operation, of which torch would warn in every call.
+        self._falls_back = False
 
     def __call__(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
@@ -115,8 +107,6 @@ class LogJoint:
             return
         with unvalidated(), RandomStream(0):
             points, exact = self._compare_at(u, args, kwargs)
-            for v in points:
-                self._check_supports(v, args, kwargs)
             asked, failures = self.mode, []
             for mode in FAST if asked == "auto" else {asked} & FAST.keys():
                 failure = self._failure(mode, points, exact, args, kwargs)
@@ -159,7 +149,8 @@ class LogJoint:
         values, _ = self.layout.unpack(u)
         try:
             with unvalidated():
-                trace = trace_at(self.model, values, *args, **kwargs)
+                trace = run_at(self.model, values, *args, **kwargs)
+                score(trace, values, self.exclude)
         except PARTICLE_ERRORS as error:
             return f"the model raised {first_line(error)}"
         return "; ".join(
@@ -182,7 +173,7 @@ class LogJoint:
         if self._enumerates:
             model = Enumerate(-1 - self._nesting)(model)  # type: ignore[operator]
         trace = run_at(model, values, *args, **kwargs)
-        self._check_sites(trace, wider=self._enumerates or model is not self.model)
+        check_sites(trace, self._shapes, wider=self._enumerates or model is not self.model)
         left_out = self.exclude
         if self.only is not None:
             kept = {*self.only, *(k for k, n in trace.nodes.items() if is_summed(n))}
@@ -206,53 +197,18 @@ class LogJoint:
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
 
-    def _check_sites(self, trace: Any, *, wider: bool) -> None:
-        """Raise `ModelError` unless every random site is accounted for: by the layout, or as summed out.
-
-        Args:
-            trace: The trace.
-            wider: Whether sites may have dimensions on the left that the layout does not know.
-        """
-        visited = 0
-        for name, node in trace.nodes.items():
-            site = self._sites.get(name)
-            if site is not None:
-                visited += 1
-                shape = node["fn"].batch_shape + node["fn"].event_shape
-                if shape != site.shape and not (
-                    wider and shape[len(shape) - len(site.shape) :] == site.shape
-                ):
-                    raise ModelError(
-                        f"the shape of site {name!r} has changed",
-                        got=tuple(shape),
-                        expected=site.shape,
-                        do="Give the model data of the same size in every call, or make a new guide.",
-                    )
-            elif (
-                node["type"] == "sample"
-                and not node["is_observed"]
-                and not is_summed(node)
-                and not site_is_subsample(node)
-            ):
-                raise ModelError(
-                    f"the model visits a latent site that it did not have before: {name!r}",
-                    expected=", ".join(self._sites),
-                    do="Give the model the same sites in every call, whatever the values of its latents.",
-                )
-        if visited < len(self._sites):
-            missing = [name for name in self._sites if name not in trace.nodes]
-            raise ModelError(
-                f"the model does not visit its latent sites {', '.join(map(repr, missing))} any more",
-                do="Give the model the same sites in every call, whatever the values of its latents.",
-            )
-
     def _check_supports(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise `ModelError` unless the support of every site at ``u [D]`` is that of the layout."""
         values, _ = self.layout.unpack(u)
-        trace = self._trace(values, args, kwargs)
+        try:
+            trace = self._trace(values, args, kwargs)
+        except PARTICLE_ERRORS as error:
+            if not is_particles_fault(error):
+                raise
+            return
         for site, flat in self.layout.split(u):
             fn = trace.nodes[site.name]["fn"]
-            here = replace(site, transform=bijection(site.name, fn)).constrain(flat)[0]
+            here = bijection(site.name, fn)(site.unflatten(flat))
             if not _same(here, values[site.name]):
                 raise ModelError(
                     f"the support of site {site.name!r} depends on other latent sites",
@@ -279,7 +235,7 @@ class LogJoint:
         return self._vmap(u, args, kwargs)
 
     def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        with batchable(), _quiet() if self._falls_back else nullcontext():
+        with batchable(quiet=self._falls_back):
             scores: Tensor = torch.func.vmap(
                 lambda v: self.one(v, *args, **kwargs), randomness="same"
             )(u)
@@ -293,10 +249,8 @@ class LogJoint:
         flat, log_det = self.layout.unpack(u)
         depth: int = self._nesting or 0
         values = {
-            name: value.reshape(
-                len(u), *[1] * (depth - self._sites[name].batch_dim), *value.shape[1:]
-            )
-            for name, value in flat.items()
+            site.name: flat[site.name].reshape(len(u), *[1] * (depth - site.batch_dim), *site.shape)
+            for site in self.layout.sites
         }
 
         def together(*args: Any, **kwargs: Any) -> None:
@@ -337,6 +291,8 @@ class LogJoint:
             with RandomStream(0):
                 noise = torch.randn(4, u.shape[1]).to(u)
             points = torch.cat([near, near[torch.arange(4) % len(near)] + scale * noise])
+            for v in points:
+                self._check_supports(v, args, kwargs)
             values, gradients = self._probe(partial(self._score, self._loop), points, args, kwargs)
             finite = finite_draws(values) & gradients.isfinite().all(-1)
             if finite.sum() > 1:
@@ -361,9 +317,7 @@ class LogJoint:
             self._falls_back = any(FALLBACK in str(w.message) for w in caught)
         except Exception as error:  # whatever a model does in a batch, the loop is right
             return f"{FAST[mode]} raised {first_line(error)}"
-        if all(_close(a, b) for a, b in zip(fast, exact, strict=True)):
-            return None
-        return f"{FAST[mode]} and the loop disagree"
+        return None if _agree(fast, exact) else f"{FAST[mode]} and the loop disagree"
 
     def _probe(
         self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -376,105 +330,17 @@ class LogJoint:
         return scores.detach(), grad
 
 
-class _FreshNoise(TorchFunctionMode):
-    """Draws in-place noise out of place, so that under vmap every particle gets its own."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.normal_ and len(args) == 1 and not kwargs:
-            return torch.randn(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-        if func in (Tensor.exponential_, Tensor.cauchy_) and len(args) == 1 and not kwargs:
-            uniform = torch.rand(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-            if func is Tensor.exponential_:
-                return -torch.log1p(-uniform)
-            return torch.tan(torch.pi * (uniform - 0.5))
-        return func(*args, **kwargs)
-
-
-class ModelPrior(Distribution):
-    """The prior of a model on its unconstrained vector ``u [D]``: drawn by running it, scored by `LogJoint`.
-
-    Args:
-        log_prior: The model's log joint over its latent sites only.
-        args: The model's arguments.
-        kwargs: The model's keyword arguments.
-        like: A tensor ``[D]`` that gives dtype and device.
-    """
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    support = constraints.real_vector
-
-    def __init__(
-        self, log_prior: LogJoint, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor
-    ):
-        super().__init__(event_shape=torch.Size([log_prior.layout.dim]), validate_args=False)
-        self._log_prior = log_prior
-        self._args = args
-        self._kwargs = kwargs
-        self._like = like
-        self._loops = False
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Run the model forward: ``u [*sample_shape, D]``."""
-        count = torch.Size(sample_shape).numel()
-        with torch.no_grad(), unvalidated():
-            return self._draw(count).reshape(*sample_shape, *self.event_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log prior density of ``value [..., D]`` in nats, ``log|J|`` included: ``[...]``."""
-        flat = value.reshape(-1, *self.event_shape)
-        return self._log_prior(flat, *self._args, **self._kwargs).reshape(value.shape[:-1])
-
-    def _draw(self, count: int) -> Tensor:
-        if not self._loops:
-            try:
-                blank = self._like.new_zeros(count)
-                with _FreshNoise():
-                    draws: Tensor = torch.func.vmap(self._draw_one, randomness="different")(blank)
-                return draws
-            except (
-                RuntimeError
-            ) as error:  # a sampler that cannot be batched, such as a rejection loop
-                self._loops = True
-                warnings.warn(
-                    f"the prior is drawn one particle at a time, about 1 ms each ({first_line(error)})",
-                    stacklevel=2,
-                )
-        return torch.stack([self._draw_one(self._like.new_zeros(())) for _ in range(count)])
-
-    def _draw_one(self, blank: Tensor) -> Tensor:
-        layout = self._log_prior.layout
-        try:
-            with poutine.block():
-                trace = poutine.trace(self._log_prior.model).get_trace(*self._args, **self._kwargs)
-        except NotImplementedError as error:
-            raise ModelError(
-                "the prior contrast needs a prior that can be sampled, and a site cannot",
-                got=str(error),
-                do="Use contrast='gaussian' or 'flow'.",
-            ) from error
-        values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in layout.names}
-        return layout.pack(values) + blank
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", FALLBACK)
-        yield
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two values agree where one may have further dimensions on the left."""
     return a.shape[a.dim() - b.dim() :] == b.shape and torch.allclose(a, b.expand_as(a))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-8 if a.dtype == torch.float64 else 2e-4
-    scale = b.abs().max().clamp(min=1.0).item()
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale)
+def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:
+    """Whether values ``[S]`` and gradients ``[S, D]`` are the same to rounding, each particle by its own measure."""
+    tolerance = 1e-8 if exact[0].dtype == torch.float64 else 1e-4
+    a, b = (torch.cat([values[:, None], gradients], 1) for values, gradients in (fast, exact))
+    scale = b.abs().amax(1, keepdim=True).clamp(min=1.0)
+    return bool(((a - b).abs() <= tolerance * scale).all())
 
 
 def _short(value: Any) -> str:

@@ -26,7 +26,8 @@ from implicitvi.contrasts import (
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_choice
 from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
 from implicitvi.layout import plate_names
-from implicitvi.log_joint import LogJoint, ModelPrior
+from implicitvi.log_joint import LogJoint
+from implicitvi.model_prior import ModelPrior
 from implicitvi.objectives import AVB
 from implicitvi.parameters import model_parameters
 from implicitvi.problem import Arguments, Model, Problem

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Independent, MaskedDistribution
+from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -18,6 +18,7 @@ from torch import Tensor
 from implicitvi.errors import ImplicitVIError, ModelError
 
 Model = Callable[..., Any]
+SAME_SITES = "Give the model the same sites in every call, whatever the values of its latents."
 PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
@@ -76,12 +77,64 @@ def sites_without_density(
 
 
 def is_scored(node: Any) -> bool:
-    """Whether a node of a trace has a log density that counts: not a parameter, minibatch or deterministic."""
+    """Whether a node of a trace has a log density that counts: not a parameter, minibatch or `pyro.deterministic`."""
     return (
         node["type"] == "sample"
         and not site_is_subsample(node)
         and not node["infer"].get("_deterministic")
     )
+
+
+def is_deterministic(node: Any) -> bool:
+    """Whether a sample node is a `pyro.deterministic`, or what a reparameterisation left in place of its site."""
+    fn = node["fn"]
+    while isinstance(fn, MaskedDistribution | Independent):
+        fn = fn.base_dist
+    return bool(node["is_observed"]) and isinstance(fn, Delta)
+
+
+def is_summed(node: Any) -> bool:
+    """Whether a node of an enumerated trace stands for all values of its site."""
+    return node["type"] == "sample" and "_enumerate_dim" in node["infer"]
+
+
+def check_sites(trace: Any, shapes: Mapping[str, tuple[int, ...]], *, wider: bool) -> None:
+    """Raise `ModelError` unless every random site of a trace is accounted for.
+
+    Args:
+        trace: The trace.
+        shapes: The latent sites that the model is known for: ``{name: shape}``.
+        wider: Whether sites may have further dimensions on the left.
+    """
+    visited = 0
+    for name, node in trace.nodes.items():
+        known = shapes.get(name)
+        if known is not None:
+            visited += 1
+            shape = node["fn"].batch_shape + node["fn"].event_shape
+            if shape != known and not (wider and shape[len(shape) - len(known) :] == known):
+                raise ModelError(
+                    f"the shape of site {name!r} has changed",
+                    got=tuple(shape),
+                    expected=known,
+                    do="Give the model data of the same size in every call, or make a new guide.",
+                )
+        elif (
+            node["type"] == "sample"
+            and not node["is_observed"]
+            and not is_summed(node)
+            and not site_is_subsample(node)
+        ):
+            raise ModelError(
+                f"the model visits a latent site that it did not have before: {name!r}",
+                expected=", ".join(shapes),
+                do=SAME_SITES,
+            )
+    if visited < len(shapes):
+        missing = ", ".join(repr(name) for name in shapes if name not in trace.nodes)
+        raise ModelError(
+            f"the model does not visit its latent sites any more: {missing}", do=SAME_SITES
+        )
 
 
 def plate_nesting(nodes: Iterable[Any]) -> int:

@@ -61,7 +61,7 @@ class AVBSVI:
         warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
         num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
             model has parameters or the guide is amortized; for a posterior alone they do not.
-        mode: How the model is scored: ``"auto"``, ``"vmap"`` or ``"loop"`` (`LogJoint`).
+        mode: How the model is scored: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"`` (`LogJoint`).
         clip_norm: Bound of the global norm of each player's gradient.
         max_skips: Non-finite turns in a row that end the fit.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
