@@ -27,16 +27,19 @@ ROWS = {
         "floor",
     },
     "02_bayesian_regression.py": {"Normal", "Student t", "horseshoe", "Gibbs again"},
+    "03_logistic_minibatch.py": {"plain", "control variate"},
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
     "00_toy_densities.py": {"toy_densities.png"},
     "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},
     "02_bayesian_regression.py": {"regression_forest.png", "regression_pairs.png"},
+    "03_logistic_minibatch.py": {"logistic_minibatch.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
     "02_bayesian_regression.py": ("Gibbs again", 1, 0.0, 1.0),  # mean error between two chains, sd
+    "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
 }
 
 
