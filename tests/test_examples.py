@@ -44,10 +44,12 @@ BOUNDS = {
     "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
     "05_bnn_regression.py": ("NUTS", -1, 0.0, 0.0),  # distance of the reference from itself
 }
+# Trains parameters of the model, which `AVBSVI` cannot yet.
+WAITING = {"07_empirical_bayes.py"}
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == ROWS.keys() == PICTURES.keys()
+    assert {path.name for path in EXAMPLES.glob("*.py")} - WAITING == ROWS.keys() == PICTURES.keys()
 
 
 @pytest.mark.slow
