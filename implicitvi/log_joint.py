@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.overrides import TorchFunctionMode
 
+from implicitvi.compiled import CompiledScore
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.layout import SiteLayout
+from implicitvi.minibatch import Minibatch
 
 Model = Callable[..., Any]
 Run = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -61,11 +63,19 @@ class LogJoint:
         self.mode = mode
         self.only = only
         self.reason = "asked for" if mode != "auto" else "not chosen yet"
+        self._minibatch = Minibatch()
+        self._compiled: CompiledScore | None = None
 
     def __call__(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
         self.choose(u[:3], *args, **kwargs)
-        with unvalidated():
+        if self._compiled is not None:
+            try:
+                with unvalidated():
+                    return self._score(self._compiled, u, args, kwargs)
+            except ModelError as error:
+                self._stay_eager(error)
+        with unvalidated(), self._minibatch.pinned():
             return self._score(self._vmap if self.mode == "vmap" else self._loop, u, args, kwargs)
 
     def choose(self, u: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -89,10 +99,36 @@ class LogJoint:
             stacklevel=2,
         )
 
+    def compile(self, backend: str, u: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
+
+        Where that cannot be done the model is scored as before, with a warning that says why.
+        """
+        self.choose(u, *args, **kwargs)
+        try:
+            if self.mode != "vmap":
+                raise ModelError(f"only what vmap can score can be traced, not mode {self.mode!r}")
+            compiled = CompiledScore(
+                self._vmap, u, agree=_close, backend=backend, minibatch=self._minibatch
+            )
+            with unvalidated():
+                compiled(u, args, kwargs)
+        except ModelError as error:
+            self._stay_eager(error)
+        else:
+            self._compiled = compiled
+            self.reason += f"; compiled ({backend}) in {compiled.seconds:.1f} s"
+
+    def _stay_eager(self, error: ModelError) -> None:
+        self._compiled = None
+        why = str(error).rstrip(".")
+        self.reason = f"{self.reason.split(';')[0]}; not compiled: {why}"
+        warnings.warn(f"the model is scored without compiling it: {why}", stacklevel=3)
+
     def one(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_det = self.layout.unpack(u)
-        trace = trace_at(self.model, values, *args, **kwargs)
+        trace = trace_at(self._minibatch(self.model), values, *args, **kwargs)
         scores = [
             node["log_prob_sum"]
             for name, node in trace.nodes.items()
@@ -102,7 +138,7 @@ class LogJoint:
 
     def loop(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
-        with unvalidated():
+        with unvalidated(), self._minibatch.pinned():
             return self._score(self._loop, u, args, kwargs)
 
     def describe(self, u: Tensor, *args: Any, **kwargs: Any) -> str:
@@ -123,6 +159,8 @@ class LogJoint:
         """Score all particles; where the model raises, halve until the culprits stand alone."""
         try:
             return run(u, args, kwargs)
+        except ModelError:  # of the model as a whole
+            raise
         except PARTICLE_ERRORS:
             if len(u) == 1:
                 return u.new_full((1,), -torch.inf)
@@ -139,14 +177,19 @@ class LogJoint:
         state = torch.get_rng_state()
         for v in u:
             torch.set_rng_state(state)  # one minibatch for all particles, as under vmap
-            scores.append(self.one(v, *args, **kwargs))
+            with self._minibatch.pinned():
+                scores.append(self.one(v, *args, **kwargs))
         return torch.stack(scores)
 
     def _probe(
         self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Values ``[S]`` and gradients ``[S, D]``, with the same random choices for every way of running."""
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            self._minibatch.pinned(),
+        ):
             torch.manual_seed(0)
             v = u.detach().requires_grad_()
             scores = run(v, args, kwargs)

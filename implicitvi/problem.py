@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.adversaries import GatedAdversary, InformedAdversary
+from implicitvi.compiled import check_compile
 from implicitvi.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
@@ -129,6 +130,7 @@ class ProblemOptions:
     averaging: float = 0.9
     warm_start: int = 600
     mode: str = "auto"
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.contrast, str):
@@ -136,6 +138,7 @@ class ProblemOptions:
         if isinstance(self.ratio, str):
             check_choice("ratio", self.ratio, RATIOS)
         check_at_least("warm_start", self.warm_start, 0)
+        check_compile(self.compile)
         if not 0 <= self.averaging < 1:
             raise OptionError(
                 "averaging is out of range", got=self.averaging, expected="0 to below 1"
@@ -162,7 +165,10 @@ class ProblemOptions:
             sampler.loc,
             lambda u: log_joint.describe(u, *args, **kwargs),
         )
-        log_joint.choose(start + 0.1 * torch.randn(3, layout.dim).to(start), *args, **kwargs)
+        around = start + 0.1 * torch.randn(3, layout.dim).to(start)
+        log_joint.choose(around, *args, **kwargs)
+        if self.compile is not None:
+            log_joint.compile(self.compile, around, *args, **kwargs)
         if fresh:
             unit = torch.eye(layout.dim).to(start)
             frame = (

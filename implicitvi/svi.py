@@ -56,6 +56,9 @@ class AVBSVI:
             sampler is shown the average. 0 for the current weights.
         warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
         mode: How the model is scored: ``"auto"``, ``"vmap"`` or ``"loop"`` (`LogJoint`).
+        compile: ``"graph"`` records the model's log joint once and runs it without Pyro; ``"inductor"`` turns that
+            into machine code, in some seconds before the first step, and needs a C++ compiler. ``None`` for neither.
+            Results agree to rounding; a model that cannot be recorded is scored as it is, with a warning.
         clip_norm: Bound of the global norm of each player's gradient.
         max_skips: Non-finite turns in a row that end the fit.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
@@ -99,6 +102,7 @@ class AVBSVI:
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
         mode: str = ProblemOptions.mode,
+        compile: str | None = ProblemOptions.compile,
         clip_norm: float = 10.0,
         max_skips: int = 20,
         seed: int | None = None,
@@ -126,6 +130,7 @@ class AVBSVI:
             averaging=averaging,
             warm_start=warm_start,
             mode=mode,
+            compile=compile,
         )
         self.progress = progress
         self.callbacks = tuple(callbacks)
@@ -265,6 +270,7 @@ class AVB_ELBO(ELBO):
         averaging: As in `AVBSVI`.
         warm_start: As in `AVBSVI`.
         mode: As in `AVBSVI`.
+        compile: As in `AVBSVI`.
         clip_norm: Bound of the global norm of the adversary's gradient.
         max_skips: Non-finite turns in a row that end the fit.
         seed: As in `AVBSVI`.
@@ -297,6 +303,7 @@ class AVB_ELBO(ELBO):
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
         mode: str = ProblemOptions.mode,
+        compile: str | None = ProblemOptions.compile,
         clip_norm: float = 10.0,
         max_skips: int = 20,
         seed: int | None = None,
@@ -317,6 +324,7 @@ class AVB_ELBO(ELBO):
             averaging=averaging,
             warm_start=warm_start,
             mode=mode,
+            compile=compile,
         )
         check_positive("clip_norm", clip_norm)
         check_at_least("max_skips", max_skips, 1)
