@@ -21,7 +21,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -170,6 +170,16 @@ class CompiledScore:
                 if not all(map(self.agree, fast, exact)):
                     raise ModelError("the graph and the model disagree")
         return graph
+
+
+def compile_networks(*modules: nn.Module | None) -> None:
+    """Compile, in place, the networks that ``modules`` are made of; names in their state stay what they are.
+
+    Noise is drawn outside of them, by torch's own generators as before.
+    """
+    for module in modules:
+        for child in [] if module is None else module.children():
+            child.compile(dynamic=True)
 
 
 class _Graph:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.adversaries import GatedAdversary, InformedAdversary
-from implicitvi.compiled import check_compile
+from implicitvi.compiled import check_compile, compile_networks
 from implicitvi.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
@@ -183,6 +183,10 @@ class ProblemOptions:
             ratio=RATIOS[self.ratio]() if isinstance(self.ratio, str) else self.ratio,
             averaging=self.averaging,
         )
+        if (
+            self.compile == "inductor" and start.is_cuda
+        ):  # on the CPU it gains nothing (docs/results)
+            compile_networks(sampler, avb.adversary, avb.average)
         problem = Problem(log_joint, avb, arguments)
         guide.set_log_density(problem.log_q)
         return problem

@@ -58,7 +58,8 @@ class AVBSVI:
         mode: How the model is scored: ``"auto"``, ``"vmap"`` or ``"loop"`` (`LogJoint`).
         compile: ``"graph"`` records the model's log joint once and runs it without Pyro; ``"inductor"`` turns that
             into machine code, in some seconds before the first step, and needs a C++ compiler. ``None`` for neither.
-            Results agree to rounding; a model that cannot be recorded is scored as it is, with a warning.
+            Results agree to rounding; a model that cannot be recorded is scored as it is, with a warning. On a CUDA
+            device ``"inductor"`` compiles the networks too.
         clip_norm: Bound of the global norm of each player's gradient.
         max_skips: Non-finite turns in a row that end the fit.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that

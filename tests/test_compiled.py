@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import models
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
-from implicitvi.compiled import CompiledScore
+from implicitvi.compiled import CompiledScore, compile_networks
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.log_joint import LogJoint
+from implicitvi.samplers import GatedSampler
 
 Model = Callable[..., Any]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -236,6 +237,24 @@ def test_compiled_and_eager_fits_agree(dtype: torch.dtype, rtol: float, backend:
     assert f"compiled ({backend})" in str(compiled) and "compiled" not in str(eager)
     np.testing.assert_allclose(compiled.losses, eager.losses, rtol=rtol)
     np.testing.assert_allclose(compiled.history["adversary"], eager.history["adversary"], rtol=rtol)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled_networks_are_the_same_networks() -> None:
+    """Names in the state, draws and gradients."""
+    sampler = GatedSampler(2)
+    names, weights = list(sampler.state_dict()), list(sampler.parameters())
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        draws = sampler(5)
+        results.append((draws, *torch.autograd.grad(draws.square().sum(), weights)))
+        compile_networks(sampler, None)
+    assert list(sampler.state_dict()) == names
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.uses_param_store
