@@ -112,7 +112,8 @@ class CompiledScore:
         if len(self._graphs) == MAX_GRAPHS:
             raise ModelError(f"the arguments of the model came in more than {MAX_GRAPHS} forms")
         began = time.perf_counter()
-        with warnings.catch_warnings():
+        # a look at the model that leaves no trace in the random numbers
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             for category in (DeprecationWarning, FutureWarning):  # torch's compiler warns of itself
                 warnings.simplefilter("ignore", category)
             try:
@@ -141,6 +142,8 @@ class CompiledScore:
             with torch.enable_grad(), self.minibatch.pinned(indices) as used:
                 v = u.detach().requires_grad_()
                 scores = self.score(v, args, kwargs)
+                if scores.dim() != 1:
+                    raise ModelError("a particle has more than one score")
                 (gradient,) = torch.autograd.grad(scores.sum(), v)
             return (scores.detach(), gradient), used
 

@@ -109,11 +109,24 @@ class GaussianContrast(Contrast):
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         loc, scale_tril = moments(z.detach())
-        return MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+        return Gaussian(loc, scale_tril=scale_tril, validate_args=False)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, MultivariateNormal)
         return _whiten(z, r.loc, r._unbroadcasted_scale_tril)
+
+
+class Gaussian(MultivariateNormal):
+    """`torch.distributions.MultivariateNormal`, with all draws in one matrix product instead of one for each."""
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Reparameterised draws ``[*sample_shape, (B,) D]``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        rows = eps.reshape(-1, *self.loc.shape)
+        scaled = torch.einsum("...de,s...e->s...d", self._unbroadcasted_scale_tril, rows)
+        draws: Tensor = self.loc + scaled.reshape(shape)
+        return draws
 
 
 class MixtureContrast(Contrast):

@@ -239,6 +239,16 @@ def test_compiled_and_eager_fits_agree(dtype: torch.dtype, rtol: float, backend:
     np.testing.assert_allclose(compiled.history["adversary"], eager.history["adversary"], rtol=rtol)
 
 
+def test_compiled_and_eager_fits_draw_the_same_minibatches() -> None:
+    y, model = torch.randn(50).double(), models.global_latents_in_minibatches
+    losses = []
+    for backend in (None, "graph"):
+        options: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 5, "seed": 0}
+        svi = AVBSVI(model, ImplicitGuide(model), compile=backend, progress=False, **options)
+        losses.append(svi.run(y).losses)
+    np.testing.assert_allclose(*losses, rtol=1e-8)
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of itself
