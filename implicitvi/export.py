@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -13,10 +14,19 @@ from pyro.distributions import Unit
 from pyro.infer import Predictive
 from torch import Tensor
 
+from implicitvi.enumeration import (
+    Enumerate,
+    SharedSiteError,
+    batchable,
+    discrete_draw,
+    is_enumerated,
+    log_sum_of,
+)
 from implicitvi.errors import check_at_least
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import plate_names
-from implicitvi.log_joint import LogJoint, trace_at, unvalidated
+from implicitvi.log_joint import LogJoint
+from implicitvi.scoring import plate_nesting, run_at, trace_at, unvalidated
 
 Groups = dict[str, dict[str, NDArray[Any]]]
 
@@ -32,8 +42,10 @@ def to_arviz(
 ) -> Any:
     """Draws of a fitted guide, and what the model makes of them, as ArviZ's container.
 
-    Groups: ``posterior``; ``posterior_predictive`` (the observed sites drawn anew); ``log_likelihood`` (of every
-    observation, unscaled); ``observed_data``; ``sample_stats`` with ``lp`` (log joint of the constrained values,
+    Groups: ``posterior``, with discrete sites that the model sums out drawn from their exact conditional given each
+    draw; ``posterior_predictive`` (the observed sites drawn anew); ``log_likelihood`` (of every observation, unscaled,
+    discrete sites summed out; left out with a warning where a discrete site is shared by several observations);
+    ``observed_data``; ``sample_stats`` with ``lp`` (log joint of the constrained values,
     nats) and, where an adversary was trained, ``log_q_learned`` and ``log_weight`` on the unconstrained space.
     Draws are independent, so they stand as one chain: pass ``reff=1.0`` to ``az.loo``, and read nothing into R-hat.
 
@@ -51,8 +63,12 @@ def to_arviz(
     """
     check_at_least("num_samples", num_samples, 1)
     u = guide.sample_unconstrained(num_samples, *args, **kwargs)
-    posterior, log_det = guide.layout.unpack(u)
-    observed = _observed(model, posterior, *args, **kwargs)
+    continuous, log_det = guide.layout.unpack(u)
+    nodes = _nodes(model, continuous, *args, **kwargs)
+    observed = {name: node for name, node in nodes.items() if _is_data(node, name in continuous)}
+    discrete = {name: node for name, node in nodes.items() if is_enumerated(node)}
+    nesting = plate_nesting(nodes.values())
+    posterior = continuous | _discrete(model, continuous, discrete, nesting, *args, **kwargs)
     log_joint = LogJoint(model, guide.layout)
     with torch.no_grad():
         stats = {"lp": log_joint(u, *args, **kwargs) - log_det}
@@ -62,31 +78,55 @@ def to_arviz(
     groups: Groups = {
         "posterior": _chain(posterior),
         "posterior_predictive": _chain(_predict(model, posterior, observed, *args, **kwargs)),
-        "log_likelihood": _chain(_log_likelihood(model, posterior, observed, *args, **kwargs)),
+        "log_likelihood": _chain(
+            _log_likelihood(
+                model, continuous, observed, nesting if discrete else None, *args, **kwargs
+            )
+        ),
         "observed_data": {name: node["value"].numpy(force=True) for name, node in observed.items()},
         "sample_stats": _chain(stats),
     }
     named = {site.name: site.dims for site in guide.layout.sites}
-    named |= {name: plate_names(node) for name, node in observed.items()}
+    named |= {name: plate_names(node) for name, node in (discrete | observed).items()}
     given = {} if dims is None else {name: list(value) for name, value in dims.items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
     return _container({k: v for k, v in groups.items() if v}, coords, all_dims)
 
 
-def _observed(
+def _nodes(
     model: Callable[..., Any], draws: dict[str, Tensor], *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """Nodes of the observed sites of the model, by name."""
+    """Sample nodes of one run of the model at the first draw, by name."""
     first = {name: value[0] for name, value in draws.items()}
     with unvalidated():
-        trace = trace_at(model, first, *args, **kwargs)
+        nodes = run_at(model, first, *args, **kwargs).nodes
+    return {name: node for name, node in nodes.items() if node["type"] == "sample"}
+
+
+def _is_data(node: dict[str, Any], latent: bool) -> bool:
+    return node["is_observed"] and not latent and not isinstance(node["fn"], Unit)
+
+
+def _discrete(
+    model: Callable[..., Any],
+    draws: dict[str, Tensor],
+    discrete: dict[str, Any],
+    nesting: int,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """The enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
+    if not discrete:
+        return {}
+    with torch.no_grad(), unvalidated():
+        size = len(next(iter(draws.values())))
+        each = [
+            discrete_draw(model, {k: v[i] for k, v in draws.items()}, nesting, *args, **kwargs)
+            for i in range(size)
+        ]
     return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and node["is_observed"]
-        and name not in draws
-        and not isinstance(node["fn"], Unit)
+        name: torch.stack([draw[name].reshape(node["value"].shape) for draw in each])
+        for name, node in discrete.items()
     }
 
 
@@ -108,23 +148,36 @@ def _log_likelihood(
     model: Callable[..., Any],
     draws: dict[str, Tensor],
     observed: dict[str, Any],
+    nesting: int | None,
     *args: Any,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Log density of every observation at each draw, without scales: ``{site: [S, *batch shape]}``, nats."""
+    """Log density of every observation at each draw, without scales: ``{site: [S, *batch shape]}``, nats.
+
+    ``nesting`` is ``None`` for a model without discrete sites. A model whose discrete sites are shared by several
+    observations gets a warning and nothing.
+    """
+    enumerated = model if nesting is None else Enumerate(-1 - nesting)(model)
 
     def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        nodes = trace_at(model, values, *args, **kwargs).nodes
-        return {name: nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in observed}
+        trace = trace_at(enumerated, values, *args, **kwargs)
+        return {name: log_sum_of(trace, name) for name in observed}
 
     with torch.no_grad(), unvalidated():
         try:
-            scores: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
+            with batchable():
+                scores: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
+        except SharedSiteError as error:
+            warnings.warn(f"no log_likelihood in the export: {error}", stacklevel=3)
+            return {}
         except Exception:  # a model that cannot be batched goes draw by draw
             size = len(next(iter(draws.values())))
             each = [one({name: value[i] for name, value in draws.items()}) for i in range(size)]
             scores = {name: torch.stack([score[name] for score in each]) for name in observed}
-    return scores
+    return {
+        name: scores[name].reshape(len(scores[name]), *node["fn"].batch_shape)
+        for name, node in observed.items()
+    }
 
 
 def _chain(values: dict[str, Tensor]) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from implicitvi.guide import ImplicitGuide
 from implicitvi.training import History
@@ -26,6 +27,7 @@ class Fit:
         stop_reason: ``"finished"``, ``"interrupted"`` or a callback's message.
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.
+        parameters: Values of the model's parameters that were learned with the posterior, by name.
     """
 
     guide: ImplicitGuide
@@ -36,6 +38,7 @@ class Fit:
     stop_reason: str
     skipped: int
     log_joint: str
+    parameters: dict[str, Tensor]
 
     @property
     def losses(self) -> NDArray[np.float64]:

@@ -8,13 +8,17 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import ImproperUniform, Independent, TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import real
 
+from implicitvi.enumeration import is_enumerated, is_finite
 from implicitvi.errors import ModelError, SetupError, check_at_least, check_choice
-from implicitvi.layout import SiteLayout
+from implicitvi.layout import SiteLayout, bijection
 from implicitvi.samplers import SAMPLERS, Sampler
 
 _instances = itertools.count(1)
@@ -68,10 +72,31 @@ class ImplicitDistribution(TorchDistribution):
         return self.log_density(flat).reshape(value.shape[:-1])
 
 
+class _Readable(Messenger):
+    """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        msg["cond_indep_stack"] = tuple(
+            frame
+            for frame in msg["cond_indep_stack"]
+            if frame.vectorized or frame.full_size not in (None, frame.size)
+        )
+        if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
+            shape = msg["fn"].shape()
+            transform = biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
+
+
+def is_hidden(msg: Any) -> bool:
+    """Whether a guide of the continuous latent sites passes over a site."""
+    return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
+
+
 class ImplicitGuide(AutoContinuous):
     """Automatic guide whose posterior is implicit: draws of a network, with no density.
 
-    All continuous latent sites of ``model`` are transformed to the real line and laid out on one vector
+    Discrete latent sites marked ``infer={"enumerate": "parallel"}`` are summed out of the model; the guide does not
+    have them. All continuous latent sites of ``model`` are transformed to the real line and laid out on one vector
     ``u [D]``, as in every `pyro.infer.autoguide.AutoContinuous`; a `Sampler` draws ``u``. Train it with
     `AVBSVI`, or with `pyro.infer.SVI` and the loss `AVB_ELBO`.
 
@@ -108,12 +133,14 @@ class ImplicitGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(_Readable()(model), init_loc_fn=init_loc_fn)
         if isinstance(sampler, str):
             check_choice("sampler", sampler, SAMPLERS)
         self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
         self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self._learned: tuple[Callable[[Tensor], Tensor]] | None = None  # a tuple: no submodule
+
+    _prototype_hide_fn = staticmethod(is_hidden)
 
     @property
     def is_set_up(self) -> bool:
@@ -134,8 +161,8 @@ class ImplicitGuide(AutoContinuous):
             The guide itself, now with ``parameters()`` and a ``state_dict()``.
 
         Raises:
-            ModelError: The model has no continuous latent site, has a discrete one, or has latents in a
-                subsampled plate.
+            ModelError: The model has no continuous latent site, has a discrete one that is not summed out, or has
+                latents in a subsampled plate.
         """
         if not self.is_set_up:
             self._setup_prototype(*args, **kwargs)
@@ -234,11 +261,11 @@ class ImplicitGuide(AutoContinuous):
 
 
 def latent_trace(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Trace of the model's unobserved sample sites."""
+    """Trace of the model's unobserved sample sites, those aside that are summed out."""
     with pyro.poutine.block():
-        return pyro.poutine.trace(
-            pyro.poutine.block(model, AutoContinuous._prototype_hide_fn)
-        ).get_trace(*args, **kwargs)
+        return pyro.poutine.trace(pyro.poutine.block(_Readable()(model), is_hidden)).get_trace(
+            *args, **kwargs
+        )
 
 
 def check_latents(trace: Any) -> None:
@@ -246,16 +273,13 @@ def check_latents(trace: Any) -> None:
     sites = dict(trace.iter_stochastic_nodes())
     if not sites:
         raise ModelError(
-            "the model has no latent site",
+            "the model has no latent site to draw",
             do="Check that the sites to infer are not observed, and that observed ones get obs=.",
         )
-    discrete = [name for name, node in sites.items() if node["fn"].support.is_discrete]
-    if discrete:
-        raise ModelError(
-            f"the model has discrete latent sites: {', '.join(discrete)}",
-            do="Sum them out by hand, for instance with dist.MixtureSameFamily; an implicit posterior is "
-            "continuous.",
-        )
+    for name, node in sites.items():
+        if getattr(node["fn"], "support", real).is_discrete:
+            _refuse_discrete(name, node["fn"])
+        bijection(name, node["fn"])
     local = {
         frame.name
         for node in sites.values()
@@ -267,3 +291,24 @@ def check_latents(trace: Any) -> None:
             f"latent sites stand in a subsampled plate: {', '.join(sorted(local))}",
             do="Run the plate in full, or use amortized inference; only global latents may meet minibatches.",
         )
+
+
+def _refuse_discrete(name: str, fn: Any) -> None:
+    if is_finite(fn):
+        raise ModelError(
+            f"the discrete latent site {name!r} is not marked to be summed out",
+            do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
+            "@pyro.infer.config_enumerate.",
+        )
+    if isinstance(fn, Independent):
+        raise ModelError(
+            f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
+            "enumerate",
+            do="Declare them independent: a pyro.plate in place of to_event.",
+        )
+    raise ModelError(
+        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
+        "summed out",
+        got=type(fn).__name__,
+        do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
+    )

@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Transform, biject_to
+
+from implicitvi.errors import ModelError
+
+CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
+HINTS = {
+    "ProjectedNormal": "Write poutine.reparam(model, config={site: ProjectedNormalReparam()}).",
+    "MixtureSameFamily": "Sample the component too, as a discrete site marked "
+    'infer={"enumerate": "parallel"}, which is summed out.',
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class Site:
     def size(self) -> int:
         """Number of entries of ``u`` that the site takes."""
         return prod(self.unconstrained_shape)
+
+    @property
+    def batch_dim(self) -> int:
+        """Number of leftmost dimensions of the value that are independent of each other."""
+        return len(self.shape) - self.event_dim
 
     def constrain(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [...]``."""
@@ -112,9 +127,45 @@ def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:
     return tuple(dims)
 
 
+def bijection(name: str, fn: Any) -> Transform:
+    """The bijection from unconstrained values to the support of a continuous latent site.
+
+    Raises:
+        ModelError: There is none: the message names the site and says what to write instead.
+    """
+    kind = _kind(fn)
+    if kind in CIRCULAR:
+        raise ModelError(
+            f"site {name!r} is an angle: its density repeats along the whole real line",
+            got=kind,
+            do="Sample Uniform(-π, π) and add the density with pyro.factor, or use ProjectedNormal with "
+            "ProjectedNormalReparam.",
+        )
+    if kind == "Delta":
+        raise ModelError(
+            f"site {name!r} is a Delta, which has no density", do="Use pyro.deterministic."
+        )
+    try:
+        transform: Transform = biject_to(fn.support)
+    except (AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"site {name!r} cannot be mapped to the real line",
+            got=f"{kind}: {str(error).splitlines()[0] if str(error) else 'no support'}",
+            do=HINTS.get(kind, "Reparameterise the site (pyro.infer.reparam)."),
+        ) from error
+    return transform
+
+
+def _kind(fn: Any) -> str:
+    """Name of a distribution's class, wrappers aside."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
 def _site(name: str, node: dict[str, Any]) -> Site:
     fn, value = node["fn"], node["value"]
-    transform = biject_to(fn.support)
+    transform = bijection(name, fn)
     return Site(
         name=name,
         shape=tuple(value.shape),

@@ -4,45 +4,61 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.overrides import TorchFunctionMode
 
 from implicitvi.compiled import CompiledScore
+from implicitvi.enumeration import Enumerate, batchable, is_enumerated, is_summed, log_sum
 from implicitvi.errors import ModelError, check_choice
-from implicitvi.layout import SiteLayout
+from implicitvi.layout import SiteLayout, bijection
 from implicitvi.minibatch import Minibatch
+from implicitvi.scoring import (
+    PARTICLE_ERRORS,
+    Model,
+    first_line,
+    is_particles_fault,
+    is_scored,
+    plate_nesting,
+    run_at,
+    score,
+    trace_at,
+    unvalidated,
+)
+from implicitvi.training import RandomStream
 
-Model = Callable[..., Any]
 Run = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
-MODES = ("auto", "vmap", "loop")
-PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+MODES = ("auto", "vmap", "plate", "loop")
+FAST = {"vmap": "vmap", "plate": "the particle plate"}
+FALLBACK = "There is a performance drop because we have not yet implemented the batching rule"
 
 
 class LogJoint:
     """``log p(x, z) + log|J|`` of a model at particles ``u [S, D]``: values ``[S]`` in nats.
 
-    The particles go through the model in one call of `torch.func.vmap`, or one by one in a loop where the
-    model does not allow that. The fast way is taken only after it has given the values and the gradients of the
-    loop at a few points (`choose`).
+    The particles go through the model together, under `torch.func.vmap` or in a `pyro.plate` of particles, or one by
+    one in a loop where the model allows neither. A fast way is taken only after it has given the values and the
+    gradients of the loop at a few points (`choose`).
 
-    A particle at which the model raises, as a failed Cholesky factorisation does, scores ``-inf``; the others are
-    not disturbed.
+    Discrete sites marked ``infer={"enumerate": "parallel"}`` are summed out. A particle at which the model raises,
+    as a failed Cholesky factorisation does, scores ``-inf``; the others are not disturbed.
 
     Args:
         model: The Pyro model.
-        layout: Its latent sites.
-        mode: ``"auto"``, ``"vmap"`` or ``"loop"``.
+        layout: Its continuous latent sites.
+        mode: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
         only: Names of the sites to sum over, ``None`` for all of the model. With the latent sites alone this is
-            the log prior.
+            the log prior. Enumerated sites always count.
+        exclude: Names of sites to leave out of the sum; their densities are not asked for.
 
     Attributes:
         mode: What is used; ``"auto"`` until `choose` has run.
@@ -56,19 +72,30 @@ class LogJoint:
         *,
         mode: str = "auto",
         only: tuple[str, ...] | None = None,
+        exclude: tuple[str, ...] = (),
     ):
         check_choice("mode", mode, MODES)
         self.model = model
         self.layout = layout
         self.mode = mode
         self.only = only
-        self.reason = "asked for" if mode != "auto" else "not chosen yet"
+        self.exclude = exclude
+        self.reason = "not chosen yet" if mode == "auto" else "asked for"
+        self._is_settled = False
+        self._sites = {site.name: site for site in layout.sites}
+        self._nesting: int | None = (
+            None  # how many batch dimensions the model uses; None before its first run
+        )
+        self._enumerates = False
         self._minibatch = Minibatch()
         self._compiled: CompiledScore | None = None
+        self._falls_back = (
+            False  # whether vmap loops inside an operation, of which torch warns each time
+        )
 
     def __call__(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
-        self.choose(u[:3], *args, **kwargs)
+        self.choose(u, *args, **kwargs)
         if self._compiled is not None:
             try:
                 with unvalidated():
@@ -76,28 +103,41 @@ class LogJoint:
             except ModelError as error:
                 self._stay_eager(error)
         with unvalidated(), self._minibatch.pinned():
-            return self._score(self._vmap if self.mode == "vmap" else self._loop, u, args, kwargs)
+            return self._score(self._run(self.mode), u, args, kwargs)
 
     def choose(self, u: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Settle ``"auto"`` by comparing values and gradients with the loop at ``u [S, D]``."""
-        if self.mode != "auto":
+        """Check the model, and the ways to score it, near the first points of ``u [S, D]``; once only.
+
+        ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
+
+        Raises:
+            ModelError: The model's sites are not those of the layout, the support of one depends on another, or the
+                mode asked for does not give what the loop gives.
+        """
+        if self._is_settled:
             return
-        with unvalidated():
-            exact = self._probe(self._loop, u, args, kwargs)
-            try:
-                fast = self._probe(self._vmap, u, args, kwargs)
-            except Exception as error:  # whatever a model does under vmap, the loop is right
-                self.reason = f"vmap raised {_first(error)}"
-            else:
-                if all(_close(a, b) for a, b in zip(fast, exact, strict=True)):
-                    self.mode, self.reason = "vmap", "vmap agrees with the loop"
+        with unvalidated(), RandomStream(0):
+            points, exact = self._compare_at(u, args, kwargs)
+            for v in points:
+                self._check_supports(v, args, kwargs)
+            asked, failures = self.mode, []
+            for mode in FAST if asked == "auto" else {asked} & FAST.keys():
+                failure = self._failure(mode, points, exact, args, kwargs)
+                if failure is None:
+                    self._settle(mode, f"{FAST[mode]} agrees with the loop")
                     return
-                self.reason = "vmap and the loop disagree"
-        self.mode = "loop"
-        warnings.warn(
-            f"the model is scored one particle at a time, about 1 ms each ({self.reason})",
-            stacklevel=2,
-        )
+                failures.append(failure)
+        reason = "; ".join(failures)
+        if asked in FAST:
+            raise ModelError(
+                f"mode={asked!r} does not fit the model", got=reason, do="Use mode='auto'."
+            )
+        self._settle("loop", reason or "asked for")
+        if asked == "auto":
+            warnings.warn(
+                f"the model is scored one particle at a time, about 1 ms each ({reason})",
+                stacklevel=2,
+            )
 
     def compile(self, backend: str, u: Tensor, *args: Any, **kwargs: Any) -> None:
         """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
@@ -108,11 +148,12 @@ class LogJoint:
         try:
             if self.mode != "vmap":
                 raise ModelError(f"only what vmap can score can be traced, not mode {self.mode!r}")
-            compiled = CompiledScore(
-                self._vmap, u, agree=_close, backend=backend, minibatch=self._minibatch
-            )
-            with unvalidated():
-                compiled(u, args, kwargs)
+            with unvalidated(), RandomStream(0):  # a look that leaves no trace
+                points, _ = self._compare_at(u, args, kwargs)
+                compiled = CompiledScore(
+                    self._vmap, points, agree=_close, backend=backend, minibatch=self._minibatch
+                )
+                compiled(points, args, kwargs)
         except ModelError as error:
             self._stay_eager(error)
         else:
@@ -122,19 +163,18 @@ class LogJoint:
     def _stay_eager(self, error: ModelError) -> None:
         self._compiled = None
         why = str(error).rstrip(".")
-        self.reason = f"{self.reason.split(';')[0]}; not compiled: {why}"
+        self.reason = f"{self.reason.split('; compiled')[0]}; not compiled: {why}"
         warnings.warn(f"the model is scored without compiling it: {why}", stacklevel=3)
 
     def one(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_det = self.layout.unpack(u)
-        trace = trace_at(self._minibatch(self.model), values, *args, **kwargs)
-        scores = [
-            node["log_prob_sum"]
-            for name, node in trace.nodes.items()
-            if "log_prob_sum" in node and (self.only is None or name in self.only)
-        ]
-        return sum(scores, log_det)
+        trace = self._trace(values, args, kwargs)
+        if self._enumerates:
+            return log_det + log_sum(trace)
+        return sum(
+            (n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det
+        )
 
     def loop(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
@@ -148,28 +188,146 @@ class LogJoint:
             with unvalidated():
                 trace = trace_at(self.model, values, *args, **kwargs)
         except PARTICLE_ERRORS as error:
-            return f"the model raised {_first(error)}"
+            return f"the model raised {first_line(error)}"
         return "; ".join(
             f"{name}: log density {node['log_prob_sum'].item()}, value {_short(node['value'])}"
             for name, node in trace.nodes.items()
             if "log_prob_sum" in node and not node["log_prob_sum"].isfinite()
         )
 
+    def _trace(
+        self,
+        values: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        model: Model | None = None,
+    ) -> Any:
+        """Trace of the model, or of ``model`` made from it, its sites checked and those that count scored."""
+        model = self.model if model is None else model
+        if self._nesting is None:
+            self._inspect(values, args, kwargs)
+        if self._enumerates:
+            model = Enumerate(-1 - self._nesting)(model)  # type: ignore[operator]
+        trace = run_at(self._minibatch(model), values, *args, **kwargs)
+        self._check_sites(trace, wider=self._enumerates or model is not self.model)
+        left_out = self.exclude
+        if self.only is not None:
+            kept = {*self.only, *(k for k, n in trace.nodes.items() if is_summed(n))}
+            left_out = tuple(name for name in trace.nodes if name not in kept or name in left_out)
+        score(trace, values, left_out)
+        return trace
+
+    def _inspect(
+        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run the model once to see which discrete sites it has and how deep its plates are nested."""
+        with RandomStream(0):  # a look that leaves no trace
+            trace = run_at(self.model, values, *args, **kwargs)
+        nodes = [node for node in trace.nodes.values() if is_scored(node)]
+        self._enumerates = any(is_enumerated(node) for node in nodes)
+        undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
+        self._nesting = max([plate_nesting(nodes), *undeclared])
+
+    def _check_sites(self, trace: Any, *, wider: bool) -> None:
+        """Raise `ModelError` unless every random site is accounted for: by the layout, or as summed out.
+
+        Args:
+            trace: The trace.
+            wider: Whether sites may have dimensions on the left that the layout does not know.
+        """
+        visited = 0
+        for name, node in trace.nodes.items():
+            site = self._sites.get(name)
+            if site is not None:
+                visited += 1
+                shape = node["fn"].batch_shape + node["fn"].event_shape
+                if shape != site.shape and not (
+                    wider and shape[len(shape) - len(site.shape) :] == site.shape
+                ):
+                    raise ModelError(
+                        f"the shape of site {name!r} has changed",
+                        got=tuple(shape),
+                        expected=site.shape,
+                        do="Give the model data of the same size in every call, or make a new guide.",
+                    )
+            elif (
+                node["type"] == "sample"
+                and not node["is_observed"]
+                and not is_summed(node)
+                and not site_is_subsample(node)
+            ):
+                raise ModelError(
+                    f"the model visits a latent site that it did not have before: {name!r}",
+                    expected=", ".join(self._sites),
+                    do="Give the model the same sites in every call, whatever the values of its latents.",
+                )
+        if visited < len(self._sites):
+            missing = [name for name in self._sites if name not in trace.nodes]
+            raise ModelError(
+                f"the model does not visit its latent sites {', '.join(map(repr, missing))} any more",
+                do="Give the model the same sites in every call, whatever the values of its latents.",
+            )
+
+    def _check_supports(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ModelError` unless the support of every site at ``u [D]`` is that of the layout."""
+        values, _ = self.layout.unpack(u)
+        trace = self._trace(values, args, kwargs)
+        for site, flat in self.layout.split(u):
+            fn = trace.nodes[site.name]["fn"]
+            here = replace(site, transform=bijection(site.name, fn)).constrain(flat)[0]
+            if not _same(here, values[site.name]):
+                raise ModelError(
+                    f"the support of site {site.name!r} depends on other latent sites",
+                    do="Sample a site of fixed support and transform it: for Uniform(0, b) sample "
+                    "Uniform(0, 1) and multiply by b.",
+                )
+
+    def _run(self, mode: str) -> Run:
+        return {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[mode]
+
     def _score(self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Score all particles; where the model raises, halve until the culprits stand alone."""
         try:
             return run(u, args, kwargs)
-        except ModelError:  # of the model as a whole
-            raise
-        except PARTICLE_ERRORS:
+        except PARTICLE_ERRORS as error:
+            if not is_particles_fault(error):
+                raise
             if len(u) == 1:
                 return u.new_full((1,), -torch.inf)
             return torch.cat([self._score(run, half, args, kwargs) for half in u.tensor_split(2)])
 
     def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        scores: Tensor = torch.func.vmap(lambda v: self.one(v, *args, **kwargs), randomness="same")(
-            u
-        )
+        with batchable(), _quiet() if self._falls_back else nullcontext():
+            scores: Tensor = torch.func.vmap(
+                lambda v: self.one(v, *args, **kwargs), randomness="same"
+            )(u)
+        return scores
+
+    def _plate(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._enumerates:
+            raise NotImplementedError("discrete sites are not summed out in it")
+        flat, log_det = self.layout.unpack(u)
+        depth: int = self._nesting or 0
+        values = {
+            name: value.reshape(
+                len(u), *[1] * (depth - self._sites[name].batch_dim), *value.shape[1:]
+            )
+            for name, value in flat.items()
+        }
+
+        def together(*args: Any, **kwargs: Any) -> None:
+            with pyro.plate("_particles", len(u), dim=-1 - depth):
+                self.model(*args, **kwargs)
+
+        scores = log_det
+        for name, node in self._trace(values, args, kwargs, together).nodes.items():
+            if "log_prob" in node:
+                log_prob = node["log_prob"]
+                if log_prob.dim() != depth + 1 or len(log_prob) != len(u):
+                    raise ValueError(
+                        f"the log density of {name!r} has shape {tuple(log_prob.shape)}"
+                    )
+                scores = scores + log_prob.flatten(1).sum(1) if depth else scores + log_prob
         return scores
 
     def _loop(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -181,56 +339,58 @@ class LogJoint:
                 scores.append(self.one(v, *args, **kwargs))
         return torch.stack(scores)
 
+    def _settle(self, mode: str, reason: str) -> None:
+        self.mode, self.reason, self._is_settled = mode, reason, True
+
+    def _compare_at(
+        self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Points near ``u [S, D]`` at which the loop is finite, ``[P, D]``, and its values and gradients there.
+
+        Few of many candidates would do; a single one would not show particles that meet each other.
+        """
+        near = u[:3].detach()
+        for scale in (0.5, 0.05, 0.005):
+            with RandomStream(0):
+                noise = torch.randn(4, u.shape[1]).to(u)
+            points = torch.cat([near, near[torch.arange(4) % len(near)] + scale * noise])
+            values, gradients = self._probe(partial(self._score, self._loop), points, args, kwargs)
+            finite = values.isfinite() & gradients.isfinite().all(-1)
+            if finite.sum() > 1:
+                break
+        return points[finite], (values[finite], gradients[finite])
+
+    def _failure(
+        self,
+        mode: str,
+        points: Tensor,
+        exact: tuple[Tensor, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> str | None:
+        """Why a fast mode cannot be taken; ``None`` if it gives what the loop gives."""
+        if len(points) < 2:
+            return "the density is finite at too few points to compare"
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                fast = self._probe(self._run(mode), points, args, kwargs)
+            self._falls_back = any(FALLBACK in str(w.message) for w in caught)
+        except Exception as error:  # whatever a model does in a batch, the loop is right
+            return f"{FAST[mode]} raised {first_line(error)}"
+        if all(_close(a, b) for a, b in zip(fast, exact, strict=True)):
+            return None
+        return f"{FAST[mode]} and the loop disagree"
+
     def _probe(
         self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Values ``[S]`` and gradients ``[S, D]``, with the same random choices for every way of running."""
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-            self._minibatch.pinned(),
-        ):
-            torch.manual_seed(0)
+        with torch.enable_grad(), RandomStream(0), self._minibatch.pinned():
             v = u.detach().requires_grad_()
             scores = run(v, args, kwargs)
-            (grad,) = torch.autograd.grad(scores.sum(), v)
+            (grad,) = torch.autograd.grad((scores + 0 * v.sum(-1)).sum(), v)
         return scores.detach(), grad
-
-
-def trace_at(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """Pyro trace of ``model`` with its latent sites fixed to ``values``, every ``log_prob_sum`` computed."""
-    with poutine.block():
-        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
-        trace.compute_log_prob(lambda name, node: not site_is_subsample(node))
-    return trace
-
-
-class _Unvalidated(Messenger):
-    """Turns argument checks off in distributions that were built before the checks were turned off."""
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = msg["fn"]
-        while fn is not None:
-            if fn.__dict__.get("_validate_args"):
-                fn._validate_args = False
-                self.changed.append(fn)
-            fn = fn.__dict__.get("base_dist")
-
-    def __enter__(self) -> Any:
-        self.changed: list[Any] = []
-        return super().__enter__()
-
-    def __exit__(self, *exc: Any) -> Any:
-        for fn in self.changed:
-            fn._validate_args = True
-        return super().__exit__(*exc)
-
-
-@contextmanager
-def unvalidated() -> Iterator[None]:
-    """Run model code without argument checks: they branch on values, which a batch of particles cannot."""
-    with pyro.validation_enabled(False), _Unvalidated():
-        yield
 
 
 class _FreshNoise(TorchFunctionMode):
@@ -296,7 +456,7 @@ class ModelPrior(Distribution):
             ) as error:  # a sampler that cannot be batched, such as a rejection loop
                 self._loops = True
                 warnings.warn(
-                    f"the prior is drawn one particle at a time, about 1 ms each ({_first(error)})",
+                    f"the prior is drawn one particle at a time, about 1 ms each ({first_line(error)})",
                     stacklevel=2,
                 )
         return torch.stack([self._draw_one(self._like.new_zeros(())) for _ in range(count)])
@@ -316,15 +476,22 @@ class ModelPrior(Distribution):
         return layout.pack(values) + blank
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", FALLBACK)
+        yield
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two values agree where one may have further dimensions on the left."""
+    return a.shape[a.dim() - b.dim() :] == b.shape and torch.allclose(a, b.expand_as(a))
+
+
 def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-8 if a.dtype == torch.float64 else 2e-4
-    scale = b.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0).item()
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _first(error: Exception) -> str:
-    """Kind and first line of an error."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    scale = b.abs().max().clamp(min=1.0).item()
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale)
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from math import log
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,32 @@ def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
     return log_joint - log_contrast - log_ratio
 
 
+def tighten(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
+    """Importance-weighted bound ``log mean_k exp elbo`` over ``K`` draws: ``elbo [S, (B,)]`` to ``[S / K, (B,)]``.
+
+    The draws ``z [S, (B,) D]`` get the doubly reparameterised gradient: ``q`` is held fixed in the ELBO, which leaves
+    its mean gradient alone only while all draws weigh the same; squaring the weights on the way through ``z``
+    (and only there) makes it right again. With ``K = 1`` nothing changes.
+
+    References:
+        Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016, eq. 8.
+        Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, George Tucker, Dieterich Lawson,
+        Shixiang Gu, Chris Maddison, 2019, eq. 8.
+    """
+    if num_importance == 1:
+        return elbo
+    groups: Tensor = elbo.unflatten(0, (num_importance, -1))
+    if z.requires_grad:
+        weights = groups.detach().softmax(0).flatten(0, 1)[..., None]
+        z.register_hook(lambda gradient: gradient * weights)
+    return groups.logsumexp(0) - log(num_importance)
+
+
 class AVB:
     """Adversarial variational Bayes of a sampler, a contrast and an adversary.
 
-    The sampler is shown a running average of the adversary's recent weights: a steadier opponent.
+    The sampler is shown a running average of the adversary's recent weights: a steadier opponent. A context ``x`` is
+    ``[B, C]``, or ``[S, B, C]`` with one for each draw; the log joint of draws ``z [S, (B,) D]`` is ``[S, (B,)]``.
 
     Args:
         sampler: The implicit distribution ``q``.
@@ -44,6 +67,7 @@ class AVB:
         adversary: Network that scores standardised draws; an `InformedAdversary` is shown ``log p - log r`` too.
         ratio: Ratio loss of the adversary.
         averaging: Share of the average that outlives a step of the adversary; 0 for its current weights.
+        num_importance: Draws ``K`` in each importance-weighted bound; 1 for the ELBO.
     """
 
     def __init__(
@@ -54,73 +78,95 @@ class AVB:
         *,
         ratio: RatioLoss | None = None,
         averaging: float = 0.0,
+        num_importance: int = 1,
     ):
         self.sampler = sampler
         self.contrast = contrast
         self.adversary = adversary
         self.ratio = Logistic() if ratio is None else ratio
         self.averaging = averaging
+        self.num_importance = num_importance
         self.average = deepcopy(adversary) if averaging else None
         # looked up once: walking through a network takes longer than moving its average
         both = [] if self.average is None else [self.average, adversary]
         self._weights: list[list[Tensor]] = [list(module.parameters()) for module in both]
         self._buffers = [list(module.buffers()) for module in both]
 
-    def contrast_loss(self, num_samples: int) -> Tensor:
+    @property
+    def informed(self) -> bool:
+        """Whether the adversary is shown ``log p - log r``."""
+        return isinstance(self.adversary, InformedAdversary)
+
+    def contrast_loss(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """``-mean log r`` of fresh draws: a step of it lets a fitted contrast follow the sampler."""
         with torch.no_grad():
-            z = self.sampler(num_samples)
-        return self.contrast.loss(z)
+            z = self.sampler(num_samples, x)
+        return self.contrast.loss(z, x)
 
     def adversary_losses(
-        self, num_samples: int, num_steps: int, log_joint: LogDensity
+        self,
+        num_samples: int,
+        num_steps: int,
+        log_joint: LogDensity,
+        x: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """The ratio loss on fresh draws of ``q`` and as many of the contrast, for each of the adversary's steps.
 
-        Neither ``q`` nor ``r`` moves meanwhile, so the draws of all steps are made and scored at once.
+        Neither ``q`` nor ``r`` moves meanwhile, so the draws of all steps are made and scored at once; an ``x`` that
+        differs from draw to draw has ``num_samples * num_steps`` rows.
         """
         if not num_steps:
             return
         gap = None
         with torch.no_grad():
-            z_q = self.sampler(num_samples * num_steps)
-            r = self.contrast(z_q)
-            z = torch.stack([z_q, r.sample(z_q.shape[:1])])
+            z_q = self.sampler(num_samples * num_steps, x)
+            r = self.contrast(z_q, x)
+            z_r = r.sample(z_q.shape[: z_q.dim() - 1 - len(r.batch_shape)])
+            z = torch.stack([z_q, z_r])
             standard = self.contrast.standardise(z, r)
             if isinstance(self.adversary, InformedAdversary):
-                gap = log_joint(z.flatten(0, 1)).view(2, -1) - r.log_prob(z)
+                gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
                 self.adversary.recentre(gap[0])
-            self.contrast.observe(z_q)
+            self.contrast.observe(z_q, r)
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
             known = None if gap is None else gap[:, step]
-            t_q, t_r = self._scores(self.adversary, standard[:, step], known)
+            context = x[step] if x is not None and x.dim() == z_q.dim() else x
+            t_q, t_r = self._scores(self.adversary, standard[:, step], known, context)
             yield self.ratio.loss(t_q, t_r)
 
-    def elbo(self, num_samples: int, log_joint: LogDensity) -> tuple[Tensor, int]:
-        """Per-draw `elbo` ``[S']`` of fresh draws, and how many of the ``S`` were dropped.
+    def elbo(
+        self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Per-draw `elbo` ``[S', (B,)]`` of fresh draws, tightened, and how many of the ``S`` were dropped.
 
-        A draw is dropped where the model gives it no finite log density; its gradient would be lost in any case,
-        and would take the others' with it.
+        A draw is dropped where the model gives it no finite log density, with all that share its importance
+        weights; its gradient would be lost in any case, and would take the others' with it.
         """
-        z = self.sampler(num_samples)
-        r = self.contrast(z)
+        z = self.sampler(num_samples, x)
+        r = self.contrast(z, x)
         log_p = log_joint(z)
-        kept = log_p.isfinite()
+        kept = finite_draws(log_p, self.num_importance)
         if not kept.all():
             z = z[kept]
             log_p = log_joint(z) if len(z) else log_p[kept]
-        log_r = r.log_prob(z)
-        return elbo(log_p, log_r, self._log_ratio(z, r, log_p, log_r)), num_samples - len(z)
+        scores = self.score(z, r, log_p, x)
+        return tighten(scores, z, self.num_importance), num_samples - len(z)
 
-    def log_q(self, z: Tensor, log_joint: LogDensity) -> Tensor:
-        """The learned ``log q(z) = log r(z) + T(z)`` of draws ``z [S, D]``: ``[S]`` in nats.
+    def score(self, z: Tensor, r: Distribution, log_p: Tensor, x: Tensor | None = None) -> Tensor:
+        """`elbo` of draws ``z [S, (B,) D]`` whose log joint is ``log_p [S, (B,)]``, with the adversary held fixed."""
+        log_r = r.log_prob(z)
+        return elbo(log_p, log_r, self._log_ratio(z, r, log_p - log_r, x))
+
+    def log_q(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> Tensor:
+        """The learned ``log q(z | x) = log r + T`` of draws ``z [S, (B,) D]``: ``[S, (B,)]`` in nats.
 
         The statistics of the contrast are those of ``z``, so hand in many draws of the sampler.
         """
-        r = self.contrast(z)
+        r = self.contrast(z, x)
         log_r = r.log_prob(z)
-        log_q: Tensor = log_r + self._log_ratio(z, r, log_joint(z), log_r)
+        gap = log_joint(z) - log_r if self.informed else None
+        log_q: Tensor = log_r + self._log_ratio(z, r, gap, x)
         return log_q
 
     def keep_average(self) -> None:
@@ -133,13 +179,24 @@ class AVB:
             for mine, current in zip(*self._buffers, strict=True):
                 mine.copy_(current)
 
-    def _log_ratio(self, z: Tensor, r: Distribution, log_p: Tensor, log_r: Tensor) -> Tensor:
+    def _log_ratio(
+        self, z: Tensor, r: Distribution, gap: Tensor | None, x: Tensor | None
+    ) -> Tensor:
         adversary = self.adversary if self.average is None else self.average
         standard = self.contrast.standardise(z, r)
-        return self.ratio.log_ratio(self._scores(adversary, standard, log_p - log_r))
+        context = None if x is None else x.detach()  # q is held fixed, what it is given too
+        return self.ratio.log_ratio(self._scores(adversary, standard, gap, context))
 
     @staticmethod
-    def _scores(adversary: nn.Module, standard: Tensor, gap: Tensor | None) -> Tensor:
-        informed = isinstance(adversary, InformedAdversary)
-        scores: Tensor = adversary(standard, gap) if informed else adversary(standard)
+    def _scores(
+        adversary: nn.Module, standard: Tensor, gap: Tensor | None, x: Tensor | None
+    ) -> Tensor:
+        inputs = (standard, gap) if isinstance(adversary, InformedAdversary) else (standard,)
+        scores: Tensor = adversary(*inputs) if x is None else adversary(*inputs, x)
         return scores
+
+
+def finite_draws(log_p: Tensor, group: int = 1) -> Tensor:
+    """Which of the draws ``log_p [S, ...]`` are finite, in groups of draws ``S / group`` apart: ``[S]``, boolean."""
+    finite = log_p.isfinite().flatten(1).all(1) if log_p.dim() > 1 else log_p.isfinite()
+    return finite if group == 1 else finite.view(group, -1).all(0).repeat(group)

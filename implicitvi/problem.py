@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import nan
+from math import ceil, nan
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
 from implicitvi.layout import SiteLayout
 from implicitvi.log_joint import LogJoint, ModelPrior
 from implicitvi.objectives import AVB
+from implicitvi.parameters import model_parameters
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
@@ -51,11 +52,13 @@ class Problem:
         log_joint: The model's log joint, its mode chosen.
         avb: The objective.
         arguments: The arguments that it was made with.
+        parameters: Unconstrained leaves of the model's parameters, trained with the sampler.
     """
 
     log_joint: LogJoint
     avb: AVB
     arguments: Arguments
+    parameters: dict[str, Tensor]
 
     def scorer(self, arguments: Arguments, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
         """``β log p(x, z)`` of particles ``[S, D]`` at the model's arguments: ``[S]``."""
@@ -101,11 +104,15 @@ class Problem:
             loss, dropped = self.sampler_loss(arguments(), stage)
             yield loss, {"elbo": nan if loss is None else -loss.detach(), "dropped": float(dropped)}
 
-        return Player("sampler", self.avb.sampler, losses, lambda stage: stage.lr)
+        return Player(
+            "sampler", self.avb.sampler, losses, lambda stage: stage.lr, tensors=self.parameters
+        )
 
     def sampler_loss(self, arguments: Arguments, stage: Stage) -> tuple[Tensor | None, int]:
-        """Negative mean ELBO of fresh draws, ``None`` where none has a density, and how many were dropped."""
-        elbo, dropped = self.avb.elbo(stage.num_particles, self.scorer(arguments, stage.beta))
+        """Negative mean bound of fresh draws, ``None`` where none has a density, and how many were dropped."""
+        num_groups = ceil(stage.num_particles / self.avb.num_importance)
+        num_particles = num_groups * self.avb.num_importance
+        elbo, dropped = self.avb.elbo(num_particles, self.scorer(arguments, stage.beta))
         return (-elbo.mean() if len(elbo) else None), dropped
 
     def explain(self, arguments: Arguments) -> str:
@@ -129,6 +136,7 @@ class ProblemOptions:
     ratio: str | RatioLoss = "logistic"
     averaging: float = 0.9
     warm_start: int = 600
+    num_importance: int = 1
     mode: str = "auto"
     compile: str | None = None
 
@@ -138,6 +146,7 @@ class ProblemOptions:
         if isinstance(self.ratio, str):
             check_choice("ratio", self.ratio, RATIOS)
         check_at_least("warm_start", self.warm_start, 0)
+        check_at_least("num_importance", self.num_importance, 1)
         check_compile(self.compile)
         if not 0 <= self.averaging < 1:
             raise OptionError(
@@ -155,6 +164,8 @@ class ProblemOptions:
         guide.setup(*args, **kwargs)
         check_match(model, guide, arguments)
         sampler, layout = guide.sampler, guide.layout
+        values, _ = layout.unpack(sampler.loc)
+        parameters = model_parameters(model, values, *args, **kwargs)
         log_joint = LogJoint(model, layout, mode=self.mode)
 
         def score(u: Tensor) -> Tensor:
@@ -171,10 +182,12 @@ class ProblemOptions:
             log_joint.compile(self.compile, around, *args, **kwargs)
         if fresh:
             unit = torch.eye(layout.dim).to(start)
-            frame = (
-                gaussian_fit(score, start, num_steps=self.warm_start) if self.warm_start else None
-            )
-            sampler.set_frame(*(frame or (start, unit)))
+            sampler.set_frame(start, unit)
+            if self.warm_start:
+                leaves = list(parameters.values())
+                sampler.set_frame(
+                    *gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
+                )
         network = self.adversary(layout.dim)
         avb = AVB(
             sampler=sampler,
@@ -182,12 +195,11 @@ class ProblemOptions:
             adversary=(InformedAdversary(network) if self.informed else network).to(start),
             ratio=RATIOS[self.ratio]() if isinstance(self.ratio, str) else self.ratio,
             averaging=self.averaging,
+            num_importance=self.num_importance,
         )
-        if (
-            self.compile == "inductor" and start.is_cuda
-        ):  # on the CPU it gains nothing (docs/results)
-            compile_networks(sampler, avb.adversary, avb.average)
-        problem = Problem(log_joint, avb, arguments)
+        if self.compile == "inductor" and start.is_cuda:
+            compile_networks(sampler, avb.adversary, avb.average)  # on the CPU this gains nothing
+        problem = Problem(log_joint, avb, arguments, parameters)
         guide.set_log_density(problem.log_q)
         return problem
 

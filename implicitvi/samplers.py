@@ -1,9 +1,9 @@
 """Samplers: networks fed with noise whose outputs are the draws of an implicit distribution.
 
 ``sampler(num_samples, x=None)`` returns reparameterised draws ``z [S, D]``, or ``[S, B, D]`` for a context
-``x [B, C]``. Every sampler writes into a *frame*, ``z = loc + scale_tril · h(ε, x)``: an affine map that a
-short Gaussian fit sets before training, so that the network works in coordinates where the posterior has
-roughly zero mean and unit covariance, whatever the units of the model.
+``x [B, C]``, or ``[S, B, C]`` where every draw has its own. Every sampler writes into a *frame*,
+``z = loc + scale_tril · h(ε, x)``: an affine map that a short Gaussian fit sets before training, so that the network
+works in coordinates where the posterior has roughly zero mean and unit covariance, whatever the units of the model.
 
 Implementing a sampler: subclass `Sampler`, define ``transform(eps, x) -> h`` in the frame's coordinates,
 start it near ``h = ε[..., :D]``, then join the list in ``tests/contracts.py``.
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, SkipNet, dense
+from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, SkipNet, dense, zeroed
 
 
 class Sampler(nn.Module, ABC):
@@ -65,15 +66,15 @@ class Sampler(nn.Module, ABC):
                 got="no context" if x is None else f"shape {tuple(x.shape)}",
                 expected=f"[B, {self.context_dim}]" if self.context_dim else "no context",
             )
-        batch = () if x is None else x.shape[:-1]
+        batch = () if x is None else x.shape[-2:-1]
         shape = (num_samples, *batch, self.noise_dim)
         return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Draw ``z [S, (B,) D]``, differentiable in the sampler's parameters."""
-        return self.place(self.transform(self.noise(num_samples, x), x))
+        return self.place(self.transform(self.noise(num_samples, x), x), x)
 
-    def place(self, h: Tensor) -> Tensor:
+    def place(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         """Map ``h [..., D]`` from the frame's coordinates to ``z [..., D]``."""
         return self.loc + h @ self.scale_tril.mT
 
@@ -298,6 +299,84 @@ class SemiImplicitSampler(Sampler):
     def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
         """``q(h | ε, x)`` in the frame's coordinates, an explicit Gaussian with event dimension ``D``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
+
+
+class EncodedSampler(Sampler):
+    """Another sampler in a frame of its own for every context: ``z = m(x) + L(x) h(ε, x)``.
+
+    A `GaussianEncoder` gives the frame. Trained first, by itself, it is an amortized Gaussian posterior; the sampler
+    inside then adds the shape, in coordinates where every context looks alike.
+
+    Args:
+        inner: Sampler with a context.
+        encoder: Gives location and scale of each context, in units of ``loc`` and ``scale_tril``.
+    """
+
+    def __init__(self, inner: Sampler, encoder: GaussianEncoder):
+        super().__init__(inner.latent_dim, noise_dim=inner.noise_dim, context_dim=inner.context_dim)
+        self.inner = inner
+        self.encoder = encoder
+
+    def frame(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``."""
+        loc, scale = self.encoder(x)
+        return self.loc + loc @ self.scale_tril.mT, self.scale_tril @ scale
+
+    def place(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        assert x is not None
+        loc, scale = self.frame(x)
+        return loc + (scale @ h[..., None]).squeeze(-1)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        return self.inner.transform(eps, x)
+
+    def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional moments of ``z`` given ``x``, where the sampler inside has them: `NoiseBasisSampler.moments`."""
+        if not isinstance(self.inner, NoiseBasisSampler):
+            raise OptionError(
+                "only the noise basis has closed-form conditional moments",
+                got=type(self.inner).__name__,
+                do="Use sampler='noise_basis', or another contrast.",
+            )
+        mean, cov = self.inner.moments(num_samples, x)
+        loc, scale = self.frame(x)
+        return loc + (scale @ mean[..., None]).squeeze(-1), scale @ cov @ scale.mT
+
+
+class GaussianEncoder(nn.Module):
+    """Context to the location and scale of a Gaussian; 0 and 1 at the start.
+
+    Args:
+        context_dim: Dimension ``C`` of the context.
+        latent_dim: Dimension ``D`` of a draw.
+        hidden: Widths of the hidden layers, beside a linear path.
+
+    >>> loc, scale = GaussianEncoder(4, 2)(torch.zeros(5, 4))
+    >>> loc.shape, scale.shape
+    (torch.Size([5, 2]), torch.Size([5, 2, 2]))
+    """
+
+    def __init__(self, context_dim: int, latent_dim: int, *, hidden: Sequence[int] = (64, 64)):
+        super().__init__()
+        self.latent_dim = latent_dim
+        size = latent_dim * (latent_dim + 3) // 2
+        self.skip = zeroed(nn.Linear(context_dim, size))
+        self.net = nn.Sequential(
+            nn.Linear(context_dim, hidden[0]),
+            *(GatedLayer(i, o) for i, o in pairwise(hidden)),
+            zeroed(nn.Linear(hidden[-1], size)),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
+        raw = self.skip(x) + self.net(x)
+        d = self.latent_dim
+        loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
+        diagonal = log_diagonal.exp()
+        rows, columns = torch.tril_indices(d, d, -1, device=x.device)
+        lower = raw.new_zeros(*raw.shape[:-1], d, d)
+        lower[..., rows, columns] = below * diagonal[..., rows]
+        return loc, lower + torch.diag_embed(diagonal)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -18,6 +18,7 @@ from implicitvi.errors import OptionError, SetupError, check_at_least, check_pos
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
+from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem, ProblemOptions, check_guide
 from implicitvi.ratios import RatioLoss
 from implicitvi.training import (
@@ -55,6 +56,8 @@ class AVBSVI:
         averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
             sampler is shown the average. 0 for the current weights.
         warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
+        num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
+            model has parameters or the guide is amortized; for a posterior alone they do not.
         mode: How the model is scored: ``"auto"``, ``"vmap"`` or ``"loop"`` (`LogJoint`).
         compile: ``"graph"`` records the model's log joint once and runs it without Pyro; ``"inductor"`` turns that
             into machine code, in some seconds before the first step, and needs a C++ compiler. ``None`` for neither.
@@ -102,6 +105,7 @@ class AVBSVI:
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         compile: str | None = ProblemOptions.compile,
         clip_norm: float = 10.0,
@@ -130,6 +134,7 @@ class AVBSVI:
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            num_importance=num_importance,
             mode=mode,
             compile=compile,
         )
@@ -203,6 +208,7 @@ class AVBSVI:
             stop_reason=stop_reason,
             skipped=trainer.skipped,
             log_joint=f"{self.log_joint.mode} ({self.log_joint.reason})",
+            parameters=parameter_values(self.problem.parameters),
         )
 
     @torch.no_grad()
@@ -270,6 +276,7 @@ class AVB_ELBO(ELBO):
         ratio: As in `AVBSVI`.
         averaging: As in `AVBSVI`.
         warm_start: As in `AVBSVI`.
+        num_importance: As in `AVBSVI`.
         mode: As in `AVBSVI`.
         compile: As in `AVBSVI`.
         clip_norm: Bound of the global norm of the adversary's gradient.
@@ -303,6 +310,7 @@ class AVB_ELBO(ELBO):
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         compile: str | None = ProblemOptions.compile,
         clip_norm: float = 10.0,
@@ -324,6 +332,7 @@ class AVB_ELBO(ELBO):
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            num_importance=num_importance,
             mode=mode,
             compile=compile,
         )
@@ -363,6 +372,7 @@ class AVB_ELBO(ELBO):
         trainer = self._setup(model, guide, Arguments(args, kwargs))
         assert self._problem is not None
         pyro.module(f"{guide._pyro_name}.sampler", guide.sampler)
+        show_parameters(self._problem.parameters)
         with poutine.block(), self._stream:
             stage = self.schedule.at(max(trainer.step_count - 1, 0))
             loss, _ = self._problem.sampler_loss(self._arguments, stage)

@@ -92,3 +92,73 @@ def impossible(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     pyro.factor("never", -torch.inf * torch.ones_like(mu))
     pyro.sample("obs", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+
+SUMMED_OUT = {"enumerate": "parallel"}
+
+
+def mixture(y: Tensor) -> None:
+    """Two Gaussians; the component of each datum is discrete and summed out."""
+    share = pyro.sample("share", dist.Beta(y.new_tensor(2.0), 2.0))
+    loc = pyro.sample("loc", dist.Normal(y.new_tensor([-1.0, 1.0]), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(share), infer=SUMMED_OUT)
+        pyro.sample("obs", dist.Normal(loc[k.long()], 1.0), obs=y)
+
+
+def mixture_by_hand(y: Tensor) -> None:
+    share = pyro.sample("share", dist.Beta(y.new_tensor(2.0), 2.0))
+    loc = pyro.sample("loc", dist.Normal(y.new_tensor([-1.0, 1.0]), 1.0).to_event(1))
+    component = dist.Categorical(torch.stack([1 - share, share], -1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", dist.MixtureSameFamily(component, dist.Normal(loc, 1.0)), obs=y)
+
+
+def hidden_markov(y: Tensor) -> None:
+    """A chain of discrete states that starts in state 0."""
+    stay = y.new_ones(2, 2) + 2 * torch.eye(2).to(y)
+    transition = pyro.sample("transition", dist.Dirichlet(stay).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(y.new_tensor([-1.0, 1.0]), 1.0).to_event(1))
+    x = torch.tensor(0)
+    for t in pyro.markov(range(len(y))):
+        x = pyro.sample(f"x_{t}", dist.Categorical(transition[x]), infer=SUMMED_OUT)
+        pyro.sample(f"y_{t}", dist.Normal(loc[x], 1.0), obs=y[t])
+
+
+def hidden_markov_by_hand(y: Tensor) -> None:
+    stay = y.new_ones(2, 2) + 2 * torch.eye(2).to(y)
+    transition = pyro.sample("transition", dist.Dirichlet(stay).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(y.new_tensor([-1.0, 1.0]), 1.0).to_event(1))
+    forward = transition[0].log()
+    for t in range(len(y)):
+        if t:
+            forward = (forward[:, None] + transition.log()).logsumexp(0)
+        forward = forward + dist.Normal(loc, 1.0).log_prob(y[t])
+    pyro.factor("evidence", forward.logsumexp(0))
+
+
+def nested_discrete(y: Tensor) -> None:
+    """One switch for all, one for each column, one for each entry of ``y [4, 3]``, each depending on the last."""
+    p = pyro.sample("p", dist.Beta(y.new_tensor(2.0), 2.0))
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(2), 1.0).to_event(1))
+    g = pyro.sample("g", dist.Bernoulli(p), infer=SUMMED_OUT)
+    with pyro.plate("columns", 3, dim=-1):
+        h = pyro.sample("h", dist.Bernoulli(0.25 + 0.5 * g), infer=SUMMED_OUT)
+        with pyro.plate("rows", 4, dim=-2):
+            i = pyro.sample("i", dist.Bernoulli(0.75 - 0.25 * h), infer=SUMMED_OUT)
+            pyro.sample("obs", dist.Normal(loc[i.long()] + g, 1.0), obs=y)
+
+
+def nested_discrete_by_hand(y: Tensor) -> None:
+    p = pyro.sample("p", dist.Beta(y.new_tensor(2.0), 2.0))
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(2), 1.0).to_event(1))
+    bit = y.new_tensor([0.0, 1.0])
+
+    def bernoulli(prob: Tensor) -> Tensor:
+        return torch.stack([1 - prob, prob], -1).log()
+
+    entry = dist.Normal(loc + bit[:, None, None, None], 1.0).log_prob(y[..., None])  # g r c i
+    entry = (bernoulli(0.75 - 0.25 * bit)[:, None, None, None] + entry).logsumexp(-1)  # h g r c
+    column = entry.sum(-2) + bernoulli(0.25 + 0.5 * bit).mT[..., None]  # h g c
+    total = column.logsumexp(0).sum(-1) + bernoulli(p)
+    pyro.factor("evidence", total.logsumexp(0))

@@ -108,7 +108,7 @@ def test_a_sampler_of_ones_own() -> None:
     ("model", "message"),
     [
         (models.no_latent, "no latent site"),
-        (models.all_discrete, "discrete latent sites: k"),
+        (models.all_discrete, "discrete latent site 'k' is not marked"),
         (models.local_latents, "subsampled plate: data"),
     ],
 )

@@ -21,7 +21,7 @@ LAYERS = (
     {"samplers", "contrasts", "adversaries", "ratios", "datasets"},
     {"objectives"},
     {"training"},
-    {"layout", "warm_start", "minibatch"},
+    {"layout", "parameters", "warm_start", "scoring", "enumeration", "minibatch"},
     {"compiled"},
     {"log_joint"},
     {"guide"},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import models
 from implicitvi import ImplicitGuide
+from implicitvi.errors import ModelError
 from implicitvi.log_joint import LogJoint, ModelPrior
 
 Model = Callable[..., Any]
@@ -99,15 +100,19 @@ def test_a_model_that_cannot_be_batched_is_looped_with_a_warning() -> None:
     torch.testing.assert_close(scores, log_joint.loop(u, y))
 
 
-def test_a_batch_that_disagrees_with_the_loop_is_refused() -> None:
+@pytest.mark.parametrize("mode", ["vmap", "plate"])
+def test_a_batch_that_disagrees_with_the_loop_is_refused(mode: str) -> None:
     """The planted bug: scores that depend on the other particles must not be taken for the model's."""
     y = torch.arange(3.0)
     log_joint = made(models.normal_normal, (y,))
-    honest = log_joint._vmap
-    log_joint._vmap = lambda u, args, kwargs: honest(u, args, kwargs) + u.mean()  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="disagree"):
-        log_joint.choose(torch.randn(3, 1), y)
-    assert log_joint.mode == "loop"
+    honest = getattr(log_joint, f"_{mode}")
+    setattr(log_joint, f"_{mode}", lambda u, args, kwargs: honest(u, args, kwargs) + u.mean())
+    log_joint.choose(torch.randn(3, 1), y)
+    assert log_joint.mode == {"vmap": "plate", "plate": "vmap"}[mode]
+    asked = made(models.normal_normal, (y,), mode=mode)
+    setattr(asked, f"_{mode}", getattr(log_joint, f"_{mode}"))
+    with pytest.raises(ModelError, match="disagree. Use mode='auto'"):
+        asked(torch.randn(3, 1), y)
 
 
 @pytest.mark.parametrize("mode", ["vmap", "loop"])

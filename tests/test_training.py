@@ -136,7 +136,7 @@ def test_a_skipped_turn_changes_not_one_bit(dtype: torch.dtype) -> None:
         made.step()
         after = made.state_dict()
         same = [
-            torch.equal(before["players"]["one"]["module.w"], one.module.w),  # type: ignore[arg-type]
+            torch.equal(before["players"]["one"]["modules"]["module.w"], one.module.w),  # type: ignore[arg-type]
             str(before["optimisers"]) == str(after["optimisers"]),
         ]
         assert same == [step in faults] * 2, step
@@ -169,8 +169,8 @@ def test_too_many_non_finite_turns_raise_and_restore() -> None:
     assert (caught.value.player, caught.value.step) == ("sampler", 7)
     assert made.step_count == 5
     assert torch.equal(
-        made.state_dict()["players"]["sampler"]["module.w"],
-        before["players"]["sampler"]["module.w"],
+        made.state_dict()["players"]["sampler"]["modules"]["module.w"],
+        before["players"]["sampler"]["modules"]["module.w"],
     )
     good[0] = True
     made.run(1)

@@ -131,12 +131,10 @@ class Trainer:
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._optimisers = {
-            player.name: torch.optim.Adam(
-                player.module.parameters(), lr=1.0, betas=betas, fused=True
-            )
+            player.name: torch.optim.Adam(player.parameters(), lr=1.0, betas=betas, fused=True)
             for player in self.players
         }
-        on_cpu = all(p.is_cpu for player in self.players for p in player.module.parameters())
+        on_cpu = all(p.is_cpu for player in self.players for p in player.parameters())
         self._look_every = 1 if on_cpu else LOOK_EVERY
         self._good: dict[str, Any] | None = None
 
@@ -228,7 +226,7 @@ class Trainer:
         return {
             "step": self.step_count,
             "skipped": self.skipped,
-            "players": {p.name: _copy(dict(p.state().state_dict())) for p in self.players},
+            "players": {p.name: _copy(p.state_dict()) for p in self.players},
             "optimisers": {name: _copy(o.state_dict()) for name, o in self._optimisers.items()},
             "stream": self.stream.state_dict(),
             "history": self.history.state_dict(),
@@ -240,7 +238,7 @@ class Trainer:
         self._earlier_skips = state["skipped"]
         self._skips = {player.name: _Skips() for player in self.players}
         for player in self.players:
-            player.state().load_state_dict(state["players"][player.name])
+            player.load_state_dict(state["players"][player.name])
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(_copy(state["optimisers"][name]))
         self.stream.load_state_dict(state["stream"])

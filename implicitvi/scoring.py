@@ -1,0 +1,137 @@
+"""One run of a Pyro model at given values of its latent sites, and the log density of each of its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Independent, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from implicitvi.errors import ImplicitVIError, ModelError
+
+Model = Callable[..., Any]
+PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+def run_at(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Pyro trace of ``model`` with its latent sites fixed to ``values``, nothing scored yet."""
+    with poutine.block():
+        return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+
+
+def trace_at(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Pyro trace of ``model`` with its latent sites fixed to ``values``, every site scored (`score`)."""
+    trace = run_at(model, values, *args, **kwargs)
+    score(trace, values)
+    return trace
+
+
+def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) -> None:
+    """Write ``masked_log_prob``, ``log_prob`` (with the scale) and ``log_prob_sum`` into every sample node of a trace.
+
+    A mask takes entries of *observed* sites out. A masked entry of a latent site is scored by its own
+    distribution all the same: it then integrates to one and leaves every other posterior as it is, where a log
+    density of zero would be improper, and a sampler would follow it to infinity. The one exception is a latent
+    masked by a plain ``False``, Pyro's way to write a flat prior.
+
+    Raises:
+        ModelError: A site has no density.
+    """
+    for name, node in trace.nodes.items():
+        if name in exclude or not is_scored(node):
+            continue
+        fn, mask = node["fn"], node["mask"]
+        if not node["is_observed"] or name in latent:
+            fn, mask = _unmasked(fn), (False if mask is False else None)
+        try:
+            log_prob = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
+        except NotImplementedError as error:
+            raise _no_density(name, latent=name in latent, got=str(error) or None) from error
+        node["masked_log_prob"] = scale_and_mask(log_prob, mask=mask)
+        node["log_prob"] = scale_and_mask(log_prob, node["scale"], mask)
+        node["log_prob_sum"] = node["log_prob"].sum()
+
+
+def is_scored(node: Any) -> bool:
+    """Whether a node of a trace has a log density that counts: not a parameter, minibatch or deterministic."""
+    return (
+        node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not node["infer"].get("_deterministic")
+    )
+
+
+def plate_nesting(nodes: Iterable[Any]) -> int:
+    """How many dimensions the vectorised plates of sample nodes take."""
+    frames = (frame for node in nodes for frame in node["cond_indep_stack"])
+    return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+
+
+def _unmasked(fn: Any) -> Any:
+    """A distribution without its masks; a flat one, masked by a plain ``False``, stays as it is."""
+    if isinstance(fn, MaskedDistribution):
+        return fn if fn._mask is False else _unmasked(fn.base_dist)
+    if isinstance(fn, Independent):
+        base = _unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def _no_density(name: str, *, latent: bool, got: str | None) -> ModelError:
+    if latent:
+        return ModelError(
+            f"the prior of site {name!r} can be drawn from but has no density",
+            got=got,
+            do="Use contrast='prior', which needs none, or give the site a distribution with a log_prob.",
+        )
+    return ModelError(
+        f"the distribution of site {name!r} has no density",
+        got=got,
+        do="Observe it through a distribution with a log_prob, or reparameterise it (pyro.infer.reparam).",
+    )
+
+
+class _Unvalidated(Messenger):
+    """Turns argument checks off in distributions that were built before the checks were turned off."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        while fn is not None:
+            if fn.__dict__.get("_validate_args"):
+                fn._validate_args = False
+                self.changed.append(fn)
+            fn = fn.__dict__.get("base_dist")
+
+    def __enter__(self) -> Any:
+        self.changed: list[Any] = []
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> Any:
+        for fn in self.changed:
+            fn._validate_args = True
+        return super().__exit__(*exc)
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Run model code without argument checks: they branch on values, which a batch of particles cannot."""
+    with pyro.validation_enabled(False), _Unvalidated():
+        yield
+
+
+def is_particles_fault(error: Exception) -> bool:
+    """Whether an error may come from the values of one particle, as a failed Cholesky factorisation does."""
+    return isinstance(error, PARTICLE_ERRORS) and not isinstance(error, ImplicitVIError)
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
