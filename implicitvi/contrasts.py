@@ -111,11 +111,42 @@ class GaussianContrast(Contrast):
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         loc, scale_tril = moments(z.detach())
-        return MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+        return Gaussian(loc, scale_tril=scale_tril, validate_args=False)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        assert isinstance(r, MultivariateNormal)
-        return _whiten(z, r.loc, r._unbroadcasted_scale_tril)
+        assert isinstance(r, Gaussian)
+        return r.standardise(z)
+
+
+class Gaussian(MultivariateNormal):
+    """`torch.distributions.MultivariateNormal` for many draws: made in one matrix product, standardised once."""
+
+    _last: tuple[Tensor, bool, Tensor] | None = None
+
+    def standardise(self, value: Tensor) -> Tensor:
+        """``scale_tril⁻¹ (value - loc)``, kept for the last value: density and adversary ask for it in turn."""
+        tracked = torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not value or self._last[1] != tracked:
+            shape = torch.broadcast_shapes(value.shape, self.loc.shape)
+            rows = value.expand(shape).reshape(-1, *self.loc.shape)
+            standard = _whiten(rows, self.loc, self._unbroadcasted_scale_tril).reshape(shape)
+            self._last = (value, tracked, standard)
+        return self._last[2]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of ``value [..., (B,) D]`` in nats: ``[..., (B,)]``."""
+        diagonal = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1)
+        constant = diagonal.log().sum(-1) + 0.5 * log(2 * pi) * diagonal.shape[-1]
+        return -0.5 * self.standardise(value).square().sum(-1) - constant
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Reparameterised draws ``[*sample_shape, (B,) D]``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        rows = eps.reshape(-1, *self.loc.shape)
+        scaled = torch.einsum("...de,s...e->s...d", self._unbroadcasted_scale_tril, rows)
+        draws: Tensor = self.loc + scaled.reshape(shape)
+        return draws
 
 
 class MixtureContrast(Contrast):

@@ -23,7 +23,7 @@ class Fit:
             ``beta``, ``dropped``.
         num_steps: Steps taken so far, over all runs.
         seconds: Wall time of this run, the one-off costs included.
-        setup_seconds: The part of it that went to the layout, the choice of log joint and the warm start.
+        setup_seconds: The part of it that went to the layout, the choice of log joint, compiling and the warm start.
         stop_reason: ``"finished"``, ``"interrupted"`` or a callback's message.
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.

@@ -168,27 +168,6 @@ def _rows(node: Any, frame: Any) -> Tensor:
     return value.movedim(frame.dim - node["fn"].event_dim, 0).reshape(frame.size, -1)
 
 
-class Pinned:
-    """A model whose minibatch is chosen from outside.
-
-    Args:
-        model: The Pyro model.
-
-    Attributes:
-        indices: Elements ``[B]`` of each subsampled plate, by name.
-    """
-
-    def __init__(self, model: Model):
-        self.model = model
-        self.indices: dict[str, Tensor] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on its minibatch."""
-        if not self.indices:
-            return self.model(*args, **kwargs)
-        return poutine.condition(self.model, data=self.indices)(*args, **kwargs)
-
-
 def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:
     """A scored trace to the log density outside a plate, then of each element in it: ``[1 + B]`` in nats.
 

@@ -11,10 +11,12 @@ import pyro
 import torch
 from torch import Tensor
 
+from implicitvi.compiled import CompiledScore
 from implicitvi.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.layout import SiteLayout, bijection
 from implicitvi.local import by_datum
+from implicitvi.minibatch import Minibatch
 from implicitvi.objectives import finite_draws
 from implicitvi.scoring import (
     PARTICLE_ERRORS,
@@ -87,11 +89,19 @@ class LogJoint:
         self._enumerates = False
         # Whether vmap loops inside an operation, of which torch would warn in every call.
         self._falls_back = False
+        self._minibatch = Minibatch()
+        self._compiled: CompiledScore | None = None
 
     def __call__(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
         self.choose(u, *args, **kwargs)
-        with unvalidated():
+        if self._compiled is not None:
+            try:
+                with unvalidated():
+                    return self._score(self._compiled, u, args, kwargs)
+            except ModelError as error:
+                self._stay_eager(error)
+        with unvalidated(), self._minibatch.pinned():
             return self._score(self._run(self.mode), u, args, kwargs)
 
     def choose(self, u: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -126,6 +136,33 @@ class LogJoint:
                 stacklevel=2,
             )
 
+    def compile(self, backend: str, u: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
+
+        Where that cannot be done the model is scored as before, with a warning that says why.
+        """
+        self.choose(u, *args, **kwargs)
+        try:
+            if self.mode != "vmap":
+                raise ModelError(f"only what vmap can score can be traced, not mode {self.mode!r}")
+            with unvalidated(), RandomStream(0):  # a look that leaves no trace
+                points, _ = self._compare_at(u, args, kwargs)
+                compiled = CompiledScore(
+                    self._vmap, points, agree=_close, backend=backend, minibatch=self._minibatch
+                )
+                compiled(points, args, kwargs)
+        except ModelError as error:
+            self._stay_eager(error)
+        else:
+            self._compiled = compiled
+            self.reason += f"; compiled ({backend}) in {compiled.seconds:.1f} s"
+
+    def _stay_eager(self, error: ModelError) -> None:
+        self._compiled = None
+        why = str(error).rstrip(".")
+        self.reason = f"{self.reason.split('; compiled')[0]}; not compiled: {why}"
+        warnings.warn(f"the model is scored without compiling it: {why}", stacklevel=3)
+
     def one(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_dets = self.layout.unpack_each(u)
@@ -141,7 +178,7 @@ class LogJoint:
 
     def loop(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
-        with unvalidated():
+        with unvalidated(), self._minibatch.pinned():
             return self._score(self._loop, u, args, kwargs)
 
     def describe(self, u: Tensor, *args: Any, **kwargs: Any) -> str:
@@ -172,7 +209,7 @@ class LogJoint:
             self._inspect(values, args, kwargs)
         if self._enumerates:
             model = Enumerate(-1 - self._nesting)(model)  # type: ignore[operator]
-        trace = run_at(model, values, *args, **kwargs)
+        trace = run_at(self._minibatch(model), values, *args, **kwargs)
         check_sites(trace, self._shapes, wider=self._enumerates or model is not self.model)
         left_out = self.exclude
         if self.only is not None:
@@ -273,7 +310,8 @@ class LogJoint:
         state = torch.get_rng_state()
         for v in u:
             torch.set_rng_state(state)  # one minibatch for all particles, as under vmap
-            scores.append(self.one(v, *args, **kwargs))
+            with self._minibatch.pinned():
+                scores.append(self.one(v, *args, **kwargs))
         return torch.stack(scores)
 
     def _settle(self, mode: str, reason: str) -> None:
@@ -323,7 +361,7 @@ class LogJoint:
         self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Values ``[S]`` and gradients ``[S, D]``, with the same random choices for every way of running."""
-        with torch.enable_grad(), RandomStream(0):
+        with torch.enable_grad(), RandomStream(0), self._minibatch.pinned():
             v = u.detach().requires_grad_()
             scores = run(v, args, kwargs)
             (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
@@ -336,11 +374,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:
-    """Whether values ``[S]`` and gradients ``[S, D]`` are the same to rounding, each particle by its own measure."""
-    tolerance = 1e-8 if exact[0].dtype == torch.float64 else 1e-4
-    a, b = (torch.cat([values[:, None], gradients], 1) for values, gradients in (fast, exact))
+    """Whether values ``[S, ...]`` and gradients ``[S, D]`` are the same to rounding, by each particle's measure."""
+    return _close(*(torch.cat([v.reshape(len(v), -1), g], 1) for v, g in (fast, exact)))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a [S, ...]`` is ``b`` to rounding, each particle by its own measure."""
+    tolerance = 1e-8 if b.dtype == torch.float64 else 1e-4
+    b = b.reshape(len(b), -1)
     scale = b.abs().amax(1, keepdim=True).clamp(min=1.0)
-    return bool(((a - b).abs() <= tolerance * scale).all())
+    return bool(((a.reshape(b.shape) - b).abs() <= tolerance * scale).all())
 
 
 def _short(value: Any) -> str:

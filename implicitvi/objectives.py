@@ -87,6 +87,10 @@ class AVB:
         self.averaging = averaging
         self.num_importance = num_importance
         self.average = deepcopy(adversary) if averaging else None
+        # looked up once: walking through a network takes longer than moving its average
+        both = [] if self.average is None else [self.average, adversary]
+        self._weights: list[list[Tensor]] = [list(module.parameters()) for module in both]
+        self._buffers = [list(module.buffers()) for module in both]
 
     @property
     def informed(self) -> bool:
@@ -177,12 +181,9 @@ class AVB:
         if self.average is None:
             return
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()),
-                list(self.adversary.parameters()),
-                1 - self.averaging,
-            )
-            for mine, current in zip(self.average.buffers(), self.adversary.buffers(), strict=True):
+            average, latest = self._weights
+            torch._foreach_lerp_(average, latest, 1 - self.averaging)
+            for mine, current in zip(*self._buffers, strict=True):
                 mine.copy_(current)
 
     def _log_ratio(

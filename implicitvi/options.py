@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from implicitvi.adversaries import GatedAdversary, InformedAdversary
 from implicitvi.amortized import AmortizedSampler
 from implicitvi.amortized_problem import AmortizedProblem
+from implicitvi.compiled import check_compile, compile_networks
 from implicitvi.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
@@ -52,6 +53,7 @@ class ProblemOptions:
     warm_start: int = 600
     num_importance: int = 1
     mode: str = "auto"
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.contrast, str):
@@ -60,6 +62,7 @@ class ProblemOptions:
             check_choice("ratio", self.ratio, RATIOS)
         check_at_least("warm_start", self.warm_start, 0)
         check_at_least("num_importance", self.num_importance, 1)
+        check_compile(self.compile)
         if not 0 <= self.averaging < 1:
             raise OptionError(
                 "averaging is out of range", got=self.averaging, expected="0 to below 1"
@@ -99,7 +102,10 @@ class ProblemOptions:
             sampler.loc,
             lambda u: log_joint.describe(u, *args, **kwargs),
         )
-        log_joint.choose(start + 0.1 * torch.randn(3, layout.dim).to(start), *args, **kwargs)
+        around = start + 0.1 * torch.randn(3, layout.dim).to(start)
+        log_joint.choose(around, *args, **kwargs)
+        if self.compile is not None:
+            log_joint.compile(self.compile, around, *args, **kwargs)
         prior = None
         if self.contrast == "prior":
             log_prior = LogJoint(model, layout, mode=self.mode, only=layout.names, exclude=implicit)
@@ -183,7 +189,7 @@ class ProblemOptions:
         self, sampler: Sampler, contrast: Contrast, network: nn.Module, *, informed: bool
     ) -> AVB:
         """An objective with these networks, on the sampler's device and in its dtype."""
-        return AVB(
+        avb = AVB(
             sampler=sampler,
             contrast=contrast.to(sampler.loc),
             adversary=(InformedAdversary(network) if informed else network).to(sampler.loc),
@@ -191,6 +197,9 @@ class ProblemOptions:
             averaging=self.averaging,
             num_importance=self.num_importance,
         )
+        if self.compile == "inductor" and sampler.loc.is_cuda:
+            compile_networks(sampler, avb.adversary, avb.average)  # on the CPU this gains nothing
+        return avb
 
     def _contrast(self, dim: int) -> Contrast:
         """The contrast beside ``dim`` latents."""

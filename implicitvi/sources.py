@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from implicitvi.amortized import Amortization
 from implicitvi.errors import ShapeError
 from implicitvi.layout import SiteLayout
-from implicitvi.local import LocalLayout, Pinned, PlateRun, read_plate
+from implicitvi.local import LocalLayout, PlateRun, read_plate
 from implicitvi.log_joint import LogJoint
+from implicitvi.minibatch import Minibatch
 from implicitvi.scoring import PARTICLE_ERRORS, unvalidated
 
 Model = Callable[..., Any]
@@ -89,7 +90,8 @@ class PlateSource:
 
     def __init__(self, model: Model, amortization: Amortization, *, mode: str = "auto"):
         assert amortization.plate is not None
-        self.model = Pinned(model)
+        self.minibatch = Minibatch()
+        self.model = self.minibatch(model)
         self.plate = amortization.plate
         self.amortization = amortization
         self.mode = mode
@@ -104,7 +106,8 @@ class PlateSource:
             whole = run.layout.size == run.layout.full_size
             if whole and len(seen) == len(leaves) and all(map(is_, seen, leaves)):
                 return run
-        run = read_plate(self.model.model, self.plate, *args, **kwargs)
+        with self.minibatch.pinned():
+            run = read_plate(self.model, self.plate, *args, **kwargs)
         self._last = (leaves, run)
         return run
 
@@ -122,17 +125,19 @@ class PlateSource:
         """``log p`` of what is shared, then of each datum: ``[S, 1 + B]`` in nats."""
         layout = batch.layout
         assert layout is not None
-        self.model.indices = {} if batch.indices is None else {self.plate: batch.indices}
         if layout.size not in self._log_joints:  # minibatches of another size are another model
             self._log_joints[layout.size] = LogJoint(
                 self.model, layout.all, mode=self.mode, plate=self.plate
             )
-        log_joint = self._log_joints[layout.size]
+        if batch.picked is not None:
+            place = torch.arange(layout.size, device=z.device) % len(batch.picked)
+            place[batch.picked] = torch.arange(len(batch.picked), device=z.device)
+            z = z[:, place]
+        pinned = {} if batch.indices is None else {self.plate: batch.indices}
+        with self.minibatch.pinned(pinned):
+            terms = self._log_joints[layout.size](layout.join(g, z), *batch.args, **batch.kwargs)
         if batch.picked is None:
-            return log_joint(layout.join(g, z), *batch.args, **batch.kwargs)
-        place = torch.arange(layout.size, device=z.device) % len(batch.picked)
-        place[batch.picked] = torch.arange(len(batch.picked), device=z.device)
-        terms = log_joint(layout.join(g, z[:, place]), *batch.args, **batch.kwargs)
+            return terms
         return torch.cat([terms[:, :1], terms[:, 1 + batch.picked]], 1)
 
     @property

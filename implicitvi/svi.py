@@ -62,6 +62,10 @@ class AVBSVI:
         num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
             model has parameters or the guide is amortized; for a posterior alone they do not.
         mode: How the model is scored: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"`` (`LogJoint`).
+        compile: ``"graph"`` records the model's log joint once and runs it without Pyro; ``"inductor"`` turns that
+            into machine code, in some seconds before the first step, and needs a C++ compiler. ``None`` for neither.
+            Results agree to rounding; a model that cannot be recorded is scored as it is, with a warning. On a CUDA
+            device ``"inductor"`` compiles the networks too.
         clip_norm: Bound of the global norm of each player's gradient.
         max_skips: Non-finite turns in a row that end the fit.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
@@ -106,6 +110,7 @@ class AVBSVI:
         warm_start: int = ProblemOptions.warm_start,
         num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
+        compile: str | None = ProblemOptions.compile,
         clip_norm: float = 10.0,
         max_skips: int = 20,
         seed: int | None = None,
@@ -134,6 +139,7 @@ class AVBSVI:
             warm_start=warm_start,
             num_importance=num_importance,
             mode=mode,
+            compile=compile,
         )
         self.progress = progress
         self.callbacks = tuple(callbacks)
@@ -275,6 +281,7 @@ class AVB_ELBO(ELBO):
         warm_start: As in `AVBSVI`.
         num_importance: As in `AVBSVI`.
         mode: As in `AVBSVI`.
+        compile: As in `AVBSVI`.
         clip_norm: Bound of the global norm of the adversary's gradient.
         max_skips: Non-finite turns in a row that end the fit.
         seed: As in `AVBSVI`.
@@ -308,6 +315,7 @@ class AVB_ELBO(ELBO):
         warm_start: int = ProblemOptions.warm_start,
         num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
+        compile: str | None = ProblemOptions.compile,
         clip_norm: float = 10.0,
         max_skips: int = 20,
         seed: int | None = None,
@@ -329,6 +337,7 @@ class AVB_ELBO(ELBO):
             warm_start=warm_start,
             num_importance=num_importance,
             mode=mode,
+            compile=compile,
         )
         check_positive("clip_norm", clip_norm)
         check_at_least("max_skips", max_skips, 1)

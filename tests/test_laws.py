@@ -18,7 +18,7 @@ from contracts import (
     gaussian,
 )
 from implicitvi.adversaries import InformedAdversary
-from implicitvi.contrasts import GaussianContrast, GaussianMixture, MixtureContrast
+from implicitvi.contrasts import Gaussian, GaussianContrast, GaussianMixture, MixtureContrast
 from implicitvi.objectives import AVB
 from implicitvi.ratios import RatioLoss
 
@@ -211,6 +211,23 @@ def test_standardised_draws_have_the_divergence_of_the_draws(contrast: str) -> N
     assert log_det.std() < 1e-10  # r in the new coordinates is N(0, I): one constant apart
     jacobian = torch.func.jacrev(lambda v: made.standardise(v[None], r)[0])(z[0])
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch", [(), (4,)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_the_gaussian_is_torchs_gaussian(batch: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Draws at one seed, and densities."""
+    loc = torch.randn(*batch, D, dtype=torch.float64)
+    root = torch.randn(*batch, D, D, dtype=torch.float64).tril() + 3 * torch.eye(D)
+    draws: list[Tensor] = []
+    densities: list[list[Tensor]] = []
+    for kind in (Gaussian, torch.distributions.MultivariateNormal):
+        torch.manual_seed(0)
+        normal = kind(loc, scale_tril=root, validate_args=False)
+        draws.append(normal.sample(shape))
+        densities.append([normal.log_prob(z) for z in (draws[0], draws[0] + 1)])
+    torch.testing.assert_close(*draws)
+    torch.testing.assert_close(*densities)
 
 
 def test_moments_with_fewer_draws_than_dimensions_stay_scorable() -> None:

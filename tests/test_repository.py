@@ -48,6 +48,15 @@ def test_readme_shows_the_measured_table() -> None:
     assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_benchmark_shows_what_was_measured() -> None:
+    """Its tables come from the results file, and that from `make bench`."""
+    import bench
+
+    shown = bench.table(json.loads(bench.OUTPUT.read_text(encoding="utf-8")))
+    assert bench.OUTPUT.with_suffix(".md").read_text(encoding="utf-8") == shown
+    assert bench.PICTURE.exists()
+
+
 def test_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert implicitvi.__version__ == project["version"]

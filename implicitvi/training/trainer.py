@@ -198,7 +198,8 @@ class Trainer:
         # a fused optimiser takes no step where this is 1, as for torch.amp.GradScaler
         skipped = optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
         optimiser.step()
-        optimiser.zero_grad()
+        for parameter in group["params"]:
+            parameter.grad = None
         player.follow()
         self._skips[player.name].count(skipped)
         return torch.where(finite, loss, nan)

@@ -1,0 +1,76 @@
+"""Random minibatches: the indices of subsampled plates, drawn once for all particles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+Plate = tuple[int, int, str | torch.device]
+
+
+def draw_subsample(size: int, subsample_size: int, device: str | torch.device = "cpu") -> Tensor:
+    """``subsample_size`` of the numbers below ``size``, each set equally likely: ``[subsample_size]``, ascending.
+
+    Numbers are drawn until enough are distinct, in time that does not grow with ``size`` as that of a random
+    permutation does. A permutation is used where nearly all numbers are wanted, and on an accelerator, which
+    permutes faster than it counts.
+
+    >>> draw_subsample(10, 10)
+    tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
+    drawn: Tensor
+    if 2 * subsample_size > size or torch.device(device).type != "cpu":
+        drawn = torch.randperm(size, device=device)[:subsample_size].sort().values
+        return drawn
+    # what is new among further draws is uniform over what is left
+    drawn = torch.randint(size, (subsample_size,)).unique()
+    while len(drawn) < subsample_size:
+        more = torch.randint(size, (subsample_size - len(drawn),))
+        drawn = torch.cat([drawn, more]).unique()
+    return drawn
+
+
+class Minibatch(Messenger):
+    """Gives the subsampled plates of a model their indices.
+
+    Within `pinned` a plate keeps the indices of its first use, so that all particles see the same rows.
+
+    Attributes:
+        plates: Size, subsample size and device of every subsampled plate met, by name.
+        indices: The indices in use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: dict[str, Plate] = {}
+        self.indices: dict[str, Tensor] = {}
+
+    @contextmanager
+    def pinned(self, indices: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Use ``indices`` within, by name of the plate, and draw those of other plates once."""
+        outside, self.indices = self.indices, dict(indices or {})
+        try:
+            yield self.indices
+        finally:
+            self.indices = outside
+
+    def draw(self, name: str) -> Tensor:
+        """Fresh indices of a plate that has been met."""
+        return draw_subsample(*self.plates[name])
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        name, plate = msg["name"], msg["fn"]
+        if plate.subsample_size is None or plate.subsample_size >= plate.size:
+            return
+        self.plates[name] = (plate.size, plate.subsample_size, plate.device)
+        if name not in self.indices:
+            self.indices[name] = self.draw(name)
+        msg["value"] = self.indices[name]
