@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
 import models
+import zoo
 from implicitvi import ImplicitGuide
 from implicitvi.errors import ModelError
-from implicitvi.log_joint import LogJoint, ModelPrior
+from implicitvi.log_joint import LogJoint, _agree
+from implicitvi.model_prior import ModelPrior
 
 Model = Callable[..., Any]
 BATCHED: dict[str, tuple[Model, tuple[Tensor, ...]]] = {
@@ -59,8 +63,6 @@ def test_eight_schools_density_is_the_formula() -> None:
 
 def test_log_joint_integrates_to_one_over_the_prior() -> None:
     """With log|J|: the density of the unconstrained vector of a Beta and a HalfCauchy sums to 1 on a grid."""
-    import pyro
-    import pyro.distributions as dist
 
     def prior() -> None:
         pyro.sample("share", dist.Beta(torch.tensor(2.0).double(), 3.0))
@@ -167,3 +169,106 @@ def test_all_particles_share_the_minibatch(mode: str) -> None:
     full = made(models.normal_normal, (y,))(u[:1], y)
     error = scores[:, 0].std() / 400**0.5
     assert (scores[:, 0].mean() - full).abs() < 5 * error
+
+
+def test_masked_entries_of_a_latent_keep_their_prior() -> None:
+    """By any of three ways to mask; observed sites keep their mask, and ``mask(False)`` stays flat."""
+    keep = torch.tensor([True, False, True])
+    y = torch.tensor([0.5, torch.nan, -1.0], dtype=torch.float64)
+    standard = torch.distributions.Normal(torch.zeros(()).double(), 1.0)
+
+    def model(kind: str) -> None:
+        prior = dist.Normal(torch.zeros(3).double(), 1.0)
+        with pyro.plate("data", 3):
+            if kind == "obs_mask":
+                pyro.sample("z", prior, obs=torch.where(keep, y, 0.0), obs_mask=keep)
+            elif kind == "poutine.mask":
+                with pyro.poutine.mask(mask=keep):
+                    pyro.sample("z", prior)
+            else:
+                pyro.sample("z", prior.mask(keep if kind == "fn.mask" else False))
+
+    u = torch.randn(4, 3).double()
+    for kind in ("obs_mask", "poutine.mask", "fn.mask"):
+        log_joint = LogJoint(model, ImplicitGuide(model).setup(kind).layout)
+        seen = standard.log_prob(y[keep]).sum() if kind == "obs_mask" else 0.0
+        torch.testing.assert_close(log_joint(u, kind), standard.log_prob(u).sum(-1) + seen)
+    flat = LogJoint(model, ImplicitGuide(model).setup("flat").layout)
+    torch.testing.assert_close(flat(u, "flat"), torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("mode", ["vmap", "plate", "loop"])
+def test_an_excluded_site_is_left_out_and_its_density_not_asked_for(mode: str) -> None:
+    y = torch.arange(3.0).double()
+    log_joint = made(zoo.implicit_prior, (y,), mode=mode, exclude=("z",))
+    z = torch.randn(4, 1).double()
+    likelihood = torch.distributions.Normal(z, 1.0).log_prob(y).sum(-1)
+    torch.testing.assert_close(log_joint(z, y), likelihood)
+    assert log_joint.describe(z[0], y) == ""
+
+
+def test_the_plate_of_particles_is_taken_where_vmap_cannot_be() -> None:
+    (y,) = zoo.five(torch.float64)
+    log_joint = made(zoo.ordered_logistic, (y,))
+    log_joint.choose(torch.zeros(1, 4).double(), y)
+    assert (log_joint.mode, log_joint.reason) == (
+        "plate",
+        "the particle plate agrees with the loop",
+    )
+
+
+def test_a_plate_that_mixes_its_particles_is_refused() -> None:
+    """The planted bug: ``theta.sum()`` runs over the particles too, and no error says so."""
+    (y,) = zoo.five(torch.float64)
+    log_joint = made(zoo.sums_over_all, (y,), mode="plate")
+    with pytest.raises(ModelError, match="the particle plate and the loop disagree"):
+        log_joint(torch.randn(6, 5).double(), y)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "plate"])
+def test_points_without_a_density_cannot_make_a_wrong_mode_look_right(mode: str) -> None:
+    """The planted bug shows only where the density is finite, and the points given are where it is not."""
+    y = torch.arange(3.0).double()
+    log_joint = made(models.half_line, (y,), mode=mode)
+    honest = getattr(log_joint, f"_{mode}")
+    setattr(log_joint, f"_{mode}", lambda u, args, kwargs: honest(u, args, kwargs) + u.mean())
+    with pytest.raises(ModelError, match="disagree|too few points"):
+        log_joint(torch.full((3, 1), -0.1).double(), y)
+    assert (
+        made(models.half_line, (y,), mode=mode)(torch.full((3, 1), -0.1).double(), y)
+        .isneginf()
+        .all()
+    )
+
+
+def test_an_error_of_one_particle_does_not_hide_behind_the_score_of_another() -> None:
+    """In single precision a particle with a huge score must not widen the tolerance of the rest."""
+    exact = torch.tensor([-1.0, -1e7]), torch.ones(2, 3)
+    fast = torch.tensor([-1.5, -1e7]), torch.ones(2, 3)
+    assert _agree(exact, exact) and not _agree(fast, exact)
+
+
+def test_a_model_that_changes_after_the_choice_is_refused() -> None:
+    """Sites are counted in every call: none is silently drawn from its prior inside the log joint."""
+    extra = False
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0 * y[0], 1.0))
+        shift = pyro.sample("shift", dist.Normal(0 * y[0], 1.0)) if extra else 0.0
+        zoo.observe(mu + shift, y)
+
+    (y,) = zoo.five(torch.float64)
+    log_joint = made(model, (y,))
+    u = torch.zeros(3, 1).double()
+    log_joint(u, y)
+    extra = True
+    with pytest.raises(ModelError, match="did not have before: 'shift'"):
+        log_joint(u, y)
+
+
+def test_choosing_draws_nothing_from_the_callers_stream() -> None:
+    y = torch.arange(6.0).double()
+    log_joint = made(models.global_latents_in_minibatches, (y,))
+    before = torch.get_rng_state()
+    log_joint.choose(torch.zeros(2, 1).double(), y)
+    assert torch.equal(torch.get_rng_state(), before)
