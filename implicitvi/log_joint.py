@@ -81,13 +81,13 @@ class LogJoint:
         # Whether vmap loops inside an operation, of which torch would warn in every call.
         self._falls_back = False
 
-    def __call__(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
         self.choose(u, *args, **kwargs)
         with unvalidated():
             return self._score(self._run(self.mode), u, args, kwargs)
 
-    def choose(self, u: Tensor, *args: Any, **kwargs: Any) -> None:
+    def choose(self, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Check the model, and the ways to score it, near the first points of ``u [S, D]``; once only.
 
         ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
@@ -119,7 +119,7 @@ class LogJoint:
                 stacklevel=2,
             )
 
-    def one(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_det = self.layout.unpack(u)
         trace = self._trace(values, args, kwargs)
@@ -129,12 +129,12 @@ class LogJoint:
             (n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det
         )
 
-    def loop(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def loop(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
         with unvalidated():
             return self._score(self._loop, u, args, kwargs)
 
-    def describe(self, u: Tensor, *args: Any, **kwargs: Any) -> str:
+    def describe(self, u: Tensor, /, *args: Any, **kwargs: Any) -> str:
         """Name the sites of ``u [D]`` whose log density is not finite, with value and score."""
         values, _ = self.layout.unpack(u)
         try:
