@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import ImproperUniform, Independent, TorchDistribution
+from pyro.distributions import Delta, ImproperUniform, Independent, TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from implicitvi.amortized import Amortization, Amortize, AmortizedSampler
 from implicitvi.enumeration import is_enumerated, is_finite
 from implicitvi.errors import ModelError, SetupError, check_at_least, check_choice
 from implicitvi.layout import SiteLayout, bijection
+from implicitvi.local import PlateRun, read_plate
 from implicitvi.samplers import SAMPLERS, Sampler
 
 _instances = itertools.count(1)
@@ -27,7 +32,8 @@ class ImplicitDistribution(TorchDistribution):
     """What a sampler draws from, as a Pyro distribution with event shape ``[D]``.
 
     Args:
-        sampler: The network.
+        draw: Gives ``S`` reparameterised draws ``[S, D]``; a `Sampler` does.
+        latent_dim: Dimension ``D`` of a draw.
         log_density: Learned log density of ``z [S, D]``, ``[S]``; ``None`` while there is none.
         batch_shape: Batch shape; every entry gets noise of its own.
     """
@@ -38,26 +44,29 @@ class ImplicitDistribution(TorchDistribution):
 
     def __init__(
         self,
-        sampler: Sampler,
+        draw: Callable[[int], Tensor],
+        latent_dim: int,
         *,
         log_density: Callable[[Tensor], Tensor] | None = None,
         batch_shape: torch.Size = torch.Size(),
     ):
-        self.sampler = sampler
+        self.draw = draw
         self.log_density = log_density
-        super().__init__(batch_shape, torch.Size([sampler.latent_dim]), validate_args=False)
+        super().__init__(batch_shape, torch.Size([latent_dim]), validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ImplicitDistribution:
         """The same distribution with another batch shape."""
         return ImplicitDistribution(
-            self.sampler, log_density=self.log_density, batch_shape=torch.Size(batch_shape)
+            self.draw,
+            self.event_shape[0],
+            log_density=self.log_density,
+            batch_shape=torch.Size(batch_shape),
         )
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Reparameterised draws ``[*sample_shape, *batch_shape, D]``."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        draws: Tensor = self.sampler(shape.numel())
-        return draws.reshape(shape + self.event_shape)
+        return self.draw(shape.numel()).reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The *learned* log density in nats; raises before there is one."""
@@ -135,10 +144,18 @@ class ImplicitGuide(AutoContinuous):
 
     The networks are built when the model is first seen: by the first training step, or by `setup`.
 
+    An amortized guide is one network for many posteriors. Over a *plate*, ``amortize={"plate": features}``, it draws
+    the latents inside from what is known of each element, so that minibatches of the plate, and elements that were
+    never seen, have posteriors too; ``amortize="plate"`` shows the network all that the model observes there. Over
+    *datasets*, ``amortize=features``, it draws all latents from what is known of a dataset; it is trained on stacks
+    of them, one more dimension in front of every tensor, and sampled with the arguments of one.
+
     Args:
         model: A Pyro model with continuous latent sites.
+        amortize: The name of a plate, ``{plate: features}``, or ``features``: a function of the model's arguments that
+            returns a row for each element of the plate, ``[N, ...]``, or one tensor for a dataset.
         sampler: ``"gated"``, ``"dense"``, ``"residual"``, ``"noise_basis"``, ``"semi_implicit"``, or a function of
-            the latent dimension ``D`` that returns a `Sampler`.
+            the latent dimension ``D`` that returns a `Sampler`; an amortized guide passes it ``context_dim`` too.
         init_loc_fn: Where the sites start, one of Pyro's ``init_to_…`` functions.
         name: Name of the guide in Pyro's parameter store and of its auxiliary site. The default is unique in
             the process, so that no two guides share parameters by accident.
@@ -162,7 +179,8 @@ class ImplicitGuide(AutoContinuous):
         self,
         model: Callable[..., Any],
         *,
-        sampler: str | Callable[[int], Sampler] = "gated",
+        amortize: Amortize | None = None,
+        sampler: str | Callable[..., Sampler] = "gated",
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
@@ -171,6 +189,7 @@ class ImplicitGuide(AutoContinuous):
             check_choice("sampler", sampler, SAMPLERS)
         self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
         self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+        self.amortization = None if amortize is None else Amortization.parse(amortize)
         self._learned: tuple[Callable[[Tensor], Tensor]] | None = None  # a tuple: no submodule
 
     _prototype_hide_fn = staticmethod(is_hidden)
@@ -204,17 +223,107 @@ class ImplicitGuide(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             trace = latent_trace(self.model, *args, **kwargs)
-        check_latents(trace)
+        check_latents(trace, amortized=self.plate)
+        if self.plate is not None:
+            self._setup_plate(*args, **kwargs)
+            self.prototype_trace = trace
+            return
         super()._setup_prototype(*args, **kwargs)
         self._layout = SiteLayout.from_trace(self.prototype_trace)
         start = self._init_loc()
-        self.sampler = self._make_sampler(self.latent_dim).to(start)
-        self.sampler.loc.copy_(start)
+        if self.amortization is None:
+            single: Sampler = self._make_sampler(self.latent_dim).to(start)
+            single.loc.copy_(start)
+            self.sampler: Any = single
+            return
+        row = self.amortization.row(*args, **kwargs)
+        self.sampler = AmortizedSampler(
+            None, self._make_sampler, datum_dim=self.latent_dim, feature_dim=row.shape[1]
+        ).to(start)
+        self.sampler.local.loc.copy_(start)
+
+    def _setup_plate(self, *args: Any, **kwargs: Any) -> None:
+        """Build the networks of shared and local latents."""
+        run = self._read_plate(*args, **kwargs)
+        g, z = run.layout.part(run.u[None])
+        rows = self._amortization.rows(run, *args, **kwargs)
+        shared = None if g is None else self._make_sampler(g.shape[1])
+        self.sampler = AmortizedSampler(
+            shared, self._make_sampler, datum_dim=z.shape[-1], feature_dim=rows.shape[1]
+        ).to(run.u)
+        self.sampler.set_units(rows)
+        if shared is not None and g is not None:
+            shared.loc.copy_(g[0])
+        self.sampler.local.loc.copy_(z.mean((0, 1)))
+        self._layout = run.layout.all
+
+    @property
+    def plate(self) -> str | None:
+        """The plate that the guide is amortized over; ``None`` where it is not, or over datasets."""
+        return None if self.amortization is None else self.amortization.plate
+
+    @property
+    def _amortization(self) -> Amortization:
+        assert self.amortization is not None
+        return self.amortization
+
+    def _read_plate(self, *args: Any, **kwargs: Any) -> PlateRun:
+        assert self.plate is not None
+        with torch.no_grad():
+            return read_plate(self.model, self.plate, *args, **kwargs)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         """The distribution of ``u [D]``; its ``log_prob`` is the learned one where there is one."""
         log_density = None if self._learned is None else self._learned[0]
-        return ImplicitDistribution(self.sampler, log_density=log_density)
+        if self.amortization is None:
+            sampler = self.sampler
+            return ImplicitDistribution(sampler, sampler.latent_dim, log_density=log_density)
+        if self.plate is not None:
+            raise SetupError(
+                "the latents of a plate have no single distribution",
+                do="Draw them with guide.sample(num_samples, ...) and the model's arguments.",
+            )
+        local = self.sampler.local
+        x = self.sampler.context(self._amortization.row(*args, **kwargs), None)
+        return ImplicitDistribution(lambda count: local(count, x)[:, 0], local.latent_dim)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw every latent site once as a Pyro guide does, inside its plates: ``{site: [*site shape]}``."""
+        if self.plate is None:
+            values: dict[str, Tensor] = super().forward(*args, **kwargs)
+            return values
+        if any(isinstance(handler, IndepMessenger) for handler in _PYRO_STACK):
+            raise ModelError(
+                "a guide amortized over a plate cannot stand in a plate of particles",
+                do="Use guide.sample(num_samples, ...), or Predictive with parallel=False.",
+            )
+        self.setup(*args, **kwargs)
+        run = self._read_plate(*args, **kwargs)
+        plates = {
+            frame.name: pyro.plate(
+                frame.name,
+                frame.full_size or frame.size,
+                subsample=run.indices if frame.name == self.plate else None,
+                dim=frame.dim,
+            )
+            for frames in run.frames.values()
+            for frame in frames
+        }
+        g, z = self.sampler(1, self._rows(run, *args, **kwargs))
+        u = run.layout.join(g, z)[0]
+        values, log_dets = run.layout.all.unpack_each(u)
+        for site in run.layout.all.sites:
+            density = Delta(values[site.name], -log_dets[site.name], event_dim=site.event_dim)
+            with ExitStack() as stack:
+                for frame in run.frames[site.name]:
+                    stack.enter_context(plates[frame.name])
+                pyro.sample(site.name, density)
+        return values
+
+    def _rows(self, run: PlateRun, *args: Any, **kwargs: Any) -> Tensor:
+        """Features of the elements in a run of the plate: ``[B, C]``."""
+        rows = self._amortization.rows(run, *args, **kwargs)
+        return rows if len(rows) == run.layout.size else rows[run.indices]
 
     @property
     def has_log_density(self) -> bool:
@@ -228,17 +337,17 @@ class ImplicitGuide(AutoContinuous):
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """Draws of the unconstrained vector: ``u [S, D]``. Arguments as for `sample`."""
-        check_at_least("num_samples", num_samples, 1)
-        self._require_setup(*args, **kwargs)
-        draws: Tensor = self.sampler(num_samples)
-        return draws
+        return self._draw(num_samples, *args, **kwargs)[0]
 
+    @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the posterior.
 
         Args:
             num_samples: Number ``S`` of draws.
-            *args: The model's arguments; may be left out once the guide is set up.
+            *args: The model's arguments; may be left out once the guide is set up, but not of an amortized guide,
+                which they ask for the posterior of *these* data. Features of a whole plate give draws of all of it,
+                minibatch or not.
             **kwargs: The model's keyword arguments, likewise.
 
         Returns:
@@ -247,8 +356,27 @@ class ImplicitGuide(AutoContinuous):
         Raises:
             SetupError: The guide has not seen the model's arguments.
         """
-        u = self.sample_unconstrained(num_samples, *args, **kwargs)
-        return self.layout.unpack(u)[0]
+        u, layout = self._draw(num_samples, *args, **kwargs)
+        return layout.unpack(u)[0]
+
+    def _draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
+        """Draws ``u [S, D]`` and how the sites stand in them."""
+        check_at_least("num_samples", num_samples, 1)
+        self._require_setup(*args, **kwargs)
+        if self.amortization is None:
+            return self.sampler(num_samples), self.layout
+        if not args and not kwargs:
+            raise SetupError(
+                "an amortized guide has a posterior for each set of data, and got none",
+                do="Pass the model's arguments: guide.sample(num_samples, ...).",
+            )
+        if self.plate is None:
+            return self.get_posterior(*args, **kwargs).rsample((num_samples,)), self.layout
+        run = self._read_plate(*args, **kwargs)
+        rows = self._amortization.rows(run, *args, **kwargs)
+        g, z = self.sampler(num_samples, rows)
+        layout = run.layout if len(rows) == run.layout.size else run.layout.resized(len(rows))
+        return layout.join(g, z), layout.all
 
     @torch.no_grad()
     def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
@@ -303,8 +431,8 @@ def latent_trace(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
         raise error.__cause__ if isinstance(error.__cause__, ModelError) else error from None
 
 
-def check_latents(trace: Any) -> None:
-    """Raise `ModelError` unless every latent site of the trace can be drawn by a flat sampler."""
+def check_latents(trace: Any, amortized: str | None = None) -> None:
+    """Raise `ModelError` unless every latent site can be drawn: no minibatch of latents but in an amortized plate."""
     sites = dict(trace.iter_stochastic_nodes())
     if not sites:
         raise ModelError(
@@ -315,10 +443,11 @@ def check_latents(trace: Any) -> None:
         frame.name
         for node in sites.values()
         for frame in node["cond_indep_stack"]
-        if frame.full_size and frame.full_size != frame.size
+        if frame.full_size and frame.full_size != frame.size and frame.name != amortized
     }
     if local:
         raise ModelError(
             f"latent sites stand in a subsampled plate: {', '.join(sorted(local))}",
-            do="Run the plate in full, or use amortized inference; only global latents may meet minibatches.",
+            do=f"Amortize the guide over it, ImplicitGuide(model, amortize={{{min(local)!r}: features}}) with a "
+            "function of the model's arguments that returns a row for each element; or run the plate in full.",
         )

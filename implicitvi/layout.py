@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
@@ -61,11 +62,11 @@ class Site:
         return flat.unflatten(-1, shape) if shape else flat[..., 0]
 
     def constrain(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [...]``."""
+        """``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [..., *batch shape]``."""
         u = self.unflatten(flat)
         value = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, value)
-        return value, sum_rightmost(log_det, log_det.dim() - (flat.dim() - 1))
+        return value, sum_rightmost(log_det, log_det.dim() - (flat.dim() - 1 + self.batch_dim))
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class SiteLayout:
 
     @classmethod
     def from_trace(cls, trace: Any) -> SiteLayout:
-        """Read the layout off a Pyro trace that holds only the latent sites."""
-        return cls(tuple(_site(name, node) for name, node in trace.iter_stochastic_nodes()))
+        """Read the layout off a Pyro trace."""
+        return cls(tuple(_site(name, node) for name, node in latent_nodes(trace)))
 
     @property
     def dim(self) -> int:
@@ -98,9 +99,22 @@ class SiteLayout:
         values = {}
         log_det = u.new_zeros(u.shape[:-1])
         for site, flat in self.split(u):
-            values[site.name], site_log_det = site.constrain(flat)
-            log_det = log_det + site_log_det
+            values[site.name], each = site.constrain(flat)
+            log_det = log_det + sum_rightmost(each, site.batch_dim)
         return values, log_det
+
+    def unpack_each(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As `unpack`, with the ``log|J| [..., *batch shape]`` of every site by itself."""
+        pairs = {site.name: site.constrain(flat) for site, flat in self.split(u)}
+        return {k: value for k, (value, _) in pairs.items()}, {
+            k: log_det for k, (_, log_det) in pairs.items()
+        }
+
+    def plate_size(self, plate: str) -> int:
+        """Number of elements of a plate that a site stands in."""
+        sites = (site for site in self.sites if plate in site.dims)
+        site = next(sites)
+        return site.shape[site.dims.index(plate)]
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Values ``{name: [..., *site shape]}`` to ``u [..., D]``; the inverse of `unpack`."""
@@ -118,6 +132,13 @@ class SiteLayout:
             for site in self.sites
             for index in np.ndindex(*site.unconstrained_shape)
         ]
+
+
+def latent_nodes(trace: Any) -> Iterator[tuple[str, Any]]:
+    """Names and nodes of the unobserved sites of a Pyro trace."""
+    for name, node in trace.iter_stochastic_nodes():
+        if not site_is_subsample(node):
+            yield name, node
 
 
 def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:

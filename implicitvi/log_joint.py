@@ -14,6 +14,8 @@ from torch import Tensor
 from implicitvi.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.layout import SiteLayout, bijection
+from implicitvi.local import by_datum
+from implicitvi.objectives import finite_draws
 from implicitvi.scoring import (
     PARTICLE_ERRORS,
     Model,
@@ -51,6 +53,8 @@ class LogJoint:
         only: Names of the sites to sum over, ``None`` for all of the model. With the latent sites alone this is
             the log prior. Enumerated sites always count.
         exclude: Names of sites to leave out of the sum; their densities are not asked for.
+        plate: Name of a plate whose elements are scored one by one beside the rest, its weight taken out: values are
+            ``[S, 1 + B]`` then (`by_datum`).
 
     Attributes:
         mode: What is used; ``"auto"`` until `choose` has run.
@@ -65,6 +69,7 @@ class LogJoint:
         mode: str = "auto",
         only: tuple[str, ...] | None = None,
         exclude: tuple[str, ...] = (),
+        plate: str | None = None,
     ):
         check_choice("mode", mode, MODES)
         self.model = model
@@ -72,6 +77,8 @@ class LogJoint:
         self.mode = mode
         self.only = only
         self.exclude = exclude
+        self.plate = plate
+        self._shape = () if plate is None else (1 + layout.plate_size(plate),)
         self.reason = "not chosen yet" if mode == "auto" else "asked for"
         self._is_settled = False
         self._shapes = {site.name: site.shape for site in layout.sites}
@@ -121,8 +128,11 @@ class LogJoint:
 
     def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
-        values, log_det = self.layout.unpack(u)
+        values, log_dets = self.layout.unpack_each(u)
         trace = self._trace(values, args, kwargs)
+        if self.plate is not None:
+            return by_datum(trace, log_dets, self.plate)
+        log_det = sum((each.sum() for each in log_dets.values()), u.new_zeros(()))
         if self._enumerates:
             return log_det + log_sum(trace)
         return sum(
@@ -179,6 +189,11 @@ class LogJoint:
             trace = run_at(self.model, values, *args, **kwargs)
         nodes = [node for node in trace.nodes.values() if is_scored(node)]
         self._enumerates = any(is_enumerated(node) for node in nodes)
+        if self._enumerates and self.plate is not None:
+            raise ModelError(
+                "a guide amortized over a plate does not sum discrete sites out",
+                do="Sum them out by hand, for instance with dist.MixtureSameFamily.",
+            )
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
 
@@ -212,8 +227,12 @@ class LogJoint:
             if not is_particles_fault(error):
                 raise
             if len(u) == 1:
-                return u.new_full((1,), -torch.inf)
+                return u.new_full((1, *self._shape), -torch.inf)
             return torch.cat([self._score(run, half, args, kwargs) for half in u.tensor_split(2)])
+
+    def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        """Score particles together, without choice or guard; for use under another `torch.func.vmap`."""
+        return self._vmap(u, args, kwargs)
 
     def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         with batchable(quiet=self._falls_back):
@@ -225,6 +244,8 @@ class LogJoint:
     def _plate(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._enumerates:
             raise NotImplementedError("discrete sites are not summed out in it")
+        if self.plate is not None:
+            raise NotImplementedError("data are not scored one by one in it")
         flat, log_det = self.layout.unpack(u)
         depth: int = self._nesting or 0
         values = {
@@ -273,7 +294,7 @@ class LogJoint:
             for v in points:
                 self._check_supports(v, args, kwargs)
             values, gradients = self._probe(partial(self._score, self._loop), points, args, kwargs)
-            finite = values.isfinite() & gradients.isfinite().all(-1)
+            finite = finite_draws(values) & gradients.isfinite().all(-1)
             if finite.sum() > 1:
                 break
         return points[finite], (values[finite], gradients[finite])
@@ -305,7 +326,7 @@ class LogJoint:
         with torch.enable_grad(), RandomStream(0):
             v = u.detach().requires_grad_()
             scores = run(v, args, kwargs)
-            (grad,) = torch.autograd.grad((scores + 0 * v.sum(-1)).sum(), v)
+            (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
         return scores.detach(), grad
 
 
@@ -315,9 +336,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:
-    """Whether values ``[S]`` and gradients ``[S, D]`` are the same to rounding, each particle by its own measure."""
+    """Whether values ``[S, ...]`` and gradients ``[S, D]`` are equal to rounding, each particle by its own measure."""
     tolerance = 1e-8 if exact[0].dtype == torch.float64 else 1e-4
-    a, b = (torch.cat([values[:, None], gradients], 1) for values, gradients in (fast, exact))
+    a, b = (torch.cat([p.reshape(len(p), -1) for p in parts], 1) for parts in (fast, exact))
     scale = b.abs().amax(1, keepdim=True).clamp(min=1.0)
     return bool(((a - b).abs() <= tolerance * scale).all())
 

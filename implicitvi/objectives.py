@@ -122,6 +122,8 @@ class AVB:
             standard = self.contrast.standardise(z, r)
             if isinstance(self.adversary, InformedAdversary):
                 gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
+                if x is not None:
+                    gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
                 self.adversary.recentre(gap[0])
             self.contrast.observe(z_q, r)
         for i in range(0, len(z_q), num_samples):
@@ -152,7 +154,10 @@ class AVB:
     def score(self, z: Tensor, r: Distribution, log_p: Tensor, x: Tensor | None = None) -> Tensor:
         """`elbo` of draws ``z [S, (B,) D]`` whose log joint is ``log_p [S, (B,)]``, with the adversary held fixed."""
         log_r = r.log_prob(z)
-        return elbo(log_p, log_r, self._log_ratio(z, r, log_p - log_r, x))
+        gap = log_p - log_r
+        if x is not None:
+            gap = _relative(gap)
+        return elbo(log_p, log_r, self._log_ratio(z, r, gap, x))
 
     def log_q(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> Tensor:
         """The learned ``log q(z | x) = log r + T`` of draws ``z [S, (B,) D]``: ``[S, (B,)]`` in nats.
@@ -162,6 +167,8 @@ class AVB:
         r = self.contrast(z, x)
         log_r = r.log_prob(z)
         gap = log_joint(z) - log_r if self.informed else None
+        if gap is not None and x is not None:
+            gap = _relative(gap)
         log_q: Tensor = log_r + self._log_ratio(z, r, gap, x)
         return log_q
 
@@ -193,6 +200,21 @@ class AVB:
         inputs = (standard, gap) if isinstance(adversary, InformedAdversary) else (standard,)
         scores: Tensor = adversary(*inputs) if x is None else adversary(*inputs, x)
         return scores
+
+
+def _evidence(gap: Tensor) -> Tensor:
+    """Mean over the draws of ``q`` of ``log p - log r [S, B]``, for each context ``[B]``: its log evidence and more.
+
+    A context's own constant says nothing about its draws; left in, it would drown what does.
+    """
+    return torch.where(gap.isfinite(), gap, torch.nan).nanmean(0).nan_to_num().detach()
+
+
+def _relative(gap: Tensor) -> Tensor:
+    """``gap [S, B]`` of draws of ``q`` less the mean of the other draws of the same context."""
+    known = torch.where(gap.isfinite(), gap, 0.0).detach()
+    others = gap.isfinite().sum(0) - gap.isfinite().long()
+    return gap - (known.sum(0) - known) / others.clamp(min=1)
 
 
 def finite_draws(log_p: Tensor, group: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a Pyro model and a guide to an `AVB` objective: the options that `AVBSVI` and `AVB_ELBO` share."""
+"""The objective of a guide of one posterior, and its players."""
 
 from __future__ import annotations
 
@@ -8,32 +8,16 @@ from math import ceil, nan
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from implicitvi.adversaries import GatedAdversary, InformedAdversary
-from implicitvi.contrasts import (
-    Contrast,
-    DiagonalGaussianContrast,
-    FlowContrast,
-    GaussianContrast,
-    MixtureContrast,
-    PriorContrast,
-)
-from implicitvi.errors import ModelError, OptionError, check_at_least, check_choice
-from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
-from implicitvi.layout import SiteLayout
 from implicitvi.log_joint import LogJoint
-from implicitvi.model_prior import ModelPrior
 from implicitvi.objectives import AVB
-from implicitvi.parameters import model_parameters
-from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.warm_start import gaussian_fit, starting_point
 
-CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "prior")
 Model = Callable[..., Any]
 Turn = Iterator[tuple[Tensor | None, Metrics]]
+Losses = Callable[[Stage], Turn]
 
 
 @dataclass(frozen=True)
@@ -81,23 +65,9 @@ class Problem:
             for loss in avb.adversary_losses(stage.num_particles, stage.adversary_steps, scorer):
                 yield loss, {}
 
-        def rate(stage: Stage) -> float:
-            return stage.adversary_lr
+        return follow_contrast("adversary", avb, contrast_losses, adversary_losses)
 
-        fitted = any(True for _ in avb.contrast.parameters())
-        return [
-            *([Player("contrast", avb.contrast, contrast_losses, rate)] if fitted else []),
-            Player(
-                "adversary",
-                avb.adversary,
-                adversary_losses,
-                rate,
-                follow=avb.keep_average,
-                followers=(avb.contrast, *([] if avb.average is None else [avb.average])),
-            ),
-        ]
-
-    def sampler(self, arguments: Callable[[], Arguments]) -> Player:
+    def sampler_player(self, arguments: Callable[[], Arguments]) -> Player:
         """The player that raises the ELBO. Arguments as for `opponents`."""
 
         def losses(stage: Stage) -> Turn:
@@ -115,6 +85,10 @@ class Problem:
         elbo, dropped = self.avb.elbo(num_particles, self.scorer(arguments, stage.beta))
         return (-elbo.mean() if len(elbo) else None), dropped
 
+    def how(self) -> str:
+        """How the model is scored, and why."""
+        return f"{self.log_joint.mode} ({self.log_joint.reason})"
+
     def explain(self, arguments: Arguments) -> str:
         """The sites that are not finite at a draw of the sampler, with values, in words."""
         with torch.no_grad():
@@ -126,116 +100,19 @@ class Problem:
         return self.avb.log_q(u, self.scorer(self.arguments))
 
 
-@dataclass(frozen=True)
-class ProblemOptions:
-    """What the objective is made of; the words are those of `AVBSVI`."""
+def follow_contrast(
+    name: str, avb: AVB, contrast_losses: Losses, adversary_losses: Losses
+) -> list[Player]:
+    """The adversary of an objective as a player, after its contrast where that has parameters of its own."""
 
-    contrast: str | Callable[[int], Contrast] = "mixture"
-    adversary: Callable[[int], nn.Module] = GatedAdversary
-    informed: bool = True
-    ratio: str | RatioLoss = "logistic"
-    averaging: float = 0.9
-    warm_start: int = 600
-    num_importance: int = 1
-    mode: str = "auto"
+    def rate(stage: Stage) -> float:
+        return stage.adversary_lr
 
-    def __post_init__(self) -> None:
-        if isinstance(self.contrast, str):
-            check_choice("contrast", self.contrast, CONTRASTS)
-        if isinstance(self.ratio, str):
-            check_choice("ratio", self.ratio, RATIOS)
-        check_at_least("warm_start", self.warm_start, 0)
-        check_at_least("num_importance", self.num_importance, 1)
-        if not 0 <= self.averaging < 1:
-            raise OptionError(
-                "averaging is out of range", got=self.averaging, expected="0 to below 1"
-            )
-
-    def build(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Problem:
-        """Set the guide up, choose how to score the model, place the sampler, make the networks.
-
-        Raises:
-            ModelError: The model cannot be fitted, or is not the guide's.
-        """
-        args, kwargs = arguments.args, arguments.kwargs
-        fresh = not guide.is_set_up
-        guide.setup(*args, **kwargs)
-        check_match(model, guide, arguments)
-        sampler, layout = guide.sampler, guide.layout
-        values, _ = layout.unpack(sampler.loc)
-        parameters = model_parameters(model, values, *args, **kwargs)
-        log_joint = LogJoint(model, layout, mode=self.mode)
-
-        def score(u: Tensor) -> Tensor:
-            return log_joint(u, *args, **kwargs)
-
-        start = starting_point(
-            lambda u: log_joint.loop(u, *args, **kwargs),
-            sampler.loc,
-            lambda u: log_joint.describe(u, *args, **kwargs),
-        )
-        log_joint.choose(start + 0.1 * torch.randn(3, layout.dim).to(start), *args, **kwargs)
-        if fresh:
-            unit = torch.eye(layout.dim).to(start)
-            sampler.set_frame(start, unit)
-            if self.warm_start:
-                leaves = list(parameters.values())
-                sampler.set_frame(
-                    *gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
-                )
-        network = self.adversary(layout.dim)
-        avb = AVB(
-            sampler=sampler,
-            contrast=self._contrast(model, layout, arguments, start).to(start),
-            adversary=(InformedAdversary(network) if self.informed else network).to(start),
-            ratio=RATIOS[self.ratio]() if isinstance(self.ratio, str) else self.ratio,
-            averaging=self.averaging,
-            num_importance=self.num_importance,
-        )
-        problem = Problem(log_joint, avb, arguments, parameters)
-        guide.set_log_density(problem.log_q)
-        return problem
-
-    def _contrast(
-        self, model: Model, layout: SiteLayout, arguments: Arguments, like: Tensor
-    ) -> Contrast:
-        if not isinstance(self.contrast, str):
-            return self.contrast(layout.dim)
-        if self.contrast == "prior":
-            log_prior = LogJoint(model, layout, mode=self.mode, only=layout.names)
-            prior = ModelPrior(log_prior, arguments.args, arguments.kwargs, like)
-            draws = prior.sample((1000,))
-            return PriorContrast(prior, loc=draws.mean(0), scale=draws.std(0))
-        made: dict[str, Callable[[], Contrast]] = {
-            "diagonal": DiagonalGaussianContrast,
-            "gaussian": GaussianContrast,
-            "mixture": lambda: MixtureContrast(layout.dim),
-            "flow": lambda: FlowContrast(layout.dim),
-        }
-        return made[self.contrast]()
-
-
-def check_guide(guide: Any) -> None:
-    """Raise `OptionError` unless ``guide`` is an `ImplicitGuide`."""
-    if not isinstance(guide, ImplicitGuide):
-        raise OptionError(
-            "the guide is not implicit",
-            got=type(guide).__name__,
-            expected="an ImplicitGuide",
-            do="Write guide = ImplicitGuide(model); other guides are trained by pyro.infer.SVI.",
-        )
-
-
-def check_match(model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
-    """Raise `ModelError` unless the latent sites of ``model`` are those of the guide."""
-    trace = latent_trace(model, *arguments.args, **arguments.kwargs)
-    check_latents(trace)
-    found = {name: tuple(node["value"].shape) for name, node in trace.iter_stochastic_nodes()}
-    known = {site.name: site.shape for site in guide.layout.sites}
-    if found != known:
-        raise ModelError(
-            "the latent sites of the model are not those of the guide",
-            got=found,
-            expected=known,
-            do="Give ImplicitGuide and AVBSVI the same model, and data of the same size.",
-        )
+    followers = (avb.contrast, *([] if avb.average is None else [avb.average]))
+    adversary = Player(
+        name, avb.adversary, adversary_losses, rate, follow=avb.keep_average, followers=followers
+    )
+    if not list(avb.contrast.parameters()):
+        return [adversary]
+    contrast = "contrast" if name == "adversary" else f"{name} contrast"
+    return [Player(contrast, avb.contrast, contrast_losses, rate), adversary]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -343,6 +342,9 @@ class EncodedSampler(Sampler):
         return loc + (scale @ mean[..., None]).squeeze(-1), scale @ cov @ scale.mT
 
 
+LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever it is shown
+
+
 class GaussianEncoder(nn.Module):
     """Context to the location and scale of a Gaussian; 0 and 1 at the start.
 
@@ -361,18 +363,17 @@ class GaussianEncoder(nn.Module):
         self.latent_dim = latent_dim
         size = latent_dim * (latent_dim + 3) // 2
         self.skip = zeroed(nn.Linear(context_dim, size))
-        self.net = nn.Sequential(
-            nn.Linear(context_dim, hidden[0]),
-            *(GatedLayer(i, o) for i, o in pairwise(hidden)),
-            zeroed(nn.Linear(hidden[-1], size)),
-        )
+        self.net = dense([context_dim, *hidden, size])
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        zeroed(last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
         raw = self.skip(x) + self.net(x)
         d = self.latent_dim
         loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
-        diagonal = log_diagonal.exp()
+        diagonal = (LOG_RANGE * (log_diagonal / LOG_RANGE).tanh()).exp()
         rows, columns = torch.tril_indices(d, d, -1, device=x.device)
         lower = raw.new_zeros(*raw.shape[:-1], d, d)
         lower[..., rows, columns] = below * diagonal[..., rows]

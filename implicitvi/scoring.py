@@ -61,6 +61,21 @@ def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) ->
         node["log_prob_sum"] = node["log_prob"].sum()
 
 
+def sites_without_density(
+    model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any
+) -> tuple[str, ...]:
+    """Names of the latent sites, of those in ``values``, that can be drawn from but not scored."""
+    implicit = []
+    trace = run_at(model, values, *args, **kwargs)
+    for name in values:
+        node = trace.nodes[name]
+        try:
+            node["fn"].log_prob(node["value"])
+        except NotImplementedError:
+            implicit.append(name)
+    return tuple(implicit)
+
+
 def is_scored(node: Any) -> bool:
     """Whether a node of a trace has a log density that counts: not a parameter, minibatch or `pyro.deterministic`."""
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from math import nan
 from typing import Any
 
 import pyro
@@ -13,13 +14,15 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from implicitvi.adversaries import GatedAdversary
+from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.contrasts import Contrast
 from implicitvi.errors import OptionError, SetupError, check_at_least, check_positive
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
+from implicitvi.options import ProblemOptions, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
-from implicitvi.problem import Arguments, Model, Problem, ProblemOptions, check_guide
+from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
 from implicitvi.training import (
     Callback,
@@ -137,7 +140,7 @@ class AVBSVI:
         self._clip_norm = clip_norm
         self._max_skips = max_skips
         self._stream = RandomStream(seed)
-        self._problem: Problem | None = None
+        self._problem: Problem | AmortizedProblem | None = None
         self._trainer: Trainer | None = None
         self._arguments = Arguments((), {})
 
@@ -155,7 +158,7 @@ class AVBSVI:
             self._trainer = Trainer(
                 [
                     *problem.opponents(lambda: self._arguments),
-                    problem.sampler(lambda: self._arguments),
+                    problem.sampler_player(lambda: self._arguments),
                 ],
                 schedule=self.schedule,
                 stream=self._stream,
@@ -201,7 +204,7 @@ class AVBSVI:
             setup_seconds=setup_seconds,
             stop_reason=stop_reason,
             skipped=trainer.skipped,
-            log_joint=f"{self.log_joint.mode} ({self.log_joint.reason})",
+            log_joint=self.problem.how(),
             parameters=parameter_values(self.problem.parameters),
         )
 
@@ -209,10 +212,10 @@ class AVBSVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss of fresh draws, untempered, in nats; changes nothing but the stream of random numbers."""
         self.setup(*args, **kwargs)
-        num_particles = self.schedule.at(self.schedule.num_steps).num_particles
+        last = self.schedule.at(self.schedule.num_steps)
         with self._stream:
-            elbo, _ = self.problem.avb.elbo(num_particles, self.problem.scorer(self._arguments))
-        return -elbo.mean().item()
+            loss, _ = self.problem.sampler_loss(self._arguments, last)
+        return nan if loss is None else loss.item()
 
     @property
     def trainer(self) -> Trainer:
@@ -220,7 +223,7 @@ class AVBSVI:
         return self._made[1]
 
     @property
-    def problem(self) -> Problem:
+    def problem(self) -> Problem | AmortizedProblem:
         """The objective and the log joint."""
         return self._made[0]
 
@@ -243,7 +246,7 @@ class AVBSVI:
         self.trainer.load_state_dict(state)
 
     @property
-    def _made(self) -> tuple[Problem, Trainer]:
+    def _made(self) -> tuple[Problem | AmortizedProblem, Trainer]:
         if self._problem is None or self._trainer is None:
             raise SetupError(
                 "the fit has not seen its model yet",
@@ -332,7 +335,7 @@ class AVB_ELBO(ELBO):
         self._clip_norm = clip_norm
         self._max_skips = max_skips
         self._stream = RandomStream(seed)
-        self._problem: Problem | None = None
+        self._problem: Problem | AmortizedProblem | None = None
         self._trainer: Trainer | None = None
         self._guide: ImplicitGuide | None = None
         self._arguments = Arguments((), {})
@@ -367,7 +370,7 @@ class AVB_ELBO(ELBO):
         with poutine.block(), self._stream:
             stage = self.schedule.at(max(trainer.step_count - 1, 0))
             loss, _ = self._problem.sampler_loss(self._arguments, stage)
-        return guide.sampler.loc.new_tensor(torch.nan) if loss is None else loss
+        return torch.tensor(nan) if loss is None else loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         """Pyro's hook for losses made of traces, which this one is not."""

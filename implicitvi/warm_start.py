@@ -92,7 +92,11 @@ def parameter_groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 
 def descend(
-    loss: Callable[[], Tensor | None], groups: list[dict[str, Any]], num_steps: int
+    loss: Callable[[], Tensor | None],
+    groups: list[dict[str, Any]],
+    num_steps: int,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> None:
     """Minimise by Adam with rates that fall to a twentieth; a step that is not finite is left out.
 
@@ -100,10 +104,11 @@ def descend(
         loss: A fresh scalar, ``None`` where there is nothing to learn from.
         groups: Adam's parameter groups, ``params`` and ``lr``.
         num_steps: Steps.
+        betas: Adam's moment decays.
     """
     if not num_steps:
         return
-    optimiser = torch.optim.Adam(groups, fused=True)
+    optimiser = torch.optim.Adam(groups, betas=betas, fused=True)
     parameters = [p for group in groups for p in group["params"]]
     decay = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.05 ** (1 / num_steps))
     for _ in range(num_steps):

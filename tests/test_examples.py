@@ -26,26 +26,43 @@ ROWS = {
         "NUTS",
         "floor",
     },
+    "02_bayesian_regression.py": {"Normal", "Student t", "horseshoe", "Gibbs again"},
+    "03_logistic_minibatch.py": {"plain", "control variate"},
+    "05_bnn_regression.py": {"implicit", "NUTS"},
 }
-OPTIONS = {"00_toy_densities.py": [], "01_eight_schools.py": ["--paper-ac"]}
+OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
     "00_toy_densities.py": {"toy_densities.png"},
     "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},
+    "02_bayesian_regression.py": {"regression_forest.png", "regression_pairs.png"},
+    "03_logistic_minibatch.py": {"logistic_minibatch.png"},
+    "05_bnn_regression.py": {"bnn_regression.png"},
 }
+# A number that even a tiny run gets right: row, column, least and greatest value.
+BOUNDS = {
+    "02_bayesian_regression.py": ("Gibbs again", 1, 0.0, 1.0),  # mean error between two chains, sd
+    "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
+    "05_bnn_regression.py": ("NUTS", -1, 0.0, 0.0),  # distance of the reference from itself
+}
+# Trains parameters of the model, which `AVBSVI` cannot yet.
+WAITING = {"07_empirical_bayes.py"}
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == ROWS.keys() == PICTURES.keys()
+    assert {path.name for path in EXAMPLES.glob("*.py")} - WAITING == ROWS.keys() == PICTURES.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_example_prints_its_table_and_draws_its_pictures(name: str, tmp_path: Path) -> None:
-    printed = run(name, "--smoke", "--output", "pictures", *OPTIONS[name], cwd=tmp_path)
+    printed = run(name, "--smoke", "--output", "pictures", *OPTIONS.get(name, []), cwd=tmp_path)
     rows = table(printed)
     assert rows.keys() == ROWS[name]
     assert len({len(numbers) for numbers in rows.values()}) == 1, "a number is missing"
     assert all(math.isfinite(number) for numbers in rows.values() for number in numbers)
+    if name in BOUNDS:
+        row, column, least, greatest = BOUNDS[name]
+        assert least <= rows[row][column] <= greatest
     pictures = {path.name: imread(path) for path in (tmp_path / "pictures").iterdir()}
     assert pictures.keys() == PICTURES[name]
     for picture in pictures.values():
@@ -57,7 +74,9 @@ def test_example_prints_its_table_and_draws_its_pictures(name: str, tmp_path: Pa
 def run(name: str, *options: str, cwd: Path) -> str:
     """What an example prints; its warnings are errors."""
     environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *options]
+    # ArviZ before 1.0 announces its successor once a day.
+    warnings = ["-W", "error", "-W", "ignore::FutureWarning:arviz"]
+    command = [sys.executable, *warnings, str(EXAMPLES / name), *options]
     done = subprocess.run(
         command, cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -66,7 +85,7 @@ def run(name: str, *options: str, cwd: Path) -> str:
 
 def table(printed: str) -> dict[str, list[float]]:
     """Rows of the first table printed: what stands left of the numbers, and the numbers."""
-    _, _, below = printed.partition("KL(q||p)")
+    below = printed[re.search(r"^.* seconds ", printed, re.MULTILINE).start() :]
     rows = {}
     for line in below.partition("\n\n")[0].splitlines()[1:]:
         name, *numbers = re.split(r"\s{2,}", line.strip())

@@ -1,0 +1,268 @@
+"""The options that `AVBSVI` and `AVB_ELBO` share, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicitvi.adversaries import GatedAdversary, InformedAdversary
+from implicitvi.amortized import AmortizedSampler
+from implicitvi.amortized_problem import AmortizedProblem
+from implicitvi.contrasts import (
+    Contrast,
+    DiagonalGaussianContrast,
+    FlowContrast,
+    FramedContrast,
+    GaussianContrast,
+    MixtureContrast,
+    MomentContrast,
+    PriorContrast,
+    moments,
+)
+from implicitvi.errors import ModelError, OptionError, check_at_least, check_choice
+from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
+from implicitvi.layout import plate_names
+from implicitvi.log_joint import LogJoint
+from implicitvi.model_prior import ModelPrior
+from implicitvi.objectives import AVB
+from implicitvi.parameters import model_parameters
+from implicitvi.problem import Arguments, Model, Problem
+from implicitvi.ratios import RATIOS, RatioLoss
+from implicitvi.samplers import Sampler
+from implicitvi.scoring import sites_without_density
+from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
+from implicitvi.warm_start import gaussian_fit, starting_point
+
+CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "moments", "prior")
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """What the objective is made of; the words are those of `AVBSVI`."""
+
+    contrast: str | Callable[[int], Contrast] = "mixture"
+    adversary: Callable[..., nn.Module] = GatedAdversary
+    informed: bool = True
+    ratio: str | RatioLoss = "logistic"
+    averaging: float = 0.9
+    warm_start: int = 600
+    num_importance: int = 1
+    mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.contrast, str):
+            check_choice("contrast", self.contrast, CONTRASTS)
+        if isinstance(self.ratio, str):
+            check_choice("ratio", self.ratio, RATIOS)
+        check_at_least("warm_start", self.warm_start, 0)
+        check_at_least("num_importance", self.num_importance, 1)
+        if not 0 <= self.averaging < 1:
+            raise OptionError(
+                "averaging is out of range", got=self.averaging, expected="0 to below 1"
+            )
+
+    def build(
+        self, model: Model, guide: ImplicitGuide, arguments: Arguments
+    ) -> Problem | AmortizedProblem:
+        """Set the guide up, choose how to score the model, place the sampler, make the networks.
+
+        Raises:
+            ModelError: The model cannot be fitted, or is not the guide's.
+        """
+        fresh = not guide.is_set_up
+        if guide.amortization is None:
+            return self._build_single(model, guide, arguments, fresh)
+        return self._build_amortized(model, guide, arguments, fresh)
+
+    def _build_single(
+        self, model: Model, guide: ImplicitGuide, arguments: Arguments, fresh: bool
+    ) -> Problem:
+        """The problem of one posterior."""
+        args, kwargs = arguments.args, arguments.kwargs
+        guide.setup(*args, **kwargs)
+        check_match(model, guide, arguments)
+        sampler, layout = guide.sampler, guide.layout
+        values, _ = layout.unpack(sampler.loc)
+        parameters = model_parameters(model, values, *args, **kwargs)
+        implicit = self._check_prior(model, values, arguments)
+        log_joint = LogJoint(model, layout, mode=self.mode, exclude=implicit)
+
+        def score(u: Tensor) -> Tensor:
+            return log_joint(u, *args, **kwargs)
+
+        start = starting_point(
+            lambda u: log_joint.loop(u, *args, **kwargs),
+            sampler.loc,
+            lambda u: log_joint.describe(u, *args, **kwargs),
+        )
+        log_joint.choose(start + 0.1 * torch.randn(3, layout.dim).to(start), *args, **kwargs)
+        prior = None
+        if self.contrast == "prior":
+            log_prior = LogJoint(model, layout, mode=self.mode, only=layout.names, exclude=implicit)
+            prior = ModelPrior(log_prior, args, kwargs, start)
+        if fresh:
+            sampler.set_frame(start, torch.eye(layout.dim).to(start))
+            if implicit:  # a posterior without the density of its prior has no Gaussian fit
+                assert prior is not None
+                sampler.set_frame(*moments(prior.sample((1000,))))
+            elif self.warm_start:
+                leaves = list(parameters.values())
+                sampler.set_frame(
+                    *gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
+                )
+        contrast = self._contrast(layout.dim) if prior is None else _prior_contrast(prior)
+        avb = self._avb(sampler, contrast, self.adversary(layout.dim), informed=self.informed)
+        problem = Problem(log_joint, avb, arguments, parameters)
+        guide.set_log_density(problem.log_q)
+        return problem
+
+    def _build_amortized(
+        self, model: Model, guide: ImplicitGuide, arguments: Arguments, fresh: bool
+    ) -> AmortizedProblem:
+        """The problem of the latents of every datum, or of every dataset."""
+        amortization = guide.amortization
+        assert amortization is not None
+        if self.contrast == "prior":
+            raise OptionError(
+                "the contrast of an amortized guide cannot be the prior",
+                got="'prior'",
+                do="Use contrast='mixture', or 'moments' with sampler='noise_basis'.",
+            )
+        args, kwargs = arguments.args, arguments.kwargs
+        source: Source
+        if amortization.plate is not None:
+            guide.setup(*args, **kwargs)
+            source = PlateSource(model, amortization, mode=self.mode)
+        else:
+            count_datasets(args, kwargs)
+            args, kwargs = dataset(0, args, kwargs)
+            guide.setup(*args, **kwargs)
+            source = DatasetSource(model, amortization, guide.layout, mode=self.mode)
+        check_match(model, guide, Arguments(args, kwargs))
+        sampler = guide.sampler
+        assert isinstance(sampler, AmortizedSampler)
+        batch = source.batch(*arguments.args, **arguments.kwargs)
+        if fresh:
+            sampler.set_units(batch.rows)
+        with torch.no_grad():
+            g, z = sampler(1, batch.rows)
+        values = batch.values(g, z, guide.layout)
+        parameters = model_parameters(model, values, *args, **kwargs)
+        local, shared = sampler.local, sampler.shared
+        framed: Contrast
+        if self.contrast == "moments":
+            local.moments(2, sampler.context(batch.rows, g))
+            framed = MomentContrast(local.moments)
+        else:
+            framed = FramedContrast(self._contrast(local.latent_dim), local.frame)
+        network = self.adversary(local.latent_dim, context_dim=local.context_dim)
+        problem = AmortizedProblem(
+            source=source,
+            sampler=sampler,
+            local=self._avb(local, framed, network, informed=self.informed),
+            shared=None
+            if shared is None
+            else self._avb(
+                shared,
+                self._contrast(shared.latent_dim),
+                self.adversary(shared.latent_dim),
+                informed=False,
+            ),
+            parameters=parameters,
+        )
+        source.terms(g, z, batch)
+        if fresh:
+            problem.warm_start(arguments, num_steps=self.warm_start)
+        return problem
+
+    def _avb(
+        self, sampler: Sampler, contrast: Contrast, network: nn.Module, *, informed: bool
+    ) -> AVB:
+        """An objective with these networks, on the sampler's device and in its dtype."""
+        return AVB(
+            sampler=sampler,
+            contrast=contrast.to(sampler.loc),
+            adversary=(InformedAdversary(network) if informed else network).to(sampler.loc),
+            ratio=RATIOS[self.ratio]() if isinstance(self.ratio, str) else self.ratio,
+            averaging=self.averaging,
+            num_importance=self.num_importance,
+        )
+
+    def _contrast(self, dim: int) -> Contrast:
+        """The contrast beside ``dim`` latents."""
+        if not isinstance(self.contrast, str):
+            return self.contrast(dim)
+        made: dict[str, Callable[[], Contrast]] = {
+            "diagonal": DiagonalGaussianContrast,
+            "gaussian": GaussianContrast,
+            "mixture": lambda: MixtureContrast(dim),
+            "flow": lambda: FlowContrast(dim),
+        }
+        if self.contrast not in made:
+            raise OptionError(
+                "this contrast is for amortized guides",
+                got=repr(self.contrast),
+                do="Use contrast='mixture', or ImplicitGuide(model, amortize=...).",
+            )
+        return made[self.contrast]()
+
+    def _check_prior(
+        self, model: Model, values: dict[str, Tensor], arguments: Arguments
+    ) -> tuple[str, ...]:
+        """Names of the latent sites that can only be drawn; refused unless the prior is the contrast."""
+        implicit = sites_without_density(model, values, *arguments.args, **arguments.kwargs)
+        if implicit and self.contrast != "prior":
+            raise ModelError(
+                f"the prior of {', '.join(map(repr, implicit))} can be drawn from but has no density, which a contrast "
+                "that adapts to the posterior needs",
+                got=f"contrast={self.contrast!r}",
+                do="Use contrast='prior': the ratio of posterior to prior is learned from draws of both.",
+            )
+        return implicit
+
+
+def _prior_contrast(prior: ModelPrior) -> PriorContrast:
+    draws = prior.sample((1000,))
+    return PriorContrast(prior, loc=draws.mean(0), scale=draws.std(0))
+
+
+def check_guide(guide: Any) -> None:
+    """Raise `OptionError` unless ``guide`` is an `ImplicitGuide`."""
+    if not isinstance(guide, ImplicitGuide):
+        raise OptionError(
+            "the guide is not implicit",
+            got=type(guide).__name__,
+            expected="an ImplicitGuide",
+            do="Write guide = ImplicitGuide(model); other guides are trained by pyro.infer.SVI.",
+        )
+
+
+def check_match(model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
+    """Raise `ModelError` unless the latent sites of ``model`` are those of the guide."""
+    trace = latent_trace(model, *arguments.args, **arguments.kwargs)
+    check_latents(trace, amortized=guide.plate)
+
+    def shape(full: tuple[int, ...], dims: tuple[str | None, ...]) -> tuple[int | None, ...]:
+        """Without the size of the amortized plate, which may change."""
+        fixed = (
+            None if d is not None and d == guide.plate else n
+            for n, d in zip(full, dims, strict=False)
+        )
+        return (*fixed, *full[len(dims) :])
+
+    found = {
+        name: shape(tuple(node["value"].shape), plate_names(node))
+        for name, node in trace.iter_stochastic_nodes()
+    }
+    known = {site.name: shape(site.shape, site.dims) for site in guide.layout.sites}
+    if found != known:
+        raise ModelError(
+            "the latent sites of the model are not those of the guide",
+            got=found,
+            expected=known,
+            do="Give ImplicitGuide and AVBSVI the same model, and data of the same size.",
+        )
