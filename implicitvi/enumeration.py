@@ -86,12 +86,14 @@ def log_sum(trace: Any) -> Tensor:
     ]
     if not dependent:
         return sum(rest, torch.zeros(()))
-    scales = {float(nodes[name]["scale"]) for name in dependent}
-    if len(scales) > 1:
+    scales = {name: nodes[name]["scale"] for name in dependent}
+    if any(isinstance(s, Tensor) and s.dim() for s in scales.values()) or (
+        len({float(scale) for scale in scales.values()}) > 1
+    ):
         raise ModelError(
             "sites that depend on one enumerated site have different scales",
-            got=", ".join(f"{name}: {float(nodes[name]['scale']):g}" for name in dependent),
-            expected="one scale",
+            got=", ".join(f"{name}: {scale}" for name, scale in scales.items()),
+            expected="one number",
             do="Keep minibatches and poutine.scale away from discrete sites that all data share, or pass all data.",
         )
     try:
@@ -100,7 +102,7 @@ def log_sum(trace: Any) -> Tensor:
         raise ModelError(
             "the discrete sites of the model cannot be summed out exactly", got=str(error)
         ) from error
-    summed: Tensor = nodes[next(iter(dependent))]["scale"] * total
+    summed: Tensor = scales[next(iter(scales))] * total
     return sum(rest, summed)
 
 
@@ -135,6 +137,7 @@ def discrete_draw(
     model: Callable[..., Any],
     values: dict[str, Tensor],
     nesting: int,
+    /,
     *args: Any,
     **kwargs: Any,
 ) -> dict[str, Tensor]:

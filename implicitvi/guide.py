@@ -421,7 +421,7 @@ class ImplicitGuide(AutoContinuous):
             ) from error
 
 
-def latent_trace(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def latent_trace(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Trace of the model's unobserved sample sites, those aside that are summed out."""
     traced = pyro.poutine.trace(pyro.poutine.block(_Readable()(model), is_hidden))
     try:

@@ -92,7 +92,7 @@ class LogJoint:
         self._minibatch = Minibatch()
         self._compiled: CompiledScore | None = None
 
-    def __call__(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
         self.choose(u, *args, **kwargs)
         if self._compiled is not None:
@@ -104,7 +104,7 @@ class LogJoint:
         with unvalidated(), self._minibatch.pinned():
             return self._score(self._run(self.mode), u, args, kwargs)
 
-    def choose(self, u: Tensor, *args: Any, **kwargs: Any) -> None:
+    def choose(self, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Check the model, and the ways to score it, near the first points of ``u [S, D]``; once only.
 
         ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
@@ -136,7 +136,7 @@ class LogJoint:
                 stacklevel=2,
             )
 
-    def compile(self, backend: str, u: Tensor, *args: Any, **kwargs: Any) -> None:
+    def compile(self, backend: str, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
 
         Where that cannot be done the model is scored as before, with a warning that says why.
@@ -163,7 +163,7 @@ class LogJoint:
         self.reason = f"{self.reason.split('; compiled')[0]}; not compiled: {why}"
         warnings.warn(f"the model is scored without compiling it: {why}", stacklevel=3)
 
-    def one(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_dets = self.layout.unpack_each(u)
         trace = self._trace(values, args, kwargs)
@@ -176,12 +176,12 @@ class LogJoint:
             (n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det
         )
 
-    def loop(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def loop(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
         with unvalidated(), self._minibatch.pinned():
             return self._score(self._loop, u, args, kwargs)
 
-    def describe(self, u: Tensor, *args: Any, **kwargs: Any) -> str:
+    def describe(self, u: Tensor, /, *args: Any, **kwargs: Any) -> str:
         """Name the sites of ``u [D]`` whose log density is not finite, with value and score."""
         values, _ = self.layout.unpack(u)
         try:
@@ -267,7 +267,7 @@ class LogJoint:
                 return u.new_full((1, *self._shape), -torch.inf)
             return torch.cat([self._score(run, half, args, kwargs) for half in u.tensor_split(2)])
 
-    def vmap(self, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles together, without choice or guard; for use under another `torch.func.vmap`."""
         return self._vmap(u, args, kwargs)
 

@@ -22,13 +22,13 @@ SAME_SITES = "Give the model the same sites in every call, whatever the values o
 PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
-def run_at(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+def run_at(model: Model, values: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
     """Pyro trace of ``model`` with its latent sites fixed to ``values``, nothing scored yet."""
     with poutine.block():
         return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
 
 
-def trace_at(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+def trace_at(model: Model, values: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
     """Pyro trace of ``model`` with its latent sites fixed to ``values``, every site scored (`score`)."""
     trace = run_at(model, values, *args, **kwargs)
     score(trace, values)

@@ -89,8 +89,18 @@ def test_a_discrete_site_that_all_minibatches_share_is_refused() -> None:
             pyro.sample("obs", dist.Normal(loc[k.long()], 1.0), obs=y[i])
 
     log_joint = made(model, Y)
-    with pytest.raises(ModelError, match=r"different scales; got k: 1, obs: 2.5"):
+    with pytest.raises(ModelError, match=r"different scales; got k: 1.0, obs: 2.5"):
         log_joint(torch.zeros(2, 2).double(), Y)
+
+
+def test_a_scale_for_each_datum_of_a_discrete_site_is_refused() -> None:
+    def model(y: Tensor) -> None:
+        with poutine.scale(scale=torch.arange(1.0, 1.0 + len(y))):
+            models.mixture(y)
+
+    log_joint = made(model, Y)
+    with pytest.raises(ModelError, match="different scales"):
+        log_joint(torch.zeros(2, 3).double(), Y)
 
 
 def test_the_prior_of_a_mixture_is_summed_too() -> None:

@@ -272,3 +272,14 @@ def test_choosing_draws_nothing_from_the_callers_stream() -> None:
     before = torch.get_rng_state()
     log_joint.choose(torch.zeros(2, 1).double(), y)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_may_name_its_arguments_as_it_likes() -> None:
+    def model(u: Tensor, model: float, values: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(model * u, 1.0))
+        zoo.observe(mu, values)
+
+    (y,) = zoo.five(torch.float64)
+    named = {"u": y[0], "model": 1.0, "values": y}
+    log_joint = LogJoint(model, ImplicitGuide(model).setup(**named).layout)
+    assert log_joint(torch.zeros(2, 1).double(), **named).isfinite().all()
