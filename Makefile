@@ -40,7 +40,7 @@ test: lint types ## Check style and types, then run the tests, doctests and exam
 accuracy: $(STAMP) ## Measure the defaults on Eight Schools beside an IAF guide; writes docs/results (an hour)
 	$(BIN)/python tests/accuracy.py
 
-bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (15 minutes)
+bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py
 
 lint: $(STAMP) ## Check style

@@ -414,9 +414,10 @@ def picture(result: Row, path: Path) -> None:
         (result["rows"], "rows", "minibatches of 100, 512 particles"),
     ]
     for ax, (rows, key, title) in zip(axes, panels, strict=True):
-        for method in METHODS:
+        for i, method in enumerate(METHODS):
             if method in rows[0]:
-                ax.plot([r[key] for r in rows], [r[method] for r in rows], "o-", label=method)
+                x, y = [r[key] for r in rows], [r[method] for r in rows]
+                ax.plot(x, y, "o-", color=f"C{i}", label=method)
         ax.set(xscale="log", yscale="log", xlabel=key, title=title)
     axes[-1].set_ylim(axes[0].get_ylim())
     axes[0].set_ylabel("milliseconds a step")
