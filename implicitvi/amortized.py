@@ -133,8 +133,13 @@ class AmortizedSampler(nn.Module):
         self.feature_loc.copy_(rows.mean(0))
         self.feature_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
-    def context(self, rows: Tensor, g: Tensor | None) -> Tensor:
-        """What the local network is shown: ``[B, C]``, or ``[S, B, C + G]`` beside shared draws ``g [S, G]``."""
+    def context(
+        self, rows: Tensor, g: Tensor | None, frame: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """What the local network is shown: ``[B, C]``, or ``[S, B, C + G]`` beside shared draws ``g [S, G]``.
+
+        The shared draws are shown in units of ``frame``, by default their sampler's location and scale.
+        """
         if rows.shape[1:] != self.feature_loc.shape:
             raise ShapeError(
                 "the features are not those that the guide was made with",
@@ -144,7 +149,8 @@ class AmortizedSampler(nn.Module):
         x = (rows.to(self.feature_loc) - self.feature_loc) / self.feature_scale
         if g is None or self.shared is None:
             return x
-        whitened = (g - self.shared.loc) / self.shared.scale_tril.diagonal()
+        loc, scale_tril = frame or (self.shared.loc, self.shared.scale_tril)
+        whitened = (g - loc) / scale_tril.diagonal()
         shape = (len(g), len(x), -1)
         return torch.cat([x.expand(*shape), whitened[:, None].expand(*shape)], -1)
 

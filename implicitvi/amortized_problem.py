@@ -151,15 +151,17 @@ class AmortizedProblem:
             lower = loc.new_zeros(dim, dim).requires_grad_()
             groups.append({"params": [loc, log_diagonal, lower], "lr": 0.05})
 
+        def scale_tril() -> Tensor:
+            return log_diagonal.exp()[:, None] * (torch.eye(dim).to(loc) + lower.tril(-1))
+
         def loss() -> Tensor | None:
             batch = self.source.batch(*arguments.args, **arguments.kwargs)
-            g, log_scale = None, torch.zeros(())
+            g, frame, log_scale = None, None, torch.zeros(())
             if shared is not None:
-                scale = log_diagonal.exp()[:, None] * (torch.eye(dim).to(loc) + lower.tril(-1))
-                shared.set_frame(loc.detach(), scale.detach())
-                g = loc + torch.randn(num_draws, dim).to(loc) @ scale.mT
+                frame = loc, scale_tril()
+                g = loc + torch.randn(num_draws, dim).to(loc) @ frame[1].mT
                 log_scale = log_diagonal.sum()
-            x = sampler.context(batch.rows, g)
+            x = sampler.context(batch.rows, g, frame)
             place, scales = sampler.local.frame(x)
             eps = torch.randn(num_draws, *place.shape[-2:]).to(place)
             z = place + (scales @ eps[..., None]).squeeze(-1)
@@ -174,8 +176,9 @@ class AmortizedProblem:
             per_draw = log_scales.expand(num_draws, -1).sum(-1)
             return -scores.mean() - log_scale - batch.weight * per_draw.mean()
 
-        # the first gradients are by far the largest: a long memory of them would hold every later step back
-        descend(loss, groups, num_steps, betas=(0.9, 0.98))
+        descend(loss, groups, num_steps, normalised=True)
+        if shared is not None:
+            shared.set_frame(loc.detach(), scale_tril().detach())
 
     def how(self) -> str:
         """How the model is scored, and why."""
