@@ -177,6 +177,7 @@ class AmortizedProblem:
             return -scores.mean() - log_scale - batch.weight * per_draw.mean()
 
         descend(loss, groups, num_steps, normalised=True)
+        sampler.local.placed.fill_(True)
         if shared is not None:
             shared.set_frame(loc.detach(), scale_tril().detach())
 

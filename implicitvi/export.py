@@ -22,15 +22,17 @@ from implicitvi.enumeration import (
     is_enumerated,
     log_sum_of,
 )
-from implicitvi.errors import ImplicitVIError, check_at_least
+from implicitvi.errors import ImplicitVIError, ModelError, check_at_least
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import plate_names
 from implicitvi.log_joint import LogJoint
+from implicitvi.minibatch import Minibatch
 from implicitvi.scoring import (
     is_deterministic,
     plate_nesting,
     run_at,
-    trace_at,
+    score,
+    sites_without_density,
     unvalidated,
 )
 
@@ -67,18 +69,28 @@ def to_arviz(
 
     Returns:
         An ``InferenceData`` (ArviZ before 1.0) or a ``DataTree``.
+
+    Raises:
+        ModelError: The model looks at a minibatch of its data.
     """
     check_at_least("num_samples", num_samples, 1)
-    u = guide.sample_unconstrained(num_samples, *args, **kwargs)
-    draws, log_det = guide.layout.unpack(u)
+    u, layout = guide.draw(num_samples, *args, **kwargs)
+    draws, log_det = layout.unpack(u)
     run = _Run(model, draws, args, kwargs)
     posterior = draws | run.discrete()
-    log_joint = LogJoint(model, guide.layout)
-    with torch.no_grad():
-        stats = {"lp": log_joint(u, *args, **kwargs) - log_det}
-        if guide.has_log_density:
-            stats["log_q_learned"] = guide.get_posterior().log_prob(u)
-            stats["log_weight"] = stats["lp"] + log_det - stats["log_q_learned"]
+    stats = {}
+    if run.implicit:
+        warnings.warn(
+            f"the prior of {', '.join(map(repr, run.implicit))} has no density, so there is no log joint: "
+            "the group sample_stats is left out",
+            stacklevel=2,
+        )
+    else:
+        with torch.no_grad():
+            stats["lp"] = LogJoint(model, layout)(u, *args, **kwargs) - log_det
+            if guide.has_log_density:
+                stats["log_q_learned"] = guide.get_posterior().log_prob(u)
+                stats["log_weight"] = stats["lp"] + log_det - stats["log_q_learned"]
     groups: Groups = {
         "posterior": _chain(posterior | run.deterministic(posterior)),
         "posterior_predictive": _chain(run.predictive(posterior)),
@@ -86,7 +98,7 @@ def to_arviz(
         "observed_data": {k: node["value"].numpy(force=True) for k, node in run.observed.items()},
         "sample_stats": _chain(stats),
     }
-    named = {site.name: site.dims for site in guide.layout.sites}
+    named = {site.name: site.dims for site in layout.sites}
     named |= {
         name: plate_names(node)
         for name, node in (run.summed_out | run.computed | run.observed).items()
@@ -103,6 +115,7 @@ class _Run:
         observed: Nodes of the observed sites, by name.
         summed_out: Nodes of the enumerated sites.
         computed: Nodes of the deterministic sites.
+        implicit: Names of the latent sites whose prior has no density.
     """
 
     def __init__(
@@ -113,8 +126,12 @@ class _Run:
         kwargs: dict[str, Any],
     ):
         self.model, self.draws, self.args, self.kwargs = model, draws, args, kwargs
-        with unvalidated():
-            trace = run_at(model, _at(draws, 0), *args, **kwargs)
+        minibatch = Minibatch()
+        try:
+            with unvalidated(), minibatch.pinned():
+                trace = run_at(minibatch(model), _at(draws, 0), *args, **kwargs)
+        finally:
+            _refuse_minibatches(minibatch)
         nodes = {name: n for name, n in trace.nodes.items() if n["type"] == "sample"}
         self.summed_out = {name: node for name, node in nodes.items() if is_enumerated(node)}
         self.computed = {name: node for name, node in nodes.items() if is_deterministic(node)}
@@ -125,6 +142,7 @@ class _Run:
             and name not in draws | self.computed
             and not isinstance(node["fn"], Unit)
         }
+        self.implicit = sites_without_density(model, _at(draws, 0), *args, **kwargs)
         self._nesting = plate_nesting(nodes.values())
 
     def discrete(self) -> dict[str, Tensor]:
@@ -174,7 +192,8 @@ class _Run:
         enumerated = Enumerate(-1 - self._nesting)(self.model) if self.summed_out else self.model
 
         def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            trace = trace_at(enumerated, values, *self.args, **self.kwargs)
+            trace = run_at(enumerated, values, *self.args, **self.kwargs)
+            score(trace, values, self.implicit)
             return {name: log_sum_of(trace, name) for name in self.observed}
 
         try:
@@ -210,6 +229,16 @@ def _at(draws: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 def _size(draws: dict[str, Tensor]) -> int:
     return len(next(iter(draws.values())))
+
+
+def _refuse_minibatches(minibatch: Minibatch) -> None:
+    """Raise `ModelError` where the model looked at a part of its data: every group would be of another part."""
+    for name, (size, subsample_size, _) in minibatch.plates.items():
+        raise ModelError(
+            f"the model looks at a minibatch of plate {name!r}",
+            got=f"{subsample_size} of {size}",
+            do="Call to_arviz with arguments under which it looks at all of its data.",
+        )
 
 
 def _chain(values: dict[str, Tensor]) -> dict[str, NDArray[Any]]:

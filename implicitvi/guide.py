@@ -15,6 +15,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -23,6 +24,7 @@ from implicitvi.enumeration import is_enumerated, is_finite
 from implicitvi.errors import ModelError, SetupError, check_at_least, check_choice
 from implicitvi.layout import SiteLayout, bijection
 from implicitvi.local import PlateRun, read_plate
+from implicitvi.minibatch import check_subsample
 from implicitvi.samplers import SAMPLERS, Sampler
 
 _instances = itertools.count(1)
@@ -115,8 +117,10 @@ class _Readable(Messenger):
     Refuses sites of which a continuous guide can make nothing, before anything asks for their support.
     """
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not is_hidden(msg):
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            check_subsample(msg)
+        elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
         msg["cond_indep_stack"] = tuple(
             frame
@@ -299,15 +303,15 @@ class ImplicitGuide(AutoContinuous):
             )
         self.setup(*args, **kwargs)
         run = self._read_plate(*args, **kwargs)
+        frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
         plates = {
-            frame.name: pyro.plate(
-                frame.name,
+            name: pyro.plate(
+                name,
                 frame.full_size or frame.size,
-                subsample=run.indices if frame.name == self.plate else None,
+                subsample=run.indices if name == self.plate else None,
                 dim=frame.dim,
             )
-            for frames in run.frames.values()
-            for frame in frames
+            for name, frame in frames.items()
         }
         g, z = self.sampler(1, self._rows(run, *args, **kwargs))
         u = run.layout.join(g, z)[0]
@@ -337,7 +341,7 @@ class ImplicitGuide(AutoContinuous):
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """Draws of the unconstrained vector: ``u [S, D]``. Arguments as for `sample`."""
-        return self._draw(num_samples, *args, **kwargs)[0]
+        return self.draw(num_samples, *args, **kwargs)[0]
 
     @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -356,11 +360,12 @@ class ImplicitGuide(AutoContinuous):
         Raises:
             SetupError: The guide has not seen the model's arguments.
         """
-        u, layout = self._draw(num_samples, *args, **kwargs)
+        u, layout = self.draw(num_samples, *args, **kwargs)
         return layout.unpack(u)[0]
 
-    def _draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
-        """Draws ``u [S, D]`` and how the sites stand in them."""
+    @torch.no_grad()
+    def draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
+        """Draws ``u [S, D]`` and how the sites stand in them. Arguments as for `sample`."""
         check_at_least("num_samples", num_samples, 1)
         self._require_setup(*args, **kwargs)
         if self.amortization is None:

@@ -163,6 +163,12 @@ class LogJoint:
         self.reason = f"{self.reason.split('; compiled')[0]}; not compiled: {why}"
         warnings.warn(f"the model is scored without compiling it: {why}", stacklevel=3)
 
+    @property
+    def minibatches(self) -> dict[str, tuple[int, int]]:
+        """Size and minibatch of every subsampled plate that the model has shown, by name."""
+        plates = self._minibatch.plates.items()
+        return {name: (size, subsample_size) for name, (size, subsample_size, _) in plates}
+
     def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_dets = self.layout.unpack_each(u)

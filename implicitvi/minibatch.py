@@ -11,6 +11,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from implicitvi.errors import ModelError
+
 Plate = tuple[int, int, str | torch.device]
 
 
@@ -34,6 +36,17 @@ def draw_subsample(size: int, subsample_size: int, device: str | torch.device = 
         more = torch.randint(size, (subsample_size - len(drawn),))
         drawn = torch.cat([drawn, more]).unique()
     return drawn
+
+
+def check_subsample(msg: Any) -> None:
+    """Raise `ModelError` where a plate is asked for more elements than it has."""
+    plate = msg["fn"]
+    if plate.subsample_size is not None and plate.subsample_size > plate.size >= 0:
+        raise ModelError(
+            f"the minibatch of plate {msg['name']!r} is larger than the plate",
+            got=f"subsample_size={plate.subsample_size}",
+            expected=f"at most {plate.size}",
+        )
 
 
 class Minibatch(Messenger):
@@ -67,6 +80,7 @@ class Minibatch(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg) or msg["value"] is not None:
             return
+        check_subsample(msg)
         name, plate = msg["name"], msg["fn"]
         if plate.subsample_size is None or plate.subsample_size >= plate.size:
             return

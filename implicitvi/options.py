@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from implicitvi.contrasts import (
     PriorContrast,
     moments,
 )
-from implicitvi.errors import ModelError, OptionError, check_at_least, check_choice
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least, check_choice
 from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
 from implicitvi.layout import plate_names
 from implicitvi.log_joint import LogJoint
@@ -34,7 +35,7 @@ from implicitvi.parameters import model_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import Sampler
-from implicitvi.scoring import sites_without_density
+from implicitvi.scoring import first_line, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
 from implicitvi.warm_start import gaussian_fit, starting_point
 
@@ -69,21 +70,35 @@ class ProblemOptions:
             )
 
     def build(
-        self, model: Model, guide: ImplicitGuide, arguments: Arguments
+        self, model: Model, guide: ImplicitGuide, arguments: Arguments, *, num_steps: int
     ) -> Problem | AmortizedProblem:
         """Set the guide up, choose how to score the model, place the sampler, make the networks.
+
+        Args:
+            model: The Pyro model.
+            guide: Its guide.
+            arguments: The model's arguments.
+            num_steps: Horizon of the fit, to judge minibatches by.
 
         Raises:
             ModelError: The model cannot be fitted, or is not the guide's.
         """
-        fresh = not guide.is_set_up
-        if guide.amortization is None:
-            return self._build_single(model, guide, arguments, fresh)
-        return self._build_amortized(model, guide, arguments, fresh)
+        try:
+            if guide.amortization is not None:
+                return self._build_amortized(model, guide, arguments)
+            problem = self._build_single(model, guide, arguments)
+        except RuntimeError as error:
+            if isinstance(error, ImplicitVIError) or " device" not in str(error):
+                raise
+            raise ModelError(
+                "the model mixes tensors of different devices",
+                got=f"{first_line(error)}, with arguments on {', '.join(sorted(arguments.devices()))}",
+                do="Make its constants from its data, as in dist.Normal(y.new_tensor(0.0), 1.0), or move the data.",
+            ) from error
+        warn_of_noise(problem.log_joint.minibatches, num_steps)
+        return problem
 
-    def _build_single(
-        self, model: Model, guide: ImplicitGuide, arguments: Arguments, fresh: bool
-    ) -> Problem:
+    def _build_single(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Problem:
         """The problem of one posterior."""
         args, kwargs = arguments.args, arguments.kwargs
         guide.setup(*args, **kwargs)
@@ -110,7 +125,7 @@ class ProblemOptions:
         if self.contrast == "prior":
             log_prior = LogJoint(model, layout, mode=self.mode, only=layout.names, exclude=implicit)
             prior = ModelPrior(log_prior, args, kwargs, start)
-        if fresh:
+        if not sampler.placed:
             sampler.set_frame(start, torch.eye(layout.dim).to(start))
             if implicit:  # a posterior without the density of its prior has no Gaussian fit
                 assert prior is not None
@@ -127,7 +142,7 @@ class ProblemOptions:
         return problem
 
     def _build_amortized(
-        self, model: Model, guide: ImplicitGuide, arguments: Arguments, fresh: bool
+        self, model: Model, guide: ImplicitGuide, arguments: Arguments
     ) -> AmortizedProblem:
         """The problem of the latents of every datum, or of every dataset."""
         amortization = guide.amortization
@@ -152,7 +167,7 @@ class ProblemOptions:
         sampler = guide.sampler
         assert isinstance(sampler, AmortizedSampler)
         batch = source.batch(*arguments.args, **arguments.kwargs)
-        if fresh:
+        if amortization.plate is None and not sampler.local.placed:
             sampler.set_units(batch.rows)
         with torch.no_grad():
             g, z = sampler(1, batch.rows)
@@ -181,7 +196,7 @@ class ProblemOptions:
             parameters=parameters,
         )
         source.terms(g, z, batch)
-        if fresh:
+        if not sampler.local.placed:
             problem.warm_start(arguments, num_steps=self.warm_start)
         return problem
 
@@ -237,6 +252,34 @@ class ProblemOptions:
 def _prior_contrast(prior: ModelPrior) -> PriorContrast:
     draws = prior.sample((1000,))
     return PriorContrast(prior, loc=draws.mean(0), scale=draws.std(0))
+
+
+def check_devices(arguments: Arguments, first: Arguments) -> None:
+    """Raise `ModelError` where the model's arguments are elsewhere than at the first call."""
+    if arguments.devices() != first.devices():
+        raise ModelError(
+            "the model's arguments have moved to another device",
+            got=", ".join(sorted(arguments.devices())),
+            expected=", ".join(sorted(first.devices())),
+            do="Move them back; a fit stays on the device that it began on.",
+        )
+
+
+def warn_of_noise(minibatches: dict[str, tuple[int, int]], num_steps: int) -> None:
+    """Warn where minibatches of size ``B`` of ``N`` rows leave the posterior of shared latents to chance.
+
+    ``T`` steps show ``B T`` rows, so no fit can place a posterior better than to about ``sqrt(N / (B T))`` of its
+    standard deviations.
+    """
+    for plate, (size, minibatch) in minibatches.items():
+        error = (size / (minibatch * num_steps)) ** 0.5
+        if error > 0.25:
+            warnings.warn(
+                f"{num_steps} steps with {minibatch} of the {size} rows of plate {plate!r} leave the posterior "
+                f"uncertain by about {error:.1g} of its standard deviations or more: take larger minibatches, "
+                "more steps, or a control variate",
+                stacklevel=4,
+            )
 
 
 def check_guide(guide: Any) -> None:

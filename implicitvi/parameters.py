@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ def model_parameters(
     model: Callable[..., Any], values: dict[str, Tensor], *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
     """The unconstrained leaves of every ``pyro.param`` and ``PyroModule`` parameter that the model meets.
+
+    Warns of parameters of the model's own module that it does not meet, as those of a plain layer in a PyroModule.
 
     The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show what has been learned.
 
@@ -50,6 +53,15 @@ def model_parameters(
             )
         if leaf.requires_grad:
             leaves[name] = leaf
+    met = {id(leaf) for leaf in leaves.values()}
+    unseen = [name for name, leaf in own.items() if leaf.requires_grad and id(leaf) not in met]
+    if unseen:
+        warnings.warn(
+            f"the model has parameters that Pyro does not see, which therefore are not learned: {', '.join(unseen)}. "
+            "Make every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model; "
+            "requires_grad_(False) says that it is meant",
+            stacklevel=2,
+        )
     return leaves
 
 

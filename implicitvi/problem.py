@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB
@@ -26,6 +27,11 @@ class Arguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def devices(self) -> set[str]:
+        """Where their tensors are."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return {str(leaf.device) for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Sampler(nn.Module, ABC):
 
     loc: Tensor
     scale_tril: Tensor
+    placed: Tensor
 
     def __init__(self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0):
         super().__init__()
@@ -49,11 +50,13 @@ class Sampler(nn.Module, ABC):
             )
         self.register_buffer("loc", torch.zeros(latent_dim))
         self.register_buffer("scale_tril", torch.eye(latent_dim))
+        self.register_buffer("placed", torch.zeros((), dtype=torch.bool))
 
     def set_frame(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Place the sampler: ``loc [D]`` and lower triangular ``scale_tril [D, D]``."""
         self.loc.copy_(loc)
         self.scale_tril.copy_(scale_tril)
+        self.placed.fill_(True)
 
     def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""

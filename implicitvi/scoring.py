@@ -11,7 +11,6 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -167,31 +166,10 @@ def _no_density(name: str, *, latent: bool, got: str | None) -> ModelError:
     )
 
 
-class _Unvalidated(Messenger):
-    """Turns argument checks off in distributions that were built before the checks were turned off."""
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = msg["fn"]
-        while fn is not None:
-            if fn.__dict__.get("_validate_args"):
-                fn._validate_args = False
-                self.changed.append(fn)
-            fn = fn.__dict__.get("base_dist")
-
-    def __enter__(self) -> Any:
-        self.changed: list[Any] = []
-        return super().__enter__()
-
-    def __exit__(self, *exc: Any) -> Any:
-        for fn in self.changed:
-            fn._validate_args = True
-        return super().__exit__(*exc)
-
-
 @contextmanager
 def unvalidated() -> Iterator[None]:
     """Run model code without argument checks: they branch on values, which a batch of particles cannot."""
-    with pyro.validation_enabled(False), _Unvalidated():
+    with pyro.validation_enabled(False):
         yield
 
 

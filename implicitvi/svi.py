@@ -20,7 +20,7 @@ from implicitvi.errors import OptionError, SetupError, check_at_least, check_pos
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
-from implicitvi.options import ProblemOptions, check_guide
+from implicitvi.options import ProblemOptions, check_devices, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
@@ -51,9 +51,13 @@ class AVBSVI:
         adversary_lr: Rate of the adversary and of a flow contrast.
         tempering: Power of the log joint at the first step, rising to 1; ``None`` for none. It balances modes
             that one Gaussian start would not.
-        contrast: ``"gaussian"`` (adaptive contrast, full covariance), ``"diagonal"`` (as in the paper), ``"flow"``,
-            ``"prior"`` (plain AVB), or a function of the latent dimension that returns a `Contrast`.
-        adversary: Function of the latent dimension that returns the adversary.
+        contrast: ``"mixture"`` (of Gaussians that follow the draws), ``"gaussian"`` (adaptive contrast, full
+            covariance), ``"diagonal"`` (as in the paper), ``"flow"``, ``"prior"`` (plain AVB; it needs no density of
+            the prior), or a function of the latent dimension that returns a `Contrast`. For an amortized guide all but
+            ``"prior"`` stand in the place and scale that its encoder gives each datum, and ``"moments"`` has the
+            closed-form moments of ``sampler="noise_basis"``.
+        adversary: Function of the latent dimension, and of ``context_dim`` for an amortized guide, that returns the
+            adversary.
         informed: Whether the adversary sees ``log p - log r`` (`InformedAdversary`).
         ratio: ``"logistic"``, ``"fgan_kl"``, ``"least_squares"``, or a `RatioLoss`.
         averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
@@ -103,7 +107,7 @@ class AVBSVI:
         adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
         tempering: float | None = Schedule.tempering,
         contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
-        adversary: Callable[[int], nn.Module] = GatedAdversary,
+        adversary: Callable[..., nn.Module] = GatedAdversary,
         informed: bool = ProblemOptions.informed,
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
@@ -148,7 +152,7 @@ class AVBSVI:
         self._stream = RandomStream(seed)
         self._problem: Problem | AmortizedProblem | None = None
         self._trainer: Trainer | None = None
-        self._arguments = Arguments((), {})
+        self._arguments = self._first = Arguments((), {})
 
     def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:
         """Everything that precedes the first step, the warm start included; does nothing the second time.
@@ -157,9 +161,14 @@ class AVBSVI:
             ModelError: The model cannot be fitted by this guide.
         """
         self._arguments = Arguments(args, kwargs)
-        if self._problem is None:
+        if self._problem is not None:
+            check_devices(self._arguments, self._first)
+        else:
+            self._first = self._arguments
             with self._stream:
-                problem = self.options.build(self.model, self.guide, self._arguments)
+                problem = self.options.build(
+                    self.model, self.guide, self._arguments, num_steps=self.schedule.num_steps
+                )
             self._problem = problem
             self._trainer = Trainer(
                 [
@@ -308,7 +317,7 @@ class AVB_ELBO(ELBO):
         adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
         tempering: float | None = Schedule.tempering,
         contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
-        adversary: Callable[[int], nn.Module] = GatedAdversary,
+        adversary: Callable[..., nn.Module] = GatedAdversary,
         informed: bool = ProblemOptions.informed,
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
@@ -347,7 +356,7 @@ class AVB_ELBO(ELBO):
         self._problem: Problem | AmortizedProblem | None = None
         self._trainer: Trainer | None = None
         self._guide: ImplicitGuide | None = None
-        self._arguments = Arguments((), {})
+        self._arguments = self._first = Arguments((), {})
 
     def loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
         """The loss of fresh draws at the current stage, in nats; trains nothing."""
@@ -391,10 +400,15 @@ class AVB_ELBO(ELBO):
             raise OptionError(
                 "this AVB_ELBO already belongs to another guide", do="Make one for each guide."
             )
-        if self._trainer is None:
+        if self._trainer is not None:
+            check_devices(arguments, self._first)
+        else:
+            self._first = arguments
             check_guide(guide)
             with poutine.block(), self._stream:
-                problem = self.options.build(model, guide, arguments)
+                problem = self.options.build(
+                    model, guide, arguments, num_steps=self.schedule.num_steps
+                )
             self._problem = problem
             self._trainer = Trainer(
                 problem.opponents(lambda: self._arguments),

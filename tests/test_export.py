@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models
 from implicitvi import AVBSVI, ImplicitGuide, to_arviz
+from implicitvi.errors import ModelError
 from implicitvi.export import _container
 
 ARGS = (models.SIGMA, models.Y)
@@ -76,12 +77,19 @@ def test_arviz_reads_it(guide: ImplicitGuide) -> None:
     assert np.isfinite(az.loo(idata, reff=1.0).elpd_loo)
 
 
-def test_the_log_likelihood_of_a_minibatch_is_not_scaled() -> None:
+def test_the_log_likelihood_is_not_scaled() -> None:
+    scaled = pyro.poutine.scale(models.normal_normal, 25.0)
+    y = torch.randn(5)
+    idata = to_arviz(ImplicitGuide(scaled).setup(y), scaled, y, num_samples=6)
+    assert idata.log_likelihood["obs"].min() > -20  # a factor of 25 would show
+
+
+def test_a_minibatch_is_refused() -> None:
+    """Each group would look at other rows."""
     y = torch.randn(50)
     guide = ImplicitGuide(models.global_latents_in_minibatches).setup(y)
-    idata = to_arviz(guide, models.global_latents_in_minibatches, y, num_samples=6)
-    assert idata.log_likelihood["obs"].shape == (1, 6, 2)
-    assert idata.log_likelihood["obs"].min() > -20  # a factor of 25 would show
+    with pytest.raises(ModelError, match="minibatch of plate 'data'; got 2 of 50"):
+        to_arviz(guide, models.global_latents_in_minibatches, y, num_samples=6)
 
 
 def test_without_observations_or_adversary_there_are_fewer_groups() -> None:

@@ -84,6 +84,15 @@ def test_a_parameter_hidden_by_an_older_one_is_refused() -> None:
     AVBSVI(second, ImplicitGuide(second), **SMALL, seed=0).run(X, Z)
 
 
+def test_parameters_that_pyro_does_not_see_are_pointed_out() -> None:
+    model = Regression()
+    model.linear = PyroModule[nn.Sequential](nn.Linear(2, 1))  # it goes past Pyro to its layers
+    with pytest.warns(UserWarning, match=r"not learned: linear.0.weight, linear.0.bias"):
+        AVBSVI(model, ImplicitGuide(model), **SMALL, seed=0).run(X, Z)
+    model.linear.requires_grad_(False)
+    AVBSVI(model, ImplicitGuide(model), **SMALL, seed=0).run(X, Z)
+
+
 def test_parameters_local_to_a_module_are_trained_without_the_store() -> None:
     with pyro.settings.context(module_local_params=True):
         model = Regression()

@@ -230,6 +230,7 @@ def test_a_model_that_becomes_impossible_ends_with_a_named_error() -> None:
     assert np.isfinite(svi.step(Y))
 
 
+@pytest.mark.filterwarnings("ignore:6 steps with 2 of the:UserWarning")
 def test_minibatches_share_the_plan() -> None:
     fit = small(models.global_latents_in_minibatches).run(torch.randn(50))
     assert np.isfinite(fit.losses).all() and fit.log_joint.startswith("vmap")
@@ -312,3 +313,63 @@ def test_a_fit_prints_itself() -> None:
     fit = small().run(Y)
     assert "no bound" in str(fit) and "vmap" in str(fit)
     assert "mu" in fit.summary(50)
+
+
+def test_a_guide_that_was_set_up_by_hand_is_warm_started_all_the_same() -> None:
+    by_hand, by_svi = ImplicitGuide(models.normal_normal), ImplicitGuide(models.normal_normal)
+    by_hand.setup(Y)
+    for guide in (by_hand, by_svi):
+        AVBSVI(models.normal_normal, guide, **SMALL, seed=0).setup(Y)
+    assert (by_hand.sampler.scale_tril != 1).all()
+    torch.testing.assert_close(
+        by_hand.sampler.scale_tril, by_svi.sampler.scale_tril, rtol=0.5, atol=0
+    )
+    frame = by_hand.sampler.scale_tril.clone()
+    AVBSVI(models.normal_normal, by_hand, **SMALL, seed=1).run(Y)  # goes on from where it is
+    assert torch.equal(by_hand.sampler.scale_tril, frame)
+
+
+def test_arguments_on_another_device_are_refused_by_name() -> None:
+    """The meta device stands for any other."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+        pyro.sample("obs", pyro.distributions.Normal(mu, 1.0).expand([3]).to_event(1), obs=y)
+
+    with pytest.raises(ModelError, match="mixes tensors of different devices.*meta"):
+        small(model).run(Y.to("meta"))
+    svi = small(model)
+    svi.step(Y)
+    with pytest.raises(ModelError, match="moved to another device; got meta, expected cpu"):
+        svi.step(Y.to("meta"))
+
+
+def test_a_minibatch_larger_than_its_plate_is_refused_by_name() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=9) as index:
+            pyro.sample("obs", pyro.distributions.Normal(mu, 1.0), obs=y[index])
+
+    with pytest.raises(ModelError, match="'data' is larger than the plate; got subsample_size=9"):
+        small(model).run(Y)
+
+
+def test_minibatches_too_small_for_the_data_are_pointed_out() -> None:
+    with pytest.warns(UserWarning, match="6 steps with 2 of the 600 rows of plate 'data'"):
+        small(models.global_latents_in_minibatches).run(torch.randn(600))
+
+
+def test_a_model_whose_sites_change_between_calls_is_refused() -> None:
+    changes: list[int] = []
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+        if changes:
+            mu = mu + pyro.sample("extra", pyro.distributions.Normal(0.0, 1.0))
+        pyro.sample("obs", pyro.distributions.Normal(mu, 1.0).expand([3]).to_event(1), obs=y)
+
+    svi = small(model)
+    svi.step(Y)
+    changes.append(1)
+    with pytest.raises(ModelError, match="did not have before: 'extra'"):
+        svi.step(Y)

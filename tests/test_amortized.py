@@ -1,0 +1,388 @@
+"""One network for many posteriors: terms datum by datum, minibatches, new data, datasets, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Normal
+
+from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, to_arviz
+from implicitvi.amortized import Amortization
+from implicitvi.contrasts import FramedContrast, GaussianContrast, MixtureContrast, MomentContrast
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
+from implicitvi.local import read_plate
+from implicitvi.log_joint import LogJoint
+from implicitvi.objectives import AVB
+from implicitvi.samplers import (
+    EncodedSampler,
+    GatedSampler,
+    GaussianEncoder,
+    NoiseBasisSampler,
+)
+from implicitvi.sources import DatasetSource, PlateSource
+
+SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 10, "progress": False}
+Y = torch.tensor([1.0, -0.5, 2.0, 0.3, 0.8, -1.2])
+
+
+def groups(y: Tensor, minibatch: int | None = None) -> None:
+    """A normal hierarchy with vectors in two plates, and a positive local latent."""
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 1.0))
+    inner = pyro.plate("inner", 2, dim=-1)
+    with inner:
+        tilt = pyro.sample("tilt", dist.Normal(y.new_tensor(0.0), 1.0))
+    with pyro.plate("groups", len(y), subsample_size=minibatch, dim=-2) as index:
+        scale = pyro.sample("scale", dist.LogNormal(mu, 0.5))
+        with inner:
+            effect = pyro.sample("effect", dist.Normal(tilt, scale))
+        pyro.sample("obs", dist.Normal(effect.sum(-1, keepdim=True), 1.0), obs=y[index, None])
+
+
+def features(y: Tensor, minibatch: int | None = None) -> Tensor:
+    return y
+
+
+def effects(y: Tensor, minibatch: int | None = None) -> None:
+    """Nothing shared: posterior of each effect N(y / 2, 1 / 2)."""
+    with pyro.plate("groups", len(y), subsample_size=minibatch) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(z, 1.0), obs=y[index])
+
+
+def pairs(y: Tensor) -> None:
+    """One dataset ``[2]``; posterior of ``mu``: N(Σy / 3, 1 / 3)."""
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 1.0))
+    with pyro.plate("data", 2):
+        pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_shared_and_local_join_what_they_part() -> None:
+    layout = read_plate(groups, "groups", Y).layout
+    assert (layout.size, layout.full_size, layout.datum_dim, layout.shared.dim) == (6, 6, 3, 3)
+    u = torch.randn(5, layout.all.dim)
+    g, z = layout.part(u)
+    assert g is not None and g.shape == (5, 3) and z.shape == (5, 6, 3)
+    assert torch.equal(layout.join(g, z), u)
+    values, _ = layout.all.unpack(u)
+    torch.testing.assert_close(values["scale"][..., 0].log(), z[..., 0])
+    assert torch.equal(values["effect"], z[..., 1:])
+    wider = layout.resized(8)
+    assert wider.all.unpack(wider.join(g, torch.randn(5, 8, 3)))[0]["effect"].shape == (5, 8, 2)
+
+
+@pytest.mark.parametrize("minibatch", [None, 4])
+def test_the_terms_are_the_log_joint_datum_by_datum(minibatch: int | None) -> None:
+    """Float64, against the densities written out; together, weighted, they are the whole log joint."""
+    y = Y.double()
+    source = PlateSource(groups, Amortization.parse({"groups": features}))
+    batch = source.batch(y, minibatch=minibatch)
+    count = minibatch or 6
+    assert batch.weight == 6 / count and batch.rows.shape == (count, 1)
+    assert batch.layout is not None
+    g = torch.randn(3, 3, dtype=torch.float64)
+    z = torch.randn(3, count, 3, dtype=torch.float64, requires_grad=True)
+    terms = source.terms(g, z, batch)
+    assert source.log_joint.mode == "vmap", source.how()
+    mu, tilt = g[:, :1], g[:, 1:]
+    outside = Normal(0.0, 1.0).log_prob(g).sum(-1)
+    effect = z[..., 1:]
+    inside = (
+        Normal(mu, 0.5).log_prob(z[..., 0])
+        + Normal(tilt[:, None], z[..., :1].exp()).log_prob(effect).sum(-1)
+        + Normal(effect.sum(-1), 1.0).log_prob(batch.rows[:, 0])
+    )
+    torch.testing.assert_close(terms, torch.cat([outside[:, None], inside], 1))
+    if minibatch is None:
+        whole = LogJoint(groups, batch.layout.all)(batch.layout.join(g, z), y)
+        torch.testing.assert_close(terms.sum(1), whole)
+
+
+def test_rows_that_are_picked_have_the_terms_they_had() -> None:
+    source = PlateSource(groups, Amortization.parse("groups"))
+    batch = source.batch(Y.double())
+    g, z = torch.randn(2, 3).double(), torch.randn(2, 6, 3).double()
+    part = batch.pick(3)
+    assert part.picked is not None and len(part.rows) == 3
+    terms = source.terms(g, z[:, part.picked], part)
+    torch.testing.assert_close(terms[:, 1:], source.terms(g, z, batch)[:, 1 + part.picked])
+
+
+def test_a_particle_that_fails_takes_no_other_with_it() -> None:
+    def fragile(y: Tensor) -> None:
+        rho = pyro.sample("rho", dist.Normal(y.new_tensor(0.0), 1.0))
+        torch.linalg.cholesky(torch.stack([torch.stack([rho**0, rho]), torch.stack([rho, rho**0])]))
+        with pyro.plate("groups", len(y)):
+            pyro.sample("z", dist.Normal(rho, 1.0))
+
+    source = PlateSource(fragile, Amortization.parse({"groups": features}))
+    torch.manual_seed(3)
+    batch = source.batch(Y)
+    terms = source.terms(torch.tensor([[0.1], [3.0], [0.2]]), torch.randn(3, 6, 1), batch)
+    assert terms.isfinite().all(1).tolist() == [True, False, True]
+
+
+def explicit(context: Tensor) -> EncodedSampler:
+    """A Gaussian for each context, in disguise: its inner sampler is the noise itself."""
+    inner = GatedSampler(2, noise_dim=2, context_dim=context.shape[-1], width=8)
+    sampler = EncodedSampler(inner, GaussianEncoder(context.shape[-1], 2, hidden=(8,)))
+    for parameter in sampler.encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    inner.transform = lambda eps, x=None: eps  # type: ignore[method-assign]
+    return sampler.double()
+
+
+class Oracle(torch.nn.Module):
+    """The optimal adversary of `explicit`; it is shown the standardised draw, so it asks for the contrast."""
+
+    def __init__(self, sampler: EncodedSampler, contrast: Any):
+        super().__init__()
+        self.sampler, self.contrast = (sampler,), (contrast,)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        loc, scale = self.sampler[0].frame(x)
+        q = torch.distributions.MultivariateNormal(loc, scale_tril=scale)
+        log_ratio: Tensor = q.log_prob(z) - self.contrast[0].r.log_prob(z)
+        return log_ratio
+
+
+@pytest.mark.parametrize("per_draw", [False, True])
+@pytest.mark.parametrize("inner", [GaussianContrast, lambda: MixtureContrast(2, components=3)])
+def test_the_oracle_law_holds_for_every_context(per_draw: bool, inner: Any) -> None:
+    """Per draw and context the objective is ``log p - log q``, to 1e-10, for contexts shared by draws or not."""
+    x = torch.randn(*([40, 5] if per_draw else [5]), 4, dtype=torch.float64)
+    sampler = explicit(x)
+
+    class Remembering(FramedContrast):
+        def forward(self, z: Tensor, x: Tensor | None = None) -> Any:
+            self.r = super().forward(z, x)
+            return self.r
+
+        def standardise(self, z: Tensor, r: Any) -> Tensor:
+            return z
+
+    contrast = Remembering(inner().double(), sampler.frame)
+    seen: list[Tensor] = []
+
+    def log_joint(z: Tensor) -> Tensor:
+        seen.append(z)
+        return -z.square().sum(-1)
+
+    elbo, dropped = AVB(sampler, contrast, Oracle(sampler, contrast)).elbo(40, log_joint, x)
+    loc, scale = sampler.frame(x)
+    q = torch.distributions.MultivariateNormal(loc, scale_tril=scale)
+    expected = -seen[0].square().sum(-1) - q.log_prob(seen[0])
+    assert elbo.shape == (40, 5) and dropped == 0
+    torch.testing.assert_close(elbo, expected, rtol=0, atol=1e-10)
+
+
+def test_closed_form_moments_are_those_of_the_draws() -> None:
+    """The contrast's mean and covariance for each context against 40 000 draws, 6 standard errors."""
+    x = torch.randn(3, 4)
+    sampler = EncodedSampler(NoiseBasisSampler(2, context_dim=4), GaussianEncoder(4, 2))
+    for parameter in sampler.encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        z = sampler(40_000, x)
+        r = MomentContrast(sampler.moments, num_samples=40_000)(z, x)
+        again = r.sample((40_000,))
+    spread = z.std(0)
+    assert ((z.mean(0) - again.mean(0)).abs() < 6 * spread * (2 / 40_000) ** 0.5).all()
+    torch.testing.assert_close(z.std(0), again.std(0), rtol=0.04, atol=0.0)
+
+
+def test_an_encoders_scale_stays_within_bounds_whatever_it_is_shown() -> None:
+    encoder = GaussianEncoder(2, 2)
+    torch.nn.init.normal_(encoder.skip.weight)
+    _, scale = encoder(torch.tensor([[1e6, -1e6]]))
+    assert scale.isfinite().all() and (scale.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+@pytest.mark.parametrize("contrast", ["mixture", "gaussian", "diagonal", "flow"])
+@pytest.mark.parametrize("num_importance", [1, 4])
+@pytest.mark.parametrize("minibatch", [None, 4])
+def test_a_plate_is_fitted_and_new_data_are_drawn(
+    contrast: str, num_importance: int, minibatch: int | None
+) -> None:
+    guide = ImplicitGuide(groups, amortize={"groups": features})
+    svi = AVBSVI(groups, guide, contrast=contrast, num_importance=num_importance, **SMALL, seed=0)
+    fit = svi.run(Y, minibatch=minibatch)
+    assert fit.skipped == 0 and "vmap" in fit.log_joint
+    assert isinstance(svi.evaluate_loss(Y, minibatch=minibatch), float)
+    for y in (Y, torch.randn(9)):
+        draws = guide.sample(7, y, minibatch=minibatch)  # all of the plate, minibatch or not
+        assert {k: tuple(v.shape) for k, v in draws.items()} == {
+            "mu": (7,),
+            "tilt": (7, 2),
+            "scale": (7, len(y), 1),
+            "effect": (7, len(y), 2),
+        }
+        assert (draws["scale"] > 0).all()
+    assert guide.median(Y)["effect"].shape == (6, 2)
+
+
+def test_each_effect_gets_its_own_posterior() -> None:
+    """Short run, minibatches: means within 0.15 sd on average and sds within 10 %; also for data never seen.
+
+    A guide that ignores its features has all means equal, 0.9 sd off on average.
+    """
+    torch.manual_seed(0)
+    y = 1.4 * torch.randn(200)
+    guide = ImplicitGuide(effects, amortize="groups")
+    AVBSVI(effects, guide, num_steps=200, num_particles=128, progress=False, seed=0).run(
+        y, minibatch=50
+    )
+    for data in (y, 1.4 * torch.randn(50)):
+        z = guide.sample(4000, data)["z"]
+        assert ((z.mean(0) - data / 2).abs() / 0.5**0.5).mean() < 0.15
+        assert (z.std(0) / 0.5**0.5 - 1).abs().mean() < 0.1
+
+
+@pytest.mark.uses_param_store
+def test_whole_datasets_are_fitted_and_a_new_one_is_drawn() -> None:
+    """Short run on simulated stacks: means within 0.15 posterior sds on average, sds within 10 %."""
+    torch.manual_seed(0)
+    ys = torch.randn(500, 1) + torch.randn(500, 2)
+    guide = ImplicitGuide(pairs, amortize=lambda y: y)
+    svi = AVBSVI(pairs, guide, num_steps=200, num_particles=256, progress=False, seed=0)
+    fit = svi.run(ys)
+    assert "one dataset at a time" not in fit.log_joint
+    errors = []
+    for y in ys[:20] + 0.1:
+        mu = guide.sample(4000, y)["mu"]
+        errors.append((mu.mean() - y.sum() / 3).abs() * 3**0.5)
+        assert abs(mu.std().item() * 3**0.5 - 1) < 0.1
+    assert torch.stack(errors).mean() < 0.15
+    trace = poutine.trace(guide).get_trace(ys[0])
+    assert trace.nodes["mu"]["value"].shape == ()
+    predictive = pyro.infer.Predictive(pairs, guide=guide, num_samples=5)
+    assert predictive(ys[0])["obs"].shape == (5, 2)
+
+
+def test_datasets_together_score_as_one_by_one() -> None:
+    ys = torch.randn(4, 2).double()
+    guide = ImplicitGuide(pairs, amortize=lambda y: y).setup(ys[0])
+    source = DatasetSource(pairs, Amortization.parse(lambda y: y), guide.layout)
+    batch = source.batch(ys)
+    z = torch.randn(3, 4, 1).double()
+    terms = source.terms(None, z, batch)
+    exact = Normal(0.0, 1.0).log_prob(z[..., 0]) + Normal(z, 1.0).log_prob(ys).sum(-1)
+    torch.testing.assert_close(terms[:, 1:], exact)
+    assert (terms[:, 0] == 0).all() and source._nests
+    torch.testing.assert_close(source._one_by_one(z, batch), exact)
+
+
+@pytest.mark.uses_param_store
+def test_the_guide_is_a_pyro_guide() -> None:
+    """Its sites stand in the model's plates, on the model's minibatch, so that a replayed model scores them."""
+    guide = ImplicitGuide(groups, amortize={"groups": features}).setup(Y, minibatch=4)
+    trace = poutine.trace(guide).get_trace(Y, minibatch=4)
+    assert trace.nodes["effect"]["value"].shape == (4, 2)
+    model = poutine.trace(poutine.replay(groups, trace)).get_trace(Y, minibatch=4)
+    assert torch.equal(model.nodes["groups"]["value"], trace.nodes["groups"]["value"])
+    assert torch.equal(model.nodes["effect"]["value"], trace.nodes["effect"]["value"])
+    predictive = pyro.infer.Predictive(groups, guide=guide, num_samples=3)
+    assert predictive(Y)["effect"].shape == (3, 6, 2)
+    with pytest.raises(ModelError, match="plate of particles"), pyro.plate("particles", 5, dim=-3):
+        guide(Y)
+
+
+@pytest.mark.uses_param_store
+def test_pyros_own_svi_trains_an_amortized_guide() -> None:
+    guide = ImplicitGuide(effects, amortize="groups")
+    loss = AVB_ELBO(num_steps=4, num_particles=16, warm_start=0, seed=0)
+    svi = pyro.infer.SVI(effects, guide, pyro.optim.Adam({"lr": 1e-2}), loss=loss)
+    svi.step(Y)
+    before = guide.sampler.local.encoder.skip.weight.clone()
+    svi.step(Y)
+    assert not torch.equal(before, guide.sampler.local.encoder.skip.weight)
+
+
+def test_stop_and_resume_is_never_stopped() -> None:
+    def fresh(seed: int = 0) -> AVBSVI:
+        guide = ImplicitGuide(groups, amortize="groups")
+        return AVBSVI(groups, guide, **SMALL, seed=seed)
+
+    expected = fresh().run(Y, minibatch=4).losses
+    half = fresh()
+    for _ in range(3):
+        half.step(Y, minibatch=4)
+    again = fresh(seed=9).setup(Y, minibatch=4)
+    again.load_state_dict(half.state_dict())
+    assert again.run(Y, minibatch=4).losses.tolist() == expected.tolist()
+
+
+def test_closed_form_moments_may_be_the_contrast() -> None:
+    guide = ImplicitGuide(groups, amortize="groups", sampler="noise_basis")
+    with pytest.raises(OptionError, match="is for amortized guides"):
+        AVBSVI(groups, guide, contrast="moments", **SMALL).run(Y)
+    guide = ImplicitGuide(effects, amortize="groups", sampler="noise_basis")
+    assert AVBSVI(effects, guide, contrast="moments", **SMALL, seed=0).run(Y).skipped == 0
+    with pytest.raises(OptionError, match="noise_basis"):
+        guide = ImplicitGuide(effects, amortize="groups")
+        AVBSVI(effects, guide, contrast="moments", **SMALL).run(Y)
+
+
+def test_export_of_an_amortized_fit() -> None:
+    guide = ImplicitGuide(effects, amortize={"groups": features})
+    AVBSVI(effects, guide, **SMALL, seed=0).run(Y)
+    idata = to_arviz(guide, effects, Y, num_samples=10)
+    assert idata.posterior["z"].shape == (1, 10, 6)
+    assert idata.log_likelihood["obs"].shape == (1, 10, 6)
+    wider = to_arviz(guide, effects, torch.randn(9), num_samples=10)
+    assert wider.posterior["z"].shape == (1, 10, 9)
+    with pytest.raises(ModelError, match="minibatch of plate 'groups'; got 4 of 6"):
+        to_arviz(guide, effects, Y, minibatch=4, num_samples=10)
+
+
+BAD: dict[str, tuple[Any, tuple[Any, ...], type[ImplicitVIError], str]] = {
+    "no such plate": ("people", (Y,), ModelError, "no plate of the name.*'groups'"),
+    "two plates": ({"a": features, "b": features}, (Y,), OptionError, "one plate"),
+    "not a function": ({"groups": 3}, (Y,), OptionError, "neither a plate nor a function"),
+    "wrong rows": ({"groups": lambda y: y[:3]}, (Y,), ShapeError, r"row for each element.*\[6"),
+    "no tensor": ({"groups": lambda y: "y"}, (Y,), ShapeError, "row for each element.*str"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_amortized_is_refused_by_name(name: str) -> None:
+    amortize, args, kind, match = BAD[name]
+    with pytest.raises(kind, match=match):
+        AVBSVI(effects, ImplicitGuide(effects, amortize=amortize), **SMALL).run(*args)
+
+
+def test_more_that_is_refused() -> None:
+    def outside(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match="no latent site inside"):
+        ImplicitGuide(outside, amortize="data").setup(Y)
+
+    def unseen(y: Tensor) -> None:
+        with pyro.plate("groups", len(y)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ModelError, match="observes nothing"):
+        ImplicitGuide(unseen, amortize="groups").setup(Y)
+
+    guide = ImplicitGuide(effects, amortize="groups").setup(Y)
+    with pytest.raises(SetupError, match="posterior for each set of data"):
+        guide.sample(3)
+    wide = ImplicitGuide(
+        effects, amortize={"groups": lambda y: torch.stack([y, y], 1)[:, : len(y)]}
+    )
+    wide.setup(Y)
+    with pytest.raises(ShapeError, match="not those that the guide was made with"):
+        wide.sample(3, Y[:1])
+    with pytest.raises(OptionError, match="cannot be the prior"):
+        AVBSVI(effects, guide, contrast="prior", **SMALL).run(Y)
+    over = ImplicitGuide(pairs, amortize=lambda y: y)
+    with pytest.raises(ShapeError, match="trained on stacks"):
+        AVBSVI(pairs, over, **SMALL).run(torch.tensor(1.0))
