@@ -9,22 +9,18 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, ImproperUniform, Independent, TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from implicitvi.amortized import Amortization, Amortize, AmortizedSampler
-from implicitvi.enumeration import is_enumerated, is_finite
 from implicitvi.errors import ModelError, SetupError, check_at_least, check_choice
-from implicitvi.layout import SiteLayout, bijection
+from implicitvi.latents import Readable, check_latents, is_hidden, latent_trace
+from implicitvi.layout import SiteLayout
 from implicitvi.local import PlateRun, read_plate
-from implicitvi.minibatch import check_subsample
 from implicitvi.samplers import SAMPLERS, Sampler
 
 _instances = itertools.count(1)
@@ -82,62 +78,6 @@ class ImplicitDistribution(TorchDistribution):
         return self.log_density(flat).reshape(value.shape[:-1])
 
 
-def check_site(name: str, fn: Any) -> None:
-    """Raise `ModelError` unless a latent site that is not summed out is continuous and maps to the real line."""
-    try:
-        discrete = fn.support.is_discrete
-    except (AttributeError, NotImplementedError):
-        discrete = False
-    if not discrete:
-        bijection(name, fn)
-        return
-    if is_finite(fn):
-        raise ModelError(
-            f"the discrete latent site {name!r} is not marked to be summed out",
-            do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
-            "@pyro.infer.config_enumerate.",
-        )
-    if isinstance(fn, Independent):
-        raise ModelError(
-            f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
-            "enumerate",
-            do="Declare them independent: a pyro.plate in place of to_event.",
-        )
-    raise ModelError(
-        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
-        "summed out",
-        got=type(fn).__name__,
-        do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
-    )
-
-
-class _Readable(Messenger):
-    """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
-
-    Refuses sites of which a continuous guide can make nothing, before anything asks for their support.
-    """
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            check_subsample(msg)
-        elif not is_hidden(msg):
-            check_site(msg["name"], msg["fn"])
-        msg["cond_indep_stack"] = tuple(
-            frame
-            for frame in msg["cond_indep_stack"]
-            if frame.vectorized or frame.full_size not in (None, frame.size)
-        )
-        if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
-            shape = msg["fn"].shape()
-            transform = biject_to(msg["fn"].support)
-            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
-
-
-def is_hidden(msg: Any) -> bool:
-    """Whether a guide of the continuous latent sites passes over a site."""
-    return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
-
-
 class ImplicitGuide(AutoContinuous):
     """Automatic guide whose posterior is implicit: draws of a network, with no density.
 
@@ -188,7 +128,7 @@ class ImplicitGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
-        super().__init__(_Readable()(model), init_loc_fn=init_loc_fn)
+        super().__init__(Readable()(model), init_loc_fn=init_loc_fn)
         if isinstance(sampler, str):
             check_choice("sampler", sampler, SAMPLERS)
         self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
@@ -424,35 +364,3 @@ class ImplicitGuide(AutoContinuous):
                 got=str(error),
                 do="Train it, or call guide.setup(...) with the model's arguments, first.",
             ) from error
-
-
-def latent_trace(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Trace of the model's unobserved sample sites, those aside that are summed out."""
-    traced = pyro.poutine.trace(pyro.poutine.block(_Readable()(model), is_hidden))
-    try:
-        with pyro.poutine.block():
-            return traced.get_trace(*args, **kwargs)
-    except ModelError as error:  # Pyro raises errors again, with a table of shapes
-        raise error.__cause__ if isinstance(error.__cause__, ModelError) else error from None
-
-
-def check_latents(trace: Any, amortized: str | None = None) -> None:
-    """Raise `ModelError` unless every latent site can be drawn: no minibatch of latents but in an amortized plate."""
-    sites = dict(trace.iter_stochastic_nodes())
-    if not sites:
-        raise ModelError(
-            "the model has no latent site to draw",
-            do="Check that the sites to infer are not observed, and that observed ones get obs=.",
-        )
-    local = {
-        frame.name
-        for node in sites.values()
-        for frame in node["cond_indep_stack"]
-        if frame.full_size and frame.full_size != frame.size and frame.name != amortized
-    }
-    if local:
-        raise ModelError(
-            f"latent sites stand in a subsampled plate: {', '.join(sorted(local))}",
-            do=f"Amortize the guide over it, ImplicitGuide(model, amortize={{{min(local)!r}: features}}) with a "
-            "function of the model's arguments that returns a row for each element; or run the plate in full.",
-        )

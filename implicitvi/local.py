@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from implicitvi.enumeration import is_enumerated
 from implicitvi.errors import ModelError
 from implicitvi.layout import Site, SiteLayout, latent_nodes
 
@@ -134,6 +135,11 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
     if not inside:
         raise ModelError(
             f"plate {plate!r} has no latent site inside", do="Leave amortize= out of the guide."
+        )
+    if any(map(is_enumerated, latents.values())):
+        raise ModelError(
+            "a guide amortized over a plate does not sum discrete sites out",
+            do="Sum them out by hand, for instance with dist.MixtureSameFamily.",
         )
     everything = SiteLayout.from_trace(trace)
     layout = LocalLayout(

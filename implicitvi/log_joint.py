@@ -232,11 +232,6 @@ class LogJoint:
             trace = run_at(self.model, values, *args, **kwargs)
         nodes = [node for node in trace.nodes.values() if is_scored(node)]
         self._enumerates = any(is_enumerated(node) for node in nodes)
-        if self._enumerates and self.plate is not None:
-            raise ModelError(
-                "a guide amortized over a plate does not sum discrete sites out",
-                do="Sum them out by hand, for instance with dist.MixtureSameFamily.",
-            )
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
 

@@ -18,15 +18,15 @@ from implicitvi.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
     FlowContrast,
-    FramedContrast,
     GaussianContrast,
     MixtureContrast,
-    MomentContrast,
     PriorContrast,
     moments,
 )
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least, check_choice
-from implicitvi.guide import ImplicitGuide, check_latents, latent_trace
+from implicitvi.framed import FramedContrast, MomentContrast
+from implicitvi.guide import ImplicitGuide
+from implicitvi.latents import check_latents, latent_trace
 from implicitvi.layout import plate_names
 from implicitvi.log_joint import LogJoint
 from implicitvi.model_prior import ModelPrior

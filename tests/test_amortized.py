@@ -14,8 +14,9 @@ from torch.distributions import Normal
 
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, to_arviz
 from implicitvi.amortized import Amortization
-from implicitvi.contrasts import FramedContrast, GaussianContrast, MixtureContrast, MomentContrast
+from implicitvi.contrasts import GaussianContrast, MixtureContrast
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
+from implicitvi.framed import FramedContrast, MomentContrast
 from implicitvi.local import read_plate
 from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB
@@ -371,6 +372,15 @@ def test_more_that_is_refused() -> None:
 
     with pytest.raises(ModelError, match="observes nothing"):
         ImplicitGuide(unseen, amortize="groups").setup(Y)
+
+    def switched(y: Tensor) -> None:
+        with pyro.plate("groups", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match="does not sum discrete sites out.*MixtureSameFamily"):
+        ImplicitGuide(switched, amortize="groups").setup(Y)
 
     guide = ImplicitGuide(effects, amortize="groups").setup(Y)
     with pytest.raises(SetupError, match="posterior for each set of data"):

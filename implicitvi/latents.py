@@ -1,0 +1,107 @@
+"""Which latent sites of a model a guide can draw, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import ImproperUniform, Independent
+from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to
+
+from implicitvi.enumeration import is_enumerated, is_finite
+from implicitvi.errors import ModelError
+from implicitvi.layout import bijection
+from implicitvi.minibatch import check_subsample
+
+
+def check_site(name: str, fn: Any) -> None:
+    """Raise `ModelError` unless a latent site that is not summed out is continuous and maps to the real line."""
+    try:
+        discrete = fn.support.is_discrete
+    except (AttributeError, NotImplementedError):
+        discrete = False
+    if not discrete:
+        bijection(name, fn)
+        return
+    if is_finite(fn):
+        raise ModelError(
+            f"the discrete latent site {name!r} is not marked to be summed out",
+            do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
+            "@pyro.infer.config_enumerate.",
+        )
+    if isinstance(fn, Independent):
+        raise ModelError(
+            f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
+            "enumerate",
+            do="Declare them independent: a pyro.plate in place of to_event.",
+        )
+    raise ModelError(
+        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
+        "summed out",
+        got=type(fn).__name__,
+        do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
+    )
+
+
+class Readable(Messenger):
+    """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
+
+    Refuses sites of which a continuous guide can make nothing, before anything asks for their support.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            check_subsample(msg)
+        elif not is_hidden(msg):
+            check_site(msg["name"], msg["fn"])
+        msg["cond_indep_stack"] = tuple(
+            frame
+            for frame in msg["cond_indep_stack"]
+            if frame.vectorized or frame.full_size not in (None, frame.size)
+        )
+        if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
+            shape = msg["fn"].shape()
+            transform = biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
+
+
+def is_hidden(msg: Any) -> bool:
+    """Whether a guide of the continuous latent sites passes over a site."""
+    return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
+
+
+def latent_trace(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Trace of the model's unobserved sample sites, those aside that are summed out."""
+    traced = poutine.trace(poutine.block(Readable()(model), is_hidden))
+    try:
+        with poutine.block():
+            return traced.get_trace(*args, **kwargs)
+    except ModelError as error:  # Pyro raises errors again, with a table of shapes
+        raise error.__cause__ if isinstance(error.__cause__, ModelError) else error from None
+
+
+def check_latents(trace: Any, amortized: str | None = None) -> None:
+    """Raise `ModelError` unless every latent site can be drawn: no minibatch of latents but in an amortized plate."""
+    sites = dict(trace.iter_stochastic_nodes())
+    if not sites:
+        raise ModelError(
+            "the model has no latent site to draw",
+            do="Check that the sites to infer are not observed, and that observed ones get obs=.",
+        )
+    local = {
+        frame.name
+        for node in sites.values()
+        for frame in node["cond_indep_stack"]
+        if frame.full_size and frame.full_size != frame.size and frame.name != amortized
+    }
+    if local:
+        raise ModelError(
+            f"latent sites stand in a subsampled plate: {', '.join(sorted(local))}",
+            do=f"Amortize the guide over it, ImplicitGuide(model, amortize={{{min(local)!r}: features}}) with a "
+            "function of the model's arguments that returns a row for each element; or run the plate in full.",
+        )
