@@ -153,6 +153,12 @@ class ProblemOptions:
                 got="'prior'",
                 do="Use contrast='mixture', or 'moments' with sampler='noise_basis'.",
             )
+        if self.compile is not None:
+            warnings.warn(
+                f"compile={self.compile!r} is for guides of one posterior: the model of an amortized guide is scored "
+                "as it is",
+                stacklevel=5,
+            )
         args, kwargs = arguments.args, arguments.kwargs
         source: Source
         if amortization.plate is not None:

@@ -329,6 +329,12 @@ def test_closed_form_moments_may_be_the_contrast() -> None:
         AVBSVI(effects, guide, contrast="moments", **SMALL).run(Y)
 
 
+def test_compiling_is_left_aside_with_a_warning() -> None:
+    guide = ImplicitGuide(effects, amortize="groups")
+    with pytest.warns(UserWarning, match="'graph' is for guides of one posterior"):
+        AVBSVI(effects, guide, compile="graph", **SMALL, seed=0).run(Y)
+
+
 def test_export_of_an_amortized_fit() -> None:
     guide = ImplicitGuide(effects, amortize={"groups": features})
     AVBSVI(effects, guide, **SMALL, seed=0).run(Y)
