@@ -15,10 +15,10 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test accuracy bench lint types format clean
+.PHONY: help .venv demo test accuracy conjugate bench lint types format clean
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(STAMP) ## Make the virtual environment, with the tested versions
 
@@ -39,6 +39,9 @@ test: lint types ## Check style and types, then run the tests, doctests and exam
 
 accuracy: $(STAMP) ## Measure the defaults on Eight Schools beside an IAF guide; writes docs/results (an hour)
 	$(BIN)/python tests/accuracy.py
+
+conjugate: $(STAMP) ## Measure the defaults where the posterior is known exactly; writes docs/results (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conjugate.py
 
 bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py

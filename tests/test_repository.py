@@ -48,6 +48,14 @@ def test_readme_shows_the_measured_table() -> None:
     assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_exact_posteriors_show_what_was_measured() -> None:
+    """Their table comes from the results file, and that from `make conjugate`."""
+    import conjugate
+
+    shown = conjugate.table(json.loads(conjugate.OUTPUT.read_text(encoding="utf-8")))
+    assert conjugate.OUTPUT.with_suffix(".md").read_text(encoding="utf-8") == shown
+
+
 def test_the_benchmark_shows_what_was_measured() -> None:
     """Its tables come from the results file, and that from `make bench`."""
     import bench
