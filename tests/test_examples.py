@@ -28,6 +28,9 @@ ROWS = {
     },
     "02_bayesian_regression.py": {"Normal", "Student t", "horseshoe", "Gibbs again"},
     "03_logistic_minibatch.py": {"plain", "control variate"},
+    "04_mixture_enumeration.py": {
+        f"{what} {i}" for what in ("mean", "sd", "weight") for i in (1, 2, 3)
+    },
     "05_bnn_regression.py": {"implicit", "NUTS"},
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
 }
@@ -37,6 +40,7 @@ PICTURES = {
     "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},
     "02_bayesian_regression.py": {"regression_forest.png", "regression_pairs.png"},
     "03_logistic_minibatch.py": {"logistic_minibatch.png"},
+    "04_mixture_enumeration.py": {"mixture_enumeration.png"},
     "05_bnn_regression.py": {"bnn_regression.png"},
     "07_empirical_bayes.py": {"empirical_bayes.png"},
 }
@@ -44,6 +48,7 @@ PICTURES = {
 BOUNDS = {
     "02_bayesian_regression.py": ("Gibbs again", 1, 0.0, 1.0),  # mean error between two chains, sd
     "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
+    "04_mixture_enumeration.py": ("mean 1", 1, -2.4, -1.4),  # Gibbs is near the truth, -2
     "05_bnn_regression.py": ("NUTS", -1, 0.0, 0.0),  # distance of the reference from itself
     "07_empirical_bayes.py": ("noise", 1, 0.6, 0.75),  # where the marginal likelihood is greatest
 }
