@@ -100,7 +100,7 @@ def compare(sizes: Sizes, seed: int) -> tuple[np.ndarray, dict[str, float]]:
     group, y = generate(seed)
     guide = ImplicitGuide(model)
     fit = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(group, y)
-    fitted = {name: pyro.param(name).item() for name in TRUTH}
+    fitted = {name: value.item() for name, value in fit.parameters.items()}
     exact = maximum(group.numpy(), y.double().numpy())
     print(f"{'parameter':12}{'fitted':>10}{'exact':>10}{'truth':>10}")
     for name, value in TRUTH.items():
