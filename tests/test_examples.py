@@ -34,6 +34,7 @@ ROWS = {
     "05_bnn_regression.py": {"implicit", "NUTS"},
     "06_amortized_local.py": {"mu", "tau", "groups fitted", "groups never seen"},
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
+    "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
@@ -45,6 +46,7 @@ PICTURES = {
     "05_bnn_regression.py": {"bnn_regression.png"},
     "06_amortized_local.py": {"amortized_local.png"},
     "07_empirical_bayes.py": {"empirical_bayes.png"},
+    "08_item_response.py": {"item_response.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
@@ -59,6 +61,7 @@ BOUNDS = {
         20.0,
     ),  # ratio of the sds: the exact ones are finite
     "07_empirical_bayes.py": ("noise", 1, 0.6, 0.75),  # where the marginal likelihood is greatest
+    "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
 }
 
 
