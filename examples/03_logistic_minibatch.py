@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,13 @@ class Result:
 def fit(model: Any, x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> Result:
     """Fit a model of the rows."""
     guide = ImplicitGuide(model)
-    done = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(x, y)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(x, y)
+    for (
+        warning
+    ) in caught:  # of the plain model; with the control variate there is nothing to warn of
+        print(f"AVBSVI warns: {warning.message}\n")
     step = (done.seconds - done.setup_seconds) / done.num_steps
     return Result(guide.sample(sizes.draws)["w"], done.seconds, step)
 
@@ -133,7 +140,9 @@ def time_steps(rows: int, sizes: Sizes, seed: int) -> float:
     x, y = generate(rows, seed)
     model = Plain(sizes.batch)
     svi = AVBSVI(model, ImplicitGuide(model), seed=seed, progress=False, warm_start=10)
-    svi.step(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the noise of these minibatches is shown below
+        svi.step(x, y)
     began = time.perf_counter()
     for _ in range(sizes.timed_steps):
         svi.step(x, y)

@@ -109,13 +109,12 @@ def errors(x: Tensor) -> tuple[float, float]:
 
 seen, unseen = errors(train[:200]), errors(test[:200])
 bound = -fit.losses[-steps // 5 :].mean() / len(train)
+print(f"learned bound {bound:.2f} nats an image, an estimate\n")
 print(f"{'':24}{'seen':>10}{'never seen':>12}")
-print(
-    f"{'exact log evidence':24}{evidence['train'].mean():10.2f}{evidence['test'].mean():12.2f}   nats an image"
-)
-print(f"{'learned bound':24}{bound:10.2f}{'':12}   nats an image, an estimate")
-print(f"{'posterior mean error':24}{seen[0]:10.3f}{unseen[0]:12.3f}   posterior sds, 200 images")
-print(f"{'posterior sd ratio':24}{seen[1]:10.3f}{unseen[1]:12.3f}   median")
+print(f"{'exact log evidence':24}{evidence['train'].mean():10.2f}{evidence['test'].mean():12.2f}")
+print(f"{'posterior mean error':24}{seen[0]:10.3f}{unseen[0]:12.3f}")
+print(f"{'posterior sd ratio':24}{seen[1]:10.3f}{unseen[1]:12.3f}")
+print("\nnats an image; mean over 200 images in posterior sds; median over as many\n")
 
 # %%
 # The pictures

@@ -129,6 +129,7 @@ class AmortizedSampler(nn.Module):
 
     def set_units(self, rows: Tensor) -> None:
         """Take the units of the features from typical ones, ``[N, C]``."""
+        rows = rows.to(self.feature_loc)
         scale = rows.std(0, correction=0)
         self.feature_loc.copy_(rows.mean(0))
         self.feature_scale.copy_(torch.where(scale > 0, scale, 1.0))

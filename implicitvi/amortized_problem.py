@@ -181,6 +181,11 @@ class AmortizedProblem:
         if shared is not None:
             shared.set_frame(loc.detach(), scale_tril().detach())
 
+    @property
+    def is_estimating(self) -> bool:
+        """Whether more is learned than one posterior; always."""
+        return True
+
     def how(self) -> str:
         """How the model is scored, and why."""
         return self.source.how()

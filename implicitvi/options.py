@@ -37,8 +37,10 @@ from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import Sampler
 from implicitvi.scoring import first_line, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
+from implicitvi.training import Schedule
 from implicitvi.warm_start import gaussian_fit, starting_point
 
+NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is read
 CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "moments", "prior")
 
 
@@ -95,7 +97,7 @@ class ProblemOptions:
                 got=f"{first_line(error)}, with arguments on {', '.join(sorted(arguments.devices()))}",
                 do="Make its constants from its data, as in dist.Normal(y.new_tensor(0.0), 1.0), or move the data.",
             ) from error
-        warn_of_noise(problem.log_joint.minibatches, num_steps)
+        warn_of_noise(problem, num_steps)
         return problem
 
     def _build_single(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Problem:
@@ -271,21 +273,37 @@ def check_devices(arguments: Arguments, first: Arguments) -> None:
         )
 
 
-def warn_of_noise(minibatches: dict[str, tuple[int, int]], num_steps: int) -> None:
-    """Warn where minibatches of size ``B`` of ``N`` rows leave the posterior of shared latents to chance.
+def warn_of_noise(problem: Problem, num_steps: int) -> None:
+    """Warn where minibatches leave the posterior of shared latents to chance.
 
-    ``T`` steps show ``B T`` rows, so no fit can place a posterior better than to about ``sqrt(N / (B T))`` of its
-    standard deviations.
+    In units where the posterior has variance 1, a step's gradient at its centre should be 0; with minibatches it has a
+    standard deviation ``σ``, and the average of ``T`` steps still has ``σ / sqrt(T)``: no fit can place the posterior
+    better. Of ``B`` of ``N`` rows without a control variate ``σ`` is about ``sqrt(N / B)``.
     """
-    for plate, (size, minibatch) in minibatches.items():
-        error = (size / (minibatch * num_steps)) ** 0.5
-        if error > 0.25:
-            warnings.warn(
-                f"{num_steps} steps with {minibatch} of the {size} rows of plate {plate!r} leave the posterior "
-                f"uncertain by about {error:.1g} of its standard deviations or more: take larger minibatches, "
-                "more steps, or a control variate",
-                stacklevel=4,
-            )
+    minibatches = problem.log_joint.minibatches
+    if not minibatches:
+        return
+    centre = problem.avb.sampler.loc.new_zeros(1, problem.log_joint.layout.dim).requires_grad_()
+    gradients = []
+    for _ in range(NOISE_DRAWS):
+        score = problem.scorer(problem.arguments)(problem.avb.sampler.place(centre)).sum()
+        gradients.append(torch.autograd.grad(score, centre)[0])
+    error = torch.stack(gradients).std(0).max().item() / num_steps**0.5
+    if error > 0.25:
+        rows = ", ".join(f"{b} of the {n} rows of {name!r}" for name, (n, b) in minibatches.items())
+        warnings.warn(
+            f"{num_steps} steps with {rows} leave the posterior uncertain by about {error:.1g} of its standard "
+            "deviations: take larger minibatches, more steps, or a control variate",
+            stacklevel=5,
+        )
+
+
+def check_tempering(tempering: float | str | None) -> float | None:
+    """The tempering of a schedule; raise `OptionError` for a word other than ``"auto"``."""
+    if isinstance(tempering, str):
+        check_choice("tempering", tempering, ["auto"])
+        return Schedule.tempering
+    return tempering
 
 
 def check_guide(guide: Any) -> None:

@@ -91,6 +91,11 @@ class Problem:
         elbo, dropped = self.avb.elbo(num_particles, self.scorer(arguments, stage.beta))
         return (-elbo.mean() if len(elbo) else None), dropped
 
+    @property
+    def is_estimating(self) -> bool:
+        """Whether more is learned than one posterior: parameters of the model."""
+        return bool(self.parameters)
+
     def how(self) -> str:
         """How the model is scored, and why."""
         return f"{self.log_joint.mode} ({self.log_joint.reason})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import nan
 from typing import Any
 
@@ -20,7 +21,7 @@ from implicitvi.errors import OptionError, SetupError, check_at_least, check_pos
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
-from implicitvi.options import ProblemOptions, check_devices, check_guide
+from implicitvi.options import ProblemOptions, check_devices, check_guide, check_tempering
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
@@ -50,7 +51,8 @@ class AVBSVI:
         lr: Rate of the sampler.
         adversary_lr: Rate of the adversary and of a flow contrast.
         tempering: Power of the log joint at the first step, rising to 1; ``None`` for none. It balances modes
-            that one Gaussian start would not.
+            that one Gaussian start would not. ``"auto"`` is 0.1 for one posterior, and none where the guide is
+            amortized or the model has parameters: those would climb the tempered bound, which is another.
         contrast: ``"mixture"`` (of Gaussians that follow the draws), ``"gaussian"`` (adaptive contrast, full
             covariance), ``"diagonal"`` (as in the paper), ``"flow"``, ``"prior"`` (plain AVB; it needs no density of
             the prior), or a function of the latent dimension that returns a `Contrast`. For an amortized guide all but
@@ -105,7 +107,7 @@ class AVBSVI:
         adversary_steps: int | tuple[int, int] = Schedule.adversary_steps,
         lr: float | tuple[float, float] = Schedule.lr,
         adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
-        tempering: float | None = Schedule.tempering,
+        tempering: float | str | None = "auto",
         contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
         adversary: Callable[..., nn.Module] = GatedAdversary,
         informed: bool = ProblemOptions.informed,
@@ -132,7 +134,7 @@ class AVBSVI:
             adversary_steps=adversary_steps,
             lr=lr,
             adversary_lr=adversary_lr,
-            tempering=tempering,
+            tempering=check_tempering(tempering),
         )
         self.options = ProblemOptions(
             contrast=contrast,
@@ -147,6 +149,7 @@ class AVBSVI:
         )
         self.progress = progress
         self.callbacks = tuple(callbacks)
+        self._tempering = tempering
         self._clip_norm = clip_norm
         self._max_skips = max_skips
         self._stream = RandomStream(seed)
@@ -170,6 +173,8 @@ class AVBSVI:
                     self.model, self.guide, self._arguments, num_steps=self.schedule.num_steps
                 )
             self._problem = problem
+            if self._tempering == "auto" and problem.is_estimating:
+                self.schedule = replace(self.schedule, tempering=None)
             self._trainer = Trainer(
                 [
                     *problem.opponents(lambda: self._arguments),
@@ -281,7 +286,7 @@ class AVB_ELBO(ELBO):
         num_particles: Draws a step.
         adversary_steps: Steps of the adversary before each of the sampler.
         adversary_lr: Rate of the adversary and of a flow contrast.
-        tempering: Power of the log joint at the first step, rising to 1; ``None`` for none.
+        tempering: As in `AVBSVI`.
         contrast: As in `AVBSVI`.
         adversary: As in `AVBSVI`.
         informed: As in `AVBSVI`.
@@ -315,7 +320,7 @@ class AVB_ELBO(ELBO):
         num_particles: int | tuple[int, int] = Schedule.num_particles,
         adversary_steps: int | tuple[int, int] = Schedule.adversary_steps,
         adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
-        tempering: float | None = Schedule.tempering,
+        tempering: float | str | None = "auto",
         contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
         adversary: Callable[..., nn.Module] = GatedAdversary,
         informed: bool = ProblemOptions.informed,
@@ -334,7 +339,7 @@ class AVB_ELBO(ELBO):
             num_particles=num_particles,
             adversary_steps=adversary_steps,
             adversary_lr=adversary_lr,
-            tempering=tempering,
+            tempering=check_tempering(tempering),
         )
         super().__init__(num_particles=self.schedule.at(0).num_particles)
         self.options = ProblemOptions(
@@ -350,6 +355,7 @@ class AVB_ELBO(ELBO):
         )
         check_positive("clip_norm", clip_norm)
         check_at_least("max_skips", max_skips, 1)
+        self._tempering = tempering
         self._clip_norm = clip_norm
         self._max_skips = max_skips
         self._stream = RandomStream(seed)
@@ -410,6 +416,8 @@ class AVB_ELBO(ELBO):
                     model, guide, arguments, num_steps=self.schedule.num_steps
                 )
             self._problem = problem
+            if self._tempering == "auto" and problem.is_estimating:
+                self.schedule = replace(self.schedule, tempering=None)
             self._trainer = Trainer(
                 problem.opponents(lambda: self._arguments),
                 schedule=self.schedule,

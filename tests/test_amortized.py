@@ -329,6 +329,20 @@ def test_closed_form_moments_may_be_the_contrast() -> None:
         AVBSVI(effects, guide, contrast="moments", **SMALL).run(Y)
 
 
+def test_features_may_be_integers() -> None:
+    guide = ImplicitGuide(effects, amortize={"groups": lambda y: (4 * y).long()})
+    assert AVBSVI(effects, guide, **SMALL, seed=0).run(Y).skipped == 0
+
+
+def test_what_is_estimated_is_not_tempered_unless_asked_for() -> None:
+    for tempering, beta in (("auto", 1.0), (0.1, 0.1)):
+        guide = ImplicitGuide(effects, amortize="groups")
+        svi = AVBSVI(effects, guide, tempering=tempering, **SMALL, seed=0)
+        assert svi.run(Y).history["beta"][0] == pytest.approx(beta)
+    with pytest.raises(OptionError, match="tempering is not known"):
+        AVBSVI(effects, guide, tempering="off", **SMALL)
+
+
 def test_compiling_is_left_aside_with_a_warning() -> None:
     guide = ImplicitGuide(effects, amortize="groups")
     with pytest.warns(UserWarning, match="'graph' is for guides of one posterior"):

@@ -239,6 +239,7 @@ def test_compiled_and_eager_fits_agree(dtype: torch.dtype, rtol: float, backend:
     np.testing.assert_allclose(compiled.history["adversary"], eager.history["adversary"], rtol=rtol)
 
 
+@pytest.mark.filterwarnings("ignore:.*leave the posterior:UserWarning")
 def test_compiled_and_eager_fits_draw_the_same_minibatches() -> None:
     y, model = torch.randn(50).double(), models.global_latents_in_minibatches
     losses = []

@@ -32,7 +32,10 @@ ROWS = {
         f"{what} {i}" for what in ("mean", "sd", "weight") for i in (1, 2, 3)
     },
     "05_bnn_regression.py": {"implicit", "NUTS"},
+    "06_amortized_local.py": {"mu", "tau", "groups fitted", "groups never seen"},
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
+    "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
+    "09_vae_in_pyro.py": {"exact log evidence", "posterior mean error", "posterior sd ratio"},
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
@@ -42,7 +45,10 @@ PICTURES = {
     "03_logistic_minibatch.py": {"logistic_minibatch.png"},
     "04_mixture_enumeration.py": {"mixture_enumeration.png"},
     "05_bnn_regression.py": {"bnn_regression.png"},
+    "06_amortized_local.py": {"amortized_local.png"},
     "07_empirical_bayes.py": {"empirical_bayes.png"},
+    "08_item_response.py": {"item_response.png"},
+    "09_vae_in_pyro.py": {"vae_in_pyro.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
@@ -50,7 +56,15 @@ BOUNDS = {
     "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
     "04_mixture_enumeration.py": ("mean 1", 1, -2.4, -1.4),  # Gibbs is near the truth, -2
     "05_bnn_regression.py": ("NUTS", -1, 0.0, 0.0),  # distance of the reference from itself
+    "06_amortized_local.py": (
+        "groups never seen",
+        2,
+        0.1,
+        20.0,
+    ),  # ratio of the sds: the exact ones are finite
     "07_empirical_bayes.py": ("noise", 1, 0.6, 0.75),  # where the marginal likelihood is greatest
+    "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
+    "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
 }
 
 

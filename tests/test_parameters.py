@@ -50,6 +50,7 @@ def test_the_parameter_of_greatest_evidence_is_found(num_importance: int) -> Non
     found = pyro.param("scale").item()
     assert abs(found / best - 1) < 0.05
     assert fit.parameters == {"scale": pytest.approx(found)}
+    assert fit.history["beta"][0] == 1.0  # they would climb the tempered bound
 
 
 class Regression(PyroModule[nn.Module]):

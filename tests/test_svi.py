@@ -230,7 +230,7 @@ def test_a_model_that_becomes_impossible_ends_with_a_named_error() -> None:
     assert np.isfinite(svi.step(Y))
 
 
-@pytest.mark.filterwarnings("ignore:6 steps with 2 of the:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*leave the posterior:UserWarning")
 def test_minibatches_share_the_plan() -> None:
     fit = small(models.global_latents_in_minibatches).run(torch.randn(50))
     assert np.isfinite(fit.losses).all() and fit.log_joint.startswith("vmap")
@@ -355,8 +355,23 @@ def test_a_minibatch_larger_than_its_plate_is_refused_by_name() -> None:
 
 
 def test_minibatches_too_small_for_the_data_are_pointed_out() -> None:
-    with pytest.warns(UserWarning, match="6 steps with 2 of the 600 rows of plate 'data'"):
+    with pytest.warns(UserWarning, match="6 steps with 2 of the 600 rows of 'data' leave"):
         small(models.global_latents_in_minibatches).run(torch.randn(600))
+
+
+def test_a_control_variate_is_not_taken_for_noise() -> None:
+    """The same minibatches, with each row's term at a fixed centre taken out and all of them put back."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+        centre = y.mean()
+        with pyro.plate("data", len(y), subsample_size=2) as index:
+            rows = y[index]
+            linear = (rows - centre) * (mu - centre)
+            pyro.factor("likelihood", -0.5 * (rows - mu).square() - linear)
+        pyro.factor("all", ((y - centre) * (mu - centre)).sum())
+
+    small(model, num_steps=200).setup(0.1 * torch.randn(600))
 
 
 def test_a_model_whose_sites_change_between_calls_is_refused() -> None:

@@ -88,6 +88,7 @@ def trained(animal: Animal, dtype: torch.dtype, num_steps: int) -> AVBSVI:
 
 @pytest.mark.slow
 @pytest.mark.uses_param_store
+@pytest.mark.filterwarnings("ignore:.*leave the posterior:UserWarning")
 @named(FITTED)
 def test_it_trains_draws_and_resumes(animal: Animal) -> None:
     """Draws, predictions, a state that goes round, equal losses for equal seeds, and single precision."""
