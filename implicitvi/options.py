@@ -37,7 +37,6 @@ from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import Sampler
 from implicitvi.scoring import first_line, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
-from implicitvi.training import Schedule
 from implicitvi.warm_start import gaussian_fit, starting_point
 
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is read
@@ -296,14 +295,6 @@ def warn_of_noise(problem: Problem, num_steps: int) -> None:
             "deviations: take larger minibatches, more steps, or a control variate",
             stacklevel=5,
         )
-
-
-def check_tempering(tempering: float | str | None) -> float | None:
-    """The tempering of a schedule; raise `OptionError` for a word other than ``"auto"``."""
-    if isinstance(tempering, str):
-        check_choice("tempering", tempering, ["auto"])
-        return Schedule.tempering
-    return tempering
 
 
 def check_guide(guide: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from math import nan
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 from implicitvi.adversaries import GatedAdversary
 from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.contrasts import Contrast
-from implicitvi.errors import OptionError, SetupError, check_at_least, check_positive
+from implicitvi.engine import Engine, start_of
+from implicitvi.errors import OptionError
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
-from implicitvi.options import ProblemOptions, check_devices, check_guide, check_tempering
+from implicitvi.options import ProblemOptions, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
@@ -29,7 +29,6 @@ from implicitvi.training import (
     Callback,
     History,
     Progress,
-    RandomStream,
     Schedule,
     Trainer,
 )
@@ -124,19 +123,17 @@ class AVBSVI:
         callbacks: Iterable[Callback] = (),
     ):
         check_guide(guide)
-        check_positive("clip_norm", clip_norm)
-        check_at_least("max_skips", max_skips, 1)
         self.model = model
         self.guide = guide
-        self.schedule = Schedule(
+        schedule = Schedule(
             num_steps=num_steps,
             num_particles=num_particles,
             adversary_steps=adversary_steps,
             lr=lr,
             adversary_lr=adversary_lr,
-            tempering=check_tempering(tempering),
+            tempering=start_of(tempering),
         )
-        self.options = ProblemOptions(
+        options = ProblemOptions(
             contrast=contrast,
             adversary=adversary,
             informed=informed,
@@ -149,13 +146,15 @@ class AVBSVI:
         )
         self.progress = progress
         self.callbacks = tuple(callbacks)
-        self._tempering = tempering
-        self._clip_norm = clip_norm
-        self._max_skips = max_skips
-        self._stream = RandomStream(seed)
-        self._problem: Problem | AmortizedProblem | None = None
-        self._trainer: Trainer | None = None
-        self._arguments = self._first = Arguments((), {})
+        self._engine = Engine(
+            schedule,
+            options,
+            tempering=tempering,
+            moves_sampler=True,
+            clip_norm=clip_norm,
+            max_skips=max_skips,
+            seed=seed,
+        )
 
     def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:
         """Everything that precedes the first step, the warm start included; does nothing the second time.
@@ -163,29 +162,7 @@ class AVBSVI:
         Raises:
             ModelError: The model cannot be fitted by this guide.
         """
-        self._arguments = Arguments(args, kwargs)
-        if self._problem is not None:
-            check_devices(self._arguments, self._first)
-        else:
-            self._first = self._arguments
-            with self._stream:
-                problem = self.options.build(
-                    self.model, self.guide, self._arguments, num_steps=self.schedule.num_steps
-                )
-            self._problem = problem
-            if self._tempering == "auto" and problem.is_estimating:
-                self.schedule = replace(self.schedule, tempering=None)
-            self._trainer = Trainer(
-                [
-                    *problem.opponents(lambda: self._arguments),
-                    problem.sampler_player(lambda: self._arguments),
-                ],
-                schedule=self.schedule,
-                stream=self._stream,
-                clip_norm=self._clip_norm,
-                max_skips=self._max_skips,
-                explain=lambda: problem.explain(self._arguments),
-            )
+        self._engine.setup(self.model, self.guide, Arguments(args, kwargs))
         return self
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -233,19 +210,24 @@ class AVBSVI:
         """The loss of fresh draws, untempered, in nats; changes nothing but the stream of random numbers."""
         self.setup(*args, **kwargs)
         last = self.schedule.at(self.schedule.num_steps)
-        with self._stream:
-            loss, _ = self.problem.sampler_loss(self._arguments, last)
+        with self._engine.stream:
+            loss, _ = self.problem.sampler_loss(self._engine.arguments, last)
         return nan if loss is None else loss.item()
+
+    @property
+    def schedule(self) -> Schedule:
+        """Settings of every step; the tempering of ``"auto"`` is settled by `setup`."""
+        return self._engine.schedule
 
     @property
     def trainer(self) -> Trainer:
         """The loop, with its players, step count and history."""
-        return self._made[1]
+        return self._engine.trainer
 
     @property
     def problem(self) -> Problem | AmortizedProblem:
         """The objective and the log joint."""
-        return self._made[0]
+        return self._engine.problem
 
     @property
     def log_joint(self) -> LogJoint:
@@ -264,15 +246,6 @@ class AVBSVI:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` gave; call `setup` with the model's arguments first."""
         self.trainer.load_state_dict(state)
-
-    @property
-    def _made(self) -> tuple[Problem | AmortizedProblem, Trainer]:
-        if self._problem is None or self._trainer is None:
-            raise SetupError(
-                "the fit has not seen its model yet",
-                do="Call run, step, or setup with the model's arguments first.",
-            )
-        return self._problem, self._trainer
 
 
 class AVB_ELBO(ELBO):
@@ -334,15 +307,15 @@ class AVB_ELBO(ELBO):
         max_skips: int = 20,
         seed: int | None = None,
     ):
-        self.schedule = Schedule(
+        schedule = Schedule(
             num_steps=num_steps,
             num_particles=num_particles,
             adversary_steps=adversary_steps,
             adversary_lr=adversary_lr,
-            tempering=check_tempering(tempering),
+            tempering=start_of(tempering),
         )
-        super().__init__(num_particles=self.schedule.at(0).num_particles)
-        self.options = ProblemOptions(
+        super().__init__(num_particles=schedule.at(0).num_particles)
+        options = ProblemOptions(
             contrast=contrast,
             adversary=adversary,
             informed=informed,
@@ -353,16 +326,16 @@ class AVB_ELBO(ELBO):
             mode=mode,
             compile=compile,
         )
-        check_positive("clip_norm", clip_norm)
-        check_at_least("max_skips", max_skips, 1)
-        self._tempering = tempering
-        self._clip_norm = clip_norm
-        self._max_skips = max_skips
-        self._stream = RandomStream(seed)
-        self._problem: Problem | AmortizedProblem | None = None
-        self._trainer: Trainer | None = None
         self._guide: ImplicitGuide | None = None
-        self._arguments = self._first = Arguments((), {})
+        self._engine = Engine(
+            schedule,
+            options,
+            tempering=tempering,
+            moves_sampler=False,
+            clip_norm=clip_norm,
+            max_skips=max_skips,
+            seed=seed,
+        )
 
     def loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
         """The loss of fresh draws at the current stage, in nats; trains nothing."""
@@ -388,12 +361,12 @@ class AVB_ELBO(ELBO):
     ) -> Tensor:
         """The sampler's loss at the current stage, a scalar with gradients for the sampler only."""
         trainer = self._setup(model, guide, Arguments(args, kwargs))
-        assert self._problem is not None
+        engine = self._engine
         pyro.module(f"{guide._pyro_name}.sampler", guide.sampler)
-        show_parameters(self._problem.parameters)
-        with poutine.block(), self._stream:
-            stage = self.schedule.at(max(trainer.step_count - 1, 0))
-            loss, _ = self._problem.sampler_loss(self._arguments, stage)
+        show_parameters(engine.problem.parameters)
+        with poutine.block(), engine.stream:
+            stage = engine.schedule.at(max(trainer.step_count - 1, 0))
+            loss, _ = engine.problem.sampler_loss(engine.arguments, stage)
         return torch.tensor(nan) if loss is None else loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -401,30 +374,11 @@ class AVB_ELBO(ELBO):
         raise NotImplementedError("AVB_ELBO scores particles without traces of the guide")
 
     def _setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Trainer:
-        self._arguments = arguments
         if self._guide is not guide and self._guide is not None:
             raise OptionError(
                 "this AVB_ELBO already belongs to another guide", do="Make one for each guide."
             )
-        if self._trainer is not None:
-            check_devices(arguments, self._first)
-        else:
-            self._first = arguments
-            check_guide(guide)
-            with poutine.block(), self._stream:
-                problem = self.options.build(
-                    model, guide, arguments, num_steps=self.schedule.num_steps
-                )
-            self._problem = problem
-            if self._tempering == "auto" and problem.is_estimating:
-                self.schedule = replace(self.schedule, tempering=None)
-            self._trainer = Trainer(
-                problem.opponents(lambda: self._arguments),
-                schedule=self.schedule,
-                stream=self._stream,
-                clip_norm=self._clip_norm,
-                max_skips=self._max_skips,
-                explain=lambda: problem.explain(self._arguments),
-            )
-            self._guide = guide
-        return self._trainer
+        with poutine.block():
+            self._engine.setup(model, guide, arguments)
+        self._guide = guide
+        return self._engine.trainer

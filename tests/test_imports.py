@@ -29,6 +29,7 @@ LAYERS = (
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
+    {"engine"},
     {"svi"},
     {"evaluation", "export", "plots"},
 )

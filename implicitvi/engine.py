@@ -1,0 +1,110 @@
+"""What stands behind both doors, `AVBSVI` and `AVB_ELBO`: from options and a model's arguments to a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from implicitvi.amortized_problem import AmortizedProblem
+from implicitvi.errors import SetupError, check_at_least, check_choice, check_positive
+from implicitvi.guide import ImplicitGuide
+from implicitvi.options import ProblemOptions, check_devices, check_guide
+from implicitvi.problem import Arguments, Model, Problem
+from implicitvi.training import RandomStream, Schedule, Trainer
+
+
+class Engine:
+    """The objective and the trainer of one guide, made when the model's arguments are first seen.
+
+    Args:
+        schedule: Settings of every step.
+        options: What the objective is made of.
+        tempering: Of the schedule, or ``"auto"``: as the schedule has it for one posterior, none where more is
+            estimated.
+        moves_sampler: Whether the sampler is one of the trainer's players; else somebody else moves it.
+        clip_norm: Bound of the global norm of each player's gradient.
+        max_skips: Non-finite turns in a row that end the fit.
+        seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
+
+    Attributes:
+        arguments: The model's arguments of the present call.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        options: ProblemOptions,
+        *,
+        tempering: float | str | None,
+        moves_sampler: bool,
+        clip_norm: float,
+        max_skips: int,
+        seed: int | None,
+    ):
+        check_positive("clip_norm", clip_norm)
+        check_at_least("max_skips", max_skips, 1)
+        self.schedule = schedule
+        self.options = options
+        self.stream = RandomStream(seed)
+        self.arguments = self._first = Arguments((), {})
+        self._tempering = tempering
+        self._moves_sampler = moves_sampler
+        self._clip_norm = clip_norm
+        self._max_skips = max_skips
+        self._made: tuple[Problem | AmortizedProblem, Trainer] | None = None
+
+    @property
+    def problem(self) -> Problem | AmortizedProblem:
+        """The objective and the log joint."""
+        return self._require()[0]
+
+    @property
+    def trainer(self) -> Trainer:
+        """The loop, with its players, step count and history."""
+        return self._require()[1]
+
+    def setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
+        """Make everything that precedes the first step; the next time only take the arguments.
+
+        Raises:
+            ModelError: The model cannot be fitted by this guide.
+        """
+        self.arguments = arguments
+        if self._made is not None:
+            check_devices(arguments, self._first)
+            return
+        check_guide(guide)
+        self._first = arguments
+        with self.stream:
+            problem = self.options.build(model, guide, arguments, num_steps=self.schedule.num_steps)
+        if self._tempering == "auto" and problem.is_estimating:
+            self.schedule = replace(self.schedule, tempering=None)
+        now: Callable[[], Arguments] = lambda: self.arguments  # noqa: E731
+        players = problem.opponents(now)
+        if self._moves_sampler:
+            players.append(problem.sampler_player(now))
+        trainer = Trainer(
+            players,
+            schedule=self.schedule,
+            stream=self.stream,
+            clip_norm=self._clip_norm,
+            max_skips=self._max_skips,
+            explain=lambda: problem.explain(self.arguments),
+        )
+        self._made = problem, trainer
+
+    def _require(self) -> tuple[Problem | AmortizedProblem, Trainer]:
+        if self._made is None:
+            raise SetupError(
+                "the fit has not seen its model yet",
+                do="Call run, step, or setup with the model's arguments first.",
+            )
+        return self._made
+
+
+def start_of(tempering: float | str | None) -> float | None:
+    """The tempering that a schedule is made with; raise `OptionError` for a word other than ``"auto"``."""
+    if isinstance(tempering, str):
+        check_choice("tempering", tempering, ["auto"])
+        return Schedule.tempering
+    return tempering
