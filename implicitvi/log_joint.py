@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 from typing import Any
 
 import pyro
@@ -35,6 +36,7 @@ from implicitvi.training import RandomStream
 
 Run = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 MODES = ("auto", "vmap", "plate", "loop")
+CACHED = 400_000  # entries of a site's tensor that are still worth computing at once on a CPU
 FAST = {"vmap": "vmap", "plate": "the particle plate"}
 
 
@@ -87,6 +89,7 @@ class LogJoint:
         # What the first run of the model shows: depth of its batch dimensions, and whether sites are summed out.
         self._nesting: int | None = None
         self._enumerates = False
+        self._width = 1  # entries of its largest site
         # Whether vmap loops inside an operation, of which torch would warn in every call.
         self._falls_back = False
         self._minibatch = Minibatch()
@@ -148,7 +151,7 @@ class LogJoint:
             with unvalidated(), RandomStream(0):  # a look that leaves no trace
                 points, _ = self._compare_at(u, args, kwargs)
                 compiled = CompiledScore(
-                    self._vmap, points, agree=_close, backend=backend, minibatch=self._minibatch
+                    self._whole, points, agree=_close, backend=backend, minibatch=self._minibatch
                 )
                 compiled(points, args, kwargs)
         except ModelError as error:
@@ -227,13 +230,14 @@ class LogJoint:
     def _inspect(
         self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Run the model once to see which discrete sites it has and how deep its plates are nested."""
+        """Run the model once to see its discrete sites, how deep its plates are nested, and its largest site."""
         with RandomStream(0):  # a look that leaves no trace
             trace = run_at(self.model, values, *args, **kwargs)
         nodes = [node for node in trace.nodes.values() if is_scored(node)]
         self._enumerates = any(is_enumerated(node) for node in nodes)
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
+        self._width = max((node["value"].numel() for node in nodes), default=1)
 
     def _check_supports(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise `ModelError` unless the support of every site at ``u [D]`` is that of the layout."""
@@ -273,9 +277,20 @@ class LogJoint:
         return self._vmap(u, args, kwargs)
 
     def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """All particles, so many at a time that the largest site stays in the processor's cache."""
+        parts = ceil(len(u) * self._width / CACHED) if u.is_cpu else 1
+        return self._whole(u, args, kwargs, chunk_size=ceil(len(u) / max(parts, 1)) or None)
+
+    def _whole(
+        self,
+        u: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        chunk_size: int | None = None,
+    ) -> Tensor:
         with batchable(quiet=self._falls_back):
             scores: Tensor = torch.func.vmap(
-                lambda v: self.one(v, *args, **kwargs), randomness="same"
+                lambda v: self.one(v, *args, **kwargs), randomness="same", chunk_size=chunk_size
             )(u)
         return scores
 
