@@ -76,7 +76,7 @@ class AmortizedProblem:
         def shared_adversary(stage: Stage) -> Turn:
             assert self.shared is not None
             count, steps = stage.num_particles, stage.adversary_steps
-            for loss in self.shared.adversary_losses(count, steps, Tensor.sum):
+            for loss in self.shared.adversary_losses(count, steps):
                 yield loss, {}
 
         players = follow_contrast("adversary", self.local, local_contrast, local_adversary)

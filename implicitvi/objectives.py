@@ -107,10 +107,12 @@ class AVB:
         self,
         num_samples: int,
         num_steps: int,
-        log_joint: LogDensity,
+        log_joint: LogDensity | None = None,
         x: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """The ratio loss on fresh draws of ``q`` and as many of the contrast, for each of the adversary's steps.
+
+        The log joint is asked for by an adversary that is informed, and by no other.
 
         Neither ``q`` nor ``r`` moves meanwhile, so the draws of all steps are made and scored at once; an ``x`` that
         differs from draw to draw has ``num_samples * num_steps`` rows.
@@ -125,6 +127,7 @@ class AVB:
             z = torch.stack([z_q, z_r])
             standard = self.contrast.standardise(z, r)
             if isinstance(self.adversary, InformedAdversary):
+                assert log_joint is not None
                 gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
                 if x is not None:
                     gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
