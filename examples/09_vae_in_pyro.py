@@ -110,7 +110,7 @@ def errors(x: Tensor) -> tuple[float, float]:
 seen, unseen = errors(train[:200]), errors(test[:200])
 bound = -fit.losses[-steps // 5 :].mean() / len(train)
 print(f"learned bound {bound:.2f} nats an image, an estimate\n")
-print(f"{'':24}{'seen':>10}{'never seen':>12}")
+print(f"{'images':24}{'seen':>10}{'never seen':>12}")
 print(f"{'exact log evidence':24}{evidence['train'].mean():10.2f}{evidence['test'].mean():12.2f}")
 print(f"{'posterior mean error':24}{seen[0]:10.3f}{unseen[0]:12.3f}")
 print(f"{'posterior sd ratio':24}{seen[1]:10.3f}{unseen[1]:12.3f}")
@@ -135,7 +135,7 @@ side = torch.linspace(-2.2, 2.2, 14)
 plane = torch.stack(torch.meshgrid(side, side.flip(0), indexing="xy"), -1)
 with torch.no_grad():
     tiles = model.decoder(plane).sigmoid().unflatten(-1, (8, 8))
-mosaic = tiles.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)
+mosaic = tiles.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1).numpy()
 axes["m"].imshow(mosaic, cmap="gray_r", extent=(-2.35, 2.35, -2.35, 2.35))
 axes["m"].set(xlabel="$z_1$", ylabel="$z_2$", title="What the decoder makes of the latent plane")
 for name, i in zip("abcd", hardest, strict=True):
@@ -145,16 +145,28 @@ for name, i in zip("abcd", hardest, strict=True):
     mass = ranked.cumsum(0)
     levels = [ranked[(mass < share).sum()].item() for share in (0.9, 0.5)]
     z = draws[:, i]
-    ax.scatter(*z[:600].T, s=3, color="#0072B2", alpha=0.35, linewidths=0)
+    ax.scatter(*z[:600].T.numpy(), s=3, color="#0072B2", alpha=0.35, linewidths=0)
     if levels[0] < levels[1]:
-        ax.contour(ticks, ticks, density.T, levels=levels, colors="#D55E00", linewidths=1.5)
+        ax.contour(
+            ticks.numpy(),
+            ticks.numpy(),
+            density.T.numpy(),
+            levels=levels,
+            colors="#D55E00",
+            linewidths=1.5,
+        )
     inside = grid[weights[i] > levels[0]]
     low = torch.minimum(z.quantile(0.002, 0), inside.amin(0)) - 0.2
     high = torch.maximum(z.quantile(0.998, 0), inside.amax(0)) + 0.2
-    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="$z_1$", ylabel="$z_2$")
+    ax.set(
+        xlim=(low[0].item(), high[0].item()),
+        ylim=(low[1].item(), high[1].item()),
+        xlabel="$z_1$",
+        ylabel="$z_2$",
+    )
     ax.set_title(f"an image of a {labels[i].item()}", fontsize=10)
     inset = ax.inset_axes((0.76, 0.72, 0.24, 0.28))
-    inset.imshow(shown[i].reshape(8, 8), cmap="gray_r")
+    inset.imshow(shown[i].reshape(8, 8).numpy(), cmap="gray_r")
     inset.set(xticks=[], yticks=[])
 axes["a"].plot([], [], color="#D55E00", label="exact, 50 and 90 %")
 axes["a"].scatter([], [], s=8, color="#0072B2", label="draws of the guide")
