@@ -427,7 +427,12 @@ def main() -> None:
     """Run the checks and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", choices=CHECKS, action="append", help="run this check alone")
+    parser.add_argument(
+        "--only",
+        choices=CHECKS,
+        action="append",
+        help="run this check alone, and keep the others' results",
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
@@ -439,15 +444,19 @@ def main() -> None:
         "targets": TARGETS,
         "rows": [],
     }
+    if options.only and options.output.exists():
+        kept = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
+        result["rows"] = [row for row in kept if row["model"] not in options.only]
     for name in options.only or CHECKS:
         for seed in range(options.seeds):
             row = {"model": name, "seed": seed, **CHECKS[name](seed)}
             row["missed"] = [f for f, v in row["figures"].items() if v > (target(f) or math.inf)]
             result["rows"].append(row)
+        result["rows"].sort(key=lambda row: list(CHECKS).index(row["model"]))
         print(table(result), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(result))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.output.with_suffix(".md").write_text(table(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
