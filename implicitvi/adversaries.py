@@ -114,3 +114,36 @@ class InformedAdversary(nn.Module):
         scores: Tensor = self.network(z) if x is None else self.network(z, x)
         hint = (gap - self.centre).nan_to_num(-self.clip, self.clip, -self.clip)
         return scores + self.weight * hint.clamp(-self.clip, self.clip)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        """Derivative of the score in ``gap [S, (B,)]``: ``a``, and 0 where the hint is clipped."""
+        return self.weight.detach() * ((gap - self.centre).abs() < self.clip)
+
+
+class PairwiseAdversary(nn.Module):
+    """``⟨θ(x), s(z)⟩ + T_x(x) + T_z(z) + ½‖z‖²`` (Mescheder et al. 2017, section 5.2).
+
+    A datum is looked at once for all codes that are paired with it. The last term takes a standard normal contrast
+    out of what has to be learned, so that the networks learn ``log q`` alone.
+
+    Args:
+        x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.
+        z_net: Codes ``[..., D]`` to ``[..., K + 1]``: features, then ``T_z``.
+        square: Whether ``½‖z‖²`` is added.
+
+    >>> T = PairwiseAdversary(nn.Linear(4, 9), nn.Linear(2, 9))
+    >>> T(torch.zeros(5, 3, 2), torch.zeros(3, 4)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, x_net: nn.Module, z_net: nn.Module, *, square: bool = True):
+        super().__init__()
+        self.x_net = x_net
+        self.z_net = z_net
+        self.square = square
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        of_x, of_z = self.x_net(x), self.z_net(z)
+        scores: Tensor = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) + of_x[..., -1] + of_z[..., -1]
+        return scores + 0.5 * z.square().sum(-1) if self.square else scores

@@ -117,14 +117,14 @@ class AmortizedProblem:
         g = None if seen is None else seen[: count // num_importance].repeat(num_importance, 1)
         x = sampler.context(batch.rows, g)
         z = sampler.local(count, x)
-        terms = stage.beta * self.source.terms(g, z, batch)
+        terms = stage.beta * self.source.terms(g, self.local.hear(z), batch)
         kept = finite_draws(terms, num_importance)
         if not kept.all():
             z, g = z[kept], None if g is None else g[kept]
             if not len(z):
                 return None, count
             x = x[kept] if x.dim() == z.dim() else x
-            terms = stage.beta * self.source.terms(g, z, batch)
+            terms = stage.beta * self.source.terms(g, self.local.hear(z), batch)
         scores = self.local.score(z, self.local.contrast(z, x), terms[:, 1:], x)
         bound = batch.weight * tighten(scores, z, num_importance).sum(-1)
         first = len(bound)

@@ -43,6 +43,11 @@ class Engine:
     ):
         check_positive("clip_norm", clip_norm)
         check_at_least("max_skips", max_skips, 1)
+        check_at_least(
+            "num_particles",
+            min(schedule.at(step).num_particles for step in (0, schedule.num_steps)),
+            2,
+        )
         self.schedule = schedule
         self.options = options
         self.stream = RandomStream(seed)

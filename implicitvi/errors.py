@@ -44,6 +44,10 @@ class SetupError(ImplicitVIError, RuntimeError):
     """Something was asked of a guide or fit that has not seen the model's arguments yet."""
 
 
+class CheckpointError(ImplicitVIError, ValueError):
+    """A checkpoint cannot be read, or belongs to something else."""
+
+
 class NonFiniteError(ImplicitVIError, FloatingPointError):
     """Training met too many non-finite steps; the last good state has been restored.
 

@@ -60,6 +60,7 @@ class AVB:
 
     The sampler is shown a running average of the adversary's recent weights: a steadier opponent. A context ``x`` is
     ``[B, C]``, or ``[S, B, C]`` with one for each draw; the log joint of draws ``z [S, (B,) D]`` is ``[S, (B,)]``.
+    Only the networks look into a context, so it may have more axes than ``C``, as images do.
 
     Args:
         sampler: The implicit distribution ``q``.
@@ -68,6 +69,7 @@ class AVB:
         ratio: Ratio loss of the adversary.
         averaging: Share of the average that outlives a step of the adversary; 0 for its current weights.
         num_importance: Draws ``K`` in each importance-weighted bound; 1 for the ELBO.
+        context_dims: Axes of the context of one datum.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class AVB:
         ratio: RatioLoss | None = None,
         averaging: float = 0.0,
         num_importance: int = 1,
+        context_dims: int = 1,
     ):
         self.sampler = sampler
         self.contrast = contrast
@@ -86,7 +89,9 @@ class AVB:
         self.ratio = Logistic() if ratio is None else ratio
         self.averaging = averaging
         self.num_importance = num_importance
+        self.context_dims = context_dims
         self.average = deepcopy(adversary) if averaging else None
+        self._slope: _Slope | None = None
         # looked up once: walking through a network takes longer than moving its average
         both = [] if self.average is None else [self.average, adversary]
         self._weights: list[list[Tensor]] = [list(module.parameters()) for module in both]
@@ -129,14 +134,15 @@ class AVB:
             if isinstance(self.adversary, InformedAdversary):
                 assert log_joint is not None
                 gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
-                if x is not None:
+                if x is not None and num_samples > 1:
                     gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
                 self.adversary.recentre(gap[0])
             self.contrast.observe(z_q, r)
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
             known = None if gap is None else gap[:, step]
-            context = x[step] if x is not None and x.dim() == z_q.dim() else x
+            own = x is not None and x.dim() == self.context_dims + 2
+            context = x[step] if x is not None and own else x
             t_q, t_r = self._scores(self.adversary, standard[:, step], known, context)
             yield self.ratio.loss(t_q, t_r)
 
@@ -150,20 +156,39 @@ class AVB:
         """
         z = self.sampler(num_samples, x)
         r = self.contrast(z, x)
-        log_p = log_joint(z)
+        log_p = log_joint(self.hear(z))
         kept = finite_draws(log_p, self.num_importance)
         if not kept.all():
             z = z[kept]
-            log_p = log_joint(z) if len(z) else log_p[kept]
+            log_p = log_joint(self.hear(z)) if len(z) else log_p[kept]
         scores = self.score(z, r, log_p, x)
         return tighten(scores, z, self.num_importance), num_samples - len(z)
 
+    def hear(self, z: Tensor) -> Tensor:
+        """The draws ``z`` as the log joint must be given them, before `score`.
+
+        An informed adversary's hint contains the log joint, as a function of ``z`` alone: parameters of the model,
+        and whatever else the log joint depends on, are held fixed in ``T``. So the hint's gradient is taken out of
+        that of the log joint on its way to ``z``, and only there.
+        """
+        self._slope = None
+        if not (self.informed and z.requires_grad):
+            return z
+        heard, cell = z.view_as(z), _Slope()
+        heard.register_hook(lambda gradient: gradient * (1 - cell.value[..., None]))
+        self._slope = cell
+        return heard
+
     def score(self, z: Tensor, r: Distribution, log_p: Tensor, x: Tensor | None = None) -> Tensor:
-        """`elbo` of draws ``z [S, (B,) D]`` whose log joint is ``log_p [S, (B,)]``, with the adversary held fixed."""
+        """`elbo` of draws ``z [S, (B,) D]`` whose log joint at `hear` is ``log_p [S, (B,)]``, with ``T`` held fixed."""
         log_r = r.log_prob(z)
-        gap = log_p - log_r
-        if x is not None:
+        gap = log_p.detach() - log_r
+        if x is not None and len(z) > 1:
             gap = _relative(gap)
+        if self._slope is not None:
+            adversary = self.adversary if self.average is None else self.average
+            assert isinstance(adversary, InformedAdversary)
+            self._slope.value = adversary.slope(gap.detach())
         return elbo(log_p, log_r, self._log_ratio(z, r, gap, x))
 
     def log_q(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> Tensor:
@@ -174,7 +199,7 @@ class AVB:
         r = self.contrast(z, x)
         log_r = r.log_prob(z)
         gap = log_joint(z) - log_r if self.informed else None
-        if gap is not None and x is not None:
+        if gap is not None and x is not None and len(z) > 1:
             gap = _relative(gap)
         log_q: Tensor = log_r + self._log_ratio(z, r, gap, x)
         return log_q
@@ -204,6 +229,12 @@ class AVB:
         inputs = (standard, gap) if isinstance(adversary, InformedAdversary) else (standard,)
         scores: Tensor = adversary(*inputs) if x is None else adversary(*inputs, x)
         return scores
+
+
+class _Slope:
+    """The derivative of an adversary's score in the log joint: known after the draws have been scored."""
+
+    value: Tensor
 
 
 def _evidence(gap: Tensor) -> Tensor:

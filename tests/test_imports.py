@@ -18,9 +18,10 @@ PACKAGE = Path(__file__).parents[1] / "implicitvi"
 LAYERS = (
     {"errors"},
     {"networks"},
-    {"samplers", "contrasts", "adversaries", "ratios", "datasets"},
+    {"samplers", "contrasts", "adversaries", "ratios", "datasets", "processes", "evaluation"},
     {"objectives", "framed"},
     {"training"},
+    {"vae"},
     {"layout", "parameters", "warm_start", "scoring", "minibatch"},
     {"enumeration", "compiled"},
     {"local", "latents"},
@@ -31,10 +32,10 @@ LAYERS = (
     {"options"},
     {"engine"},
     {"svi"},
-    {"evaluation", "export", "plots"},
+    {"export", "plots"},
 )
 # These stand beside the rest, so that they can judge it.
-ERRORS_ONLY = {"datasets", "evaluation.divergences"}
+ERRORS_ONLY = {"datasets", "evaluation.divergences", "evaluation.evidence", "evaluation.ais"}
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -61,7 +61,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_at_least("num_steps", self.num_steps, 1)
         for value in _pair("num_particles", self.num_particles):
-            check_at_least("num_particles", value, 2)
+            check_at_least("num_particles", value, 1)
         for value in _pair("adversary_steps", self.adversary_steps):
             check_at_least("adversary_steps", value, 0)
         for option in ("lr", "adversary_lr"):

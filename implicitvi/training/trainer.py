@@ -107,6 +107,8 @@ class Trainer:
         explain: Says, in words, what is not finite, for the error.
         betas: Adam's moment decays. A low first one suits a game, where yesterday's gradient answers
             yesterday's opponent.
+        prepare: Called before the players of each step, inside the stream: where a batch is taken.
+        average: Replaces loss and gradients of a turn, a list of tensors, by their means over several processes.
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class Trainer:
         max_skips: int = 20,
         explain: Callable[[], str] = str,
         betas: tuple[float, float] = (0.5, 0.999),
+        prepare: Callable[[], None] = lambda: None,
+        average: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
     ):
         self.players = tuple(players)
         self.schedule = schedule
@@ -128,6 +132,8 @@ class Trainer:
         self.step_count = 0
         self.history = History()
         self.explain = explain
+        self.prepare = prepare
+        self.average = average
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._optimisers = {
@@ -152,6 +158,7 @@ class Trainer:
             self._good = self.state_dict()
         stage = self.schedule.at(self.step_count)
         with self.stream:
+            self.prepare()
             metrics: Metrics = {"beta": stage.beta}
             for player in self.players:
                 for loss, seen in player.losses(stage):
@@ -188,8 +195,9 @@ class Trainer:
         group = optimiser.param_groups[0]
         gradients = torch.autograd.grad(loss, group["params"], allow_unused=True)
         known = [g for g in gradients if g is not None]
-        norm = torch.nn.utils.get_total_norm(known)
         loss = loss.detach()
+        self.average([loss, *known])
+        norm = torch.nn.utils.get_total_norm(known)
         finite = (loss + norm).isfinite()
         clipped = iter(torch._foreach_mul(known, (self.clip_norm / norm).clamp(max=1.0)))
         for parameter, gradient in zip(group["params"], gradients, strict=True):

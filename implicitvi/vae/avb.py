@@ -1,0 +1,185 @@
+"""Adversarial variational Bayes: an implicit posterior, and an adversary that learns what its density would say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from implicitvi import objectives
+from implicitvi.adversaries import InformedAdversary
+from implicitvi.contrasts import Contrast, DiagonalGaussianContrast, PriorContrast
+from implicitvi.errors import ModelError, check_choice
+from implicitvi.framed import MomentContrast
+from implicitvi.ratios import RATIOS, RatioLoss
+from implicitvi.training import Player, Stage
+from implicitvi.training.player import Metrics
+from implicitvi.vae.distributions import Implicit, has_density
+from implicitvi.vae.model import Batch, LatentModel
+
+CONTRASTS = ("prior", "gaussian")
+
+
+class AVB(LatentModel):
+    """Adversarial variational Bayes of a latent variable model, with or without Adaptive Contrast.
+
+        E_q[log p(x, z) - log r(z | x) - T(x, z)]            T ≈ log q(z | x) - log r(z | x)
+
+    Args:
+        encoder: ``q(z | x)``: draws with gradients.
+        decoder: ``p(x | z)``, with a density.
+        prior: ``p(z)``; draws are enough for ``contrast="prior"``. The number ``D`` for ``N(0, I)``.
+        adversary: ``T(z, x)``: codes ``[S, B, D]`` and data ``[B, *x_shape]`` to scores ``[S, B]``.
+        contrast: ``"prior"`` for plain AVB; ``"gaussian"`` for Adaptive Contrast: a Gaussian with the moments of
+            ``q(z | x)``, in closed form for an encoder that has them, else from the draws of each datum
+            (take ``num_particles`` of 8 or more); or a `Contrast`.
+        ratio: ``"logistic"``, ``"fgan_kl"`` (the f-GAN form, eq. 6.10), ``"least_squares"``, or a `RatioLoss`.
+        informed: Whether the adversary is shown ``log p - log r`` (`InformedAdversary`).
+        averaging: Share of a running average of the adversary's weights that outlives each of its steps; the encoder is
+            shown the average.
+        num_importance: Draws in each importance-weighted bound.
+
+    References:
+        Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; eq. 3.6 and 4.2.
+    """
+
+    needs = {
+        "prior": {"draws"},
+        "encoder": {"draws", "gradients"},
+        "decoder": {"draws", "density"},
+    }
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        prior: Any,
+        adversary: nn.Module,
+        *,
+        contrast: str | Contrast = "prior",
+        ratio: str | RatioLoss = "logistic",
+        informed: bool = True,
+        averaging: float = 0.0,
+        num_importance: int = 1,
+    ):
+        super().__init__(encoder, decoder, prior)
+        if isinstance(ratio, str):
+            check_choice("ratio", ratio, RATIOS)
+            ratio = RATIOS[ratio]()
+        if isinstance(contrast, str):
+            check_choice("contrast", contrast, CONTRASTS)
+        self.relative = contrast == "prior"
+        if not self.relative and not has_density(self.prior()):
+            raise ModelError(
+                "Adaptive Contrast needs a density of the prior, and it has none",
+                do="Use contrast='prior', which needs its draws only.",
+            )
+        self.adversary = InformedAdversary(adversary) if informed else adversary
+        self._draws = _Remembering(self.encoder)
+        self._objective = objectives.AVB(
+            self._draws,  # type: ignore[arg-type]  # all it asks of a sampler is draws
+            self._contrast(contrast),
+            self.adversary,
+            ratio=ratio,
+            averaging=averaging,
+            num_importance=num_importance,
+            context_dims=len(self.x_shape),
+        )
+
+    def players(self, batch: Batch) -> list[Player]:
+        def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
+            x = batch()
+            log_joint = self._log_joint(x)
+            for loss in self._objective.adversary_losses(
+                stage.num_particles, stage.adversary_steps, log_joint, x
+            ):
+                yield loss, {}
+
+        average = self._objective.average
+        adversary = Player(
+            "adversary",
+            self.adversary,
+            losses,
+            lr=lambda stage: stage.adversary_lr,
+            follow=self._objective.keep_average,
+            followers=() if average is None else (average,),
+        )
+        arrows = [self.encoder, self.decoder, self.prior]
+        return [adversary, self.player("model", arrows, self._loss, batch)]
+
+    def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
+        """The objective of each datum ``x [B, *x_shape]``: ``[num_samples, B]`` in nats, an estimate and no bound."""
+        return self._objective.elbo(num_samples, self._log_joint(x), x)[0]
+
+    @torch.no_grad()
+    def validate(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.encode(x)
+        return {
+            "learned_elbo": self.learned_elbo(x, 1).mean(),
+            "log_likelihood": self.decoder(z).log_prob(x).mean(),
+        }
+
+    def _log_joint(self, x: Tensor) -> objectives.LogDensity:
+        """``log p(x, z)``, less ``log p(z)`` where the prior is the contrast and cancels."""
+        if self.relative:
+            return lambda z: self.decoder(z).log_prob(x)
+        return lambda z: self.log_joint(z, x)
+
+    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor | None, Metrics]:
+        elbo, dropped = self._objective.elbo(stage.num_particles, self._log_joint(x), x)
+        return (-elbo.mean() if len(elbo) else None), {"dropped": dropped}
+
+    def _contrast(self, contrast: str | Contrast) -> Contrast:
+        if isinstance(contrast, Contrast):
+            return contrast
+        if contrast == "prior":
+            return _DrawsOfPrior(self.prior)
+        blank = torch.zeros(1, *self.x_shape, device=self.device)
+        if getattr(self.encoder(blank), "has_moments", False):
+            return MomentContrast(lambda count, x: self._draws.moments(count, x))
+        return DiagonalGaussianContrast()
+
+
+class _Remembering:
+    """An encoder as a sampler, which remembers what it has encoded, for the contrast that is asked right after."""
+
+    def __init__(self, encoder: nn.Module):
+        self._encoder = encoder
+        self._last: tuple[Tensor, Any] | None = None
+
+    def __call__(self, num_samples: int, x: Tensor) -> Tensor:
+        q = self._encoder(x)
+        self._last = (x, q)
+        z: Tensor = q.rsample(torch.Size([num_samples]))
+        return z
+
+    def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        last, self._last = self._last, None
+        q = last[1] if last is not None and last[0] is x else self._encoder(x)
+        mean, cov = q.moments(num_samples)
+        return mean, cov
+
+
+class _DrawsOfPrior(PriorContrast):
+    """The prior as a contrast that is only drawn from: all log densities are relative to it."""
+
+    def __init__(self, prior: nn.Module):
+        p = prior()
+        super().__init__(p)
+        self._prior = (prior,)  # a tuple: it belongs to the model
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        return _Relative(self._prior[0]())
+
+
+class _Relative(Implicit):
+    """A distribution whose log density relative to itself is 0."""
+
+    def __init__(self, p: Distribution):
+        super().__init__(p.sample, p.batch_shape, p.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return value.new_zeros(value.shape[:-1])

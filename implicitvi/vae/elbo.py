@@ -1,0 +1,80 @@
+"""The variational autoencoder: an explicit posterior and the evidence lower bound."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from implicitvi.errors import check_at_least
+from implicitvi.training import Player, Stage
+from implicitvi.training.player import Metrics
+from implicitvi.vae.model import Batch, LatentModel
+
+
+class VAE(LatentModel):
+    """The variational autoencoder, with any posterior that has a density.
+
+        E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
+
+    The divergence is in closed form where torch knows one (a Gaussian encoder and prior), else ``log q - log p`` of the
+    draws, as for a flow. With ``num_importance = K`` the objective is the log of the mean of ``K`` importance
+    weights (IWAE).
+
+    Args:
+        encoder: ``q(z | x)``: draws with gradients, and a density.
+        decoder: ``p(x | z)``, with a density.
+        prior: ``p(z)``, with a density; the number ``D`` for ``N(0, I)``.
+        num_importance: Weights ``K`` in each bound; 1 for the ELBO.
+
+    References:
+        Auto-Encoding Variational Bayes, Diederik Kingma, Max Welling, 2014.
+        Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016.
+    """
+
+    needs = {
+        "prior": {"draws", "density"},
+        "encoder": {"draws", "gradients", "density"},
+        "decoder": {"draws", "density"},
+    }
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, num_importance: int = 1
+    ):
+        check_at_least("num_importance", num_importance, 1)
+        super().__init__(encoder, decoder, prior)
+        self.num_importance = num_importance
+
+    def players(self, batch: Batch) -> list[Player]:
+        return [self.player("model", [self.encoder, self.decoder, self.prior], self._loss, batch)]
+
+    def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
+        """The bound of each datum ``x [B, *x_shape]`` from ``num_samples`` draws each: ``[num_samples, B]`` in nats."""
+        q, p = self.encoder(x), self.prior()
+        z = q.rsample(torch.Size([num_samples]))
+        likelihood: Tensor = self.decoder(z).log_prob(x)
+        try:
+            if self.num_importance == 1:
+                closed: Tensor = likelihood - kl_divergence(q, p)
+                return closed
+        except NotImplementedError:
+            pass
+        elbo: Tensor = likelihood + p.log_prob(z) - q.log_prob(z)
+        return elbo
+
+    @torch.no_grad()
+    def validate(self, x: Tensor) -> dict[str, Tensor]:
+        return {"elbo": self._bound(x, 1).mean()}
+
+    def _bound(self, x: Tensor, num_particles: int) -> Tensor:
+        elbo = self.elbo(x, num_particles * self.num_importance)
+        if self.num_importance == 1:
+            return elbo
+        groups: Tensor = elbo.unflatten(0, (self.num_importance, -1))
+        return groups.logsumexp(0) - log(self.num_importance)
+
+    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+        return -self._bound(x, stage.num_particles).mean(), {}

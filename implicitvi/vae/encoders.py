@@ -1,0 +1,210 @@
+"""Encoders: modules from data to ``q(z | x)``, explicit where it has a density and implicit where it does not.
+
+``encoder(x)`` takes data ``x [B, *x_shape]`` and returns a distribution with batch shape ``[B]`` and event shape
+``[D]``. Any module that does so is an encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
+
+from implicitvi.errors import OptionError, check_at_least
+from implicitvi.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
+from implicitvi.vae.distributions import Implicit
+
+
+class GaussianEncoder(nn.Module):
+    """An explicit diagonal Gaussian, ``N(z; m(x), s(x)²)``.
+
+    Args:
+        network: Data ``[B, *x_shape]`` to ``[B, 2 D]``: means, then log scales.
+
+    >>> GaussianEncoder(nn.Linear(4, 6))(torch.zeros(5, 4)).event_shape
+    torch.Size([3])
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Distribution:
+        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        loc, log_scale = self.network(x).chunk(2, -1)
+        scale = (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
+        return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+
+class DeterministicEncoder(nn.Module):
+    """A code for every datum without noise: ``z = f(x)``.
+
+    Args:
+        network: Data ``[B, *x_shape]`` to codes ``[B, D]``.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Distribution:
+        """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
+        z: Tensor = self.network(x)
+        return Implicit(lambda shape: z.expand(shape + z.shape), z.shape[:1], z.shape[1:])
+
+
+class BinaryEncoder(nn.Module):
+    """An explicit distribution of binary codes, each bit by itself given ``x``.
+
+    Args:
+        network: Data ``[B, *x_shape]`` to logits ``[B, D]``.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Distribution:
+        """``q(z | x)`` for ``x [B, *x_shape]``; it has no gradients through its draws."""
+        bits = Bernoulli(logits=self.network(x), validate_args=False)
+        return Independent(bits, 1, validate_args=False)
+
+
+class ImplicitEncoder(nn.Module):
+    """Features of a datum, then a `Sampler` of them: ``z = f(ε, h(x))``.
+
+    The features are computed once for all draws of a datum. With a `NoiseBasisSampler` the distribution it returns
+    also has ``moments``, in closed form given ``x``, for Adaptive Contrast (Mescheder et al. 2017, section 4).
+
+    Args:
+        sampler: Sampler whose context is the features.
+        features: Data ``[B, *x_shape]`` to features ``[B, C]``; ``None`` for the entries of ``x`` in one row.
+    """
+
+    def __init__(self, sampler: Sampler, features: nn.Module | None = None):
+        super().__init__()
+        if not sampler.context_dim:
+            raise OptionError(
+                "the sampler of an encoder has no context",
+                got="context_dim=0",
+                expected="the number of features",
+            )
+        self.sampler = sampler
+        self.features = nn.Flatten() if features is None else features
+
+    def forward(self, x: Tensor) -> Distribution:
+        """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
+        return Encoded(self.sampler, self.features(x))
+
+
+class Encoded(Implicit):
+    """What an `ImplicitEncoder` returns: draws of a sampler given the features of a batch.
+
+    Args:
+        sampler: The sampler.
+        features: Features ``[B, C]``.
+    """
+
+    def __init__(self, sampler: Sampler, features: Tensor):
+        super().__init__(self._sample, features.shape[:1], torch.Size([sampler.latent_dim]))
+        self.sampler = sampler
+        self.features = features
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the conditional moments are known in closed form."""
+        return isinstance(self.sampler, NoiseBasisSampler)
+
+    def moments(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Conditional mean ``[B, D]`` and covariance ``[B, D, D]``: `NoiseBasisSampler.moments`."""
+        assert isinstance(self.sampler, NoiseBasisSampler)
+        return self.sampler.moments(num_samples, self.features)
+
+    def _sample(self, shape: torch.Size) -> Tensor:
+        z: Tensor = self.sampler(shape.numel(), self.features)
+        return z.reshape(shape + z.shape[1:])
+
+
+class InjectedEncoder(nn.Module):
+    """An implicit encoder that adds a linear image of one noise vector after each of its layers.
+
+    As the convolutional encoder without Adaptive Contrast of Mescheder et al. (2017), whose every feature map gets its
+    own projection of the same noise.
+
+    Args:
+        layers: Layers from ``x`` to the last features, without their activations.
+        noise_dim: Dimension of the noise.
+        latent_dim: Dimension ``D`` of a code.
+        x_shape: Shape of one datum.
+        activation: Applied after the noise has been added.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        *,
+        noise_dim: int,
+        latent_dim: int,
+        x_shape: tuple[int, ...],
+        activation: Callable[[Tensor], Tensor] = nn.functional.elu,
+    ):
+        super().__init__()
+        check_at_least("noise_dim", noise_dim, latent_dim)
+        self.layers = nn.ModuleList(layers)
+        self.noise_dim = noise_dim
+        self.latent_dim = latent_dim
+        self.activation = activation
+        with torch.no_grad():
+            h = torch.zeros(1, *x_shape)
+            shapes = [(h := layer(h)).shape[1:] for layer in layers]
+        self.projections = nn.ModuleList(nn.Linear(noise_dim, s.numel()) for s in shapes)
+        self.head = nn.Linear(shapes[-1].numel(), latent_dim)
+
+    def forward(self, x: Tensor) -> Distribution:
+        """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
+        return Implicit(lambda shape: self._draw(shape, x), x.shape[:1], [self.latent_dim])
+
+    def _draw(self, shape: torch.Size, x: Tensor) -> Tensor:
+        rows = shape.numel()
+        eps = torch.randn(rows * len(x), self.noise_dim, dtype=x.dtype, device=x.device)
+        h = self.layers[0](x)  # the first layer has not seen noise yet: once for all draws
+        h = h.repeat(rows, *(1,) * (h.dim() - 1))
+        for i, projection in enumerate(self.projections):
+            h = self.layers[i](h) if i else h
+            h = self.activation(h + projection(eps).reshape(h.shape))
+        z: Tensor = self.head(h.flatten(1))
+        return z.reshape(*shape, len(x), self.latent_dim)
+
+
+class FlowEncoder(nn.Module):
+    """An explicit flow on features of the datum; needs zuko.
+
+    Args:
+        features: Data ``[B, *x_shape]`` to features ``[B, C]``.
+        flow: Features to a distribution: a lazy flow of zuko, such as ``zuko.flows.MAF(D, C)``.
+    """
+
+    def __init__(self, features: nn.Module, flow: nn.Module):
+        super().__init__()
+        self.features = features
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Distribution:
+        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        q: Distribution = self.flow(self.features(x))
+        return q
+
+
+def moments_of(q: Any, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[B, D]`` of an encoder's distribution: its own, or those of draws."""
+    if isinstance(q, Implicit) or not hasattr(type(q), "variance"):
+        draws = q.sample(torch.Size([num_samples]))
+        return draws.mean(0), draws.std(0)
+    try:
+        return q.mean, q.stddev
+    except NotImplementedError:
+        draws = q.sample(torch.Size([num_samples]))
+        return draws.mean(0), draws.std(0)

@@ -1,0 +1,215 @@
+"""Likelihoods: what turns the outputs of a decoder's network into a distribution of data.
+
+Implementing a likelihood: subclass `Likelihood`, say how many outputs it needs in ``size``, make the distribution
+in ``forward`` and say in ``check`` which data it cannot give; then join `LIKELIHOODS`. Where none of this is wanted,
+any module from codes to a `torch.distributions.Distribution` is a decoder as it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import log
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import (
+    Bernoulli,
+    Distribution,
+    Independent,
+    Normal,
+    OneHotCategorical,
+)
+
+from implicitvi.errors import OptionError, check_choice, check_positive
+from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
+
+
+class Likelihood(nn.Module, ABC):
+    """From a network's outputs to ``p(x | z)``.
+
+    Args:
+        x_shape: Shape of one datum.
+    """
+
+    def __init__(self, x_shape: Sequence[int]):
+        super().__init__()
+        self.x_shape = torch.Size(x_shape)
+
+    @property
+    def size(self) -> int:
+        """Outputs that the network must have."""
+        return self.x_shape.numel()
+
+    @abstractmethod
+    def forward(self, outputs: Tensor) -> Distribution:
+        """``outputs [..., size]`` to a distribution with batch shape ``[...]`` and event shape ``x_shape``."""
+
+    def check(self, x: Tensor) -> None:
+        """Raise `OptionError` for data ``x [N, *x_shape]`` that the likelihood could never give."""
+
+    def _independent(self, each: Distribution) -> Distribution:
+        return Independent(each, len(self.x_shape), validate_args=False)
+
+
+class BernoulliLikelihood(Likelihood):
+    """Binary data; the outputs are logits. Grey values in [0, 1] are scored by the cross-entropy.
+
+    >>> BernoulliLikelihood([1, 2])(torch.zeros(3, 2)).log_prob(torch.ones(1, 2))
+    tensor([-1.3863, -1.3863, -1.3863])
+    """
+
+    def forward(self, outputs: Tensor) -> Distribution:
+        logits = outputs.unflatten(-1, self.x_shape)
+        return self._independent(Bernoulli(logits=logits, validate_args=False))
+
+    def check(self, x: Tensor) -> None:
+        low, high = x.aminmax()
+        if low < 0 or high > 1:
+            raise OptionError(
+                "the data do not suit a Bernoulli likelihood",
+                got=f"values from {low.item():g} to {high.item():g}",
+                expected="0 to 1",
+                do="Divide pixels by 255, or take likelihood='gaussian'.",
+            )
+
+
+class StraightThroughLikelihood(BernoulliLikelihood):
+    """Binary data for systems whose discriminator looks at what the decoder draws: `StraightThroughBernoulli`."""
+
+    def forward(self, outputs: Tensor) -> Distribution:
+        logits = outputs.unflatten(-1, self.x_shape)
+        return self._independent(StraightThroughBernoulli(logits=logits, validate_args=False))
+
+
+class GaussianLikelihood(Likelihood):
+    """Real data; the outputs are means, the scale is learned.
+
+    Args:
+        x_shape: Shape of one datum.
+        scale: ``"shared"`` for one scale, ``"each"`` for one of every value, learned as parameters; ``"output"`` where
+            the network gives it, datum by datum; a number where it is known.
+        least: Least scale. Without one, a value that never varies sends the density to infinity.
+    """
+
+    log_scale: Tensor
+
+    def __init__(
+        self, x_shape: Sequence[int], *, scale: str | float = "shared", least: float = 1e-3
+    ):
+        super().__init__(x_shape)
+        check_positive("least", least)
+        self.from_output = scale == "output"
+        self.least = least
+        if isinstance(scale, str):
+            check_choice("scale", scale, ["shared", "each", "output"])
+            start = torch.zeros(self.x_shape if scale == "each" else ())
+            self.log_scale = start if self.from_output else nn.Parameter(start)
+        else:
+            check_positive("scale", scale)
+            self.register_buffer("log_scale", torch.tensor(log(scale)))
+
+    @property
+    def size(self) -> int:
+        return self.x_shape.numel() * (2 if self.from_output else 1)
+
+    def forward(self, outputs: Tensor) -> Distribution:
+        if self.from_output:
+            outputs, log_scale = outputs.chunk(2, -1)
+            log_scale = log_scale.unflatten(-1, self.x_shape)
+        else:
+            log_scale = self.log_scale
+        loc = outputs.unflatten(-1, self.x_shape)
+        scale = log_scale.exp().clamp(min=self.least)
+        return self._independent(Normal(loc, scale, validate_args=False))
+
+
+class CategoricalLikelihood(Likelihood):
+    """One of ``K`` classes at every place, as one-hot data ``[N, ..., K]``; the outputs are logits."""
+
+    def forward(self, outputs: Tensor) -> Distribution:
+        logits = outputs.unflatten(-1, self.x_shape)
+        return Independent(
+            OneHotCategorical(logits=logits, validate_args=False),
+            len(self.x_shape) - 1,
+            validate_args=False,
+        )
+
+    def check(self, x: Tensor) -> None:
+        if not (((x == 0) | (x == 1)).all() and (x.sum(-1) == 1).all()):
+            raise OptionError(
+                "the data do not suit a categorical likelihood",
+                expected="one-hot rows along the last axis",
+                do="torch.nn.functional.one_hot(classes, K).float() makes them.",
+            )
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": BernoulliLikelihood,
+    "straight_through": StraightThroughLikelihood,
+    "gaussian": GaussianLikelihood,
+    "categorical": CategoricalLikelihood,
+}
+
+
+def likelihood_of(name: str | Likelihood, x_shape: Sequence[int]) -> Likelihood:
+    """A likelihood by its name, or as it is."""
+    if isinstance(name, Likelihood):
+        return name
+    check_choice("likelihood", name, LIKELIHOODS)
+    return LIKELIHOODS[name](x_shape)
+
+
+class Decoder(nn.Module):
+    """``p(x | z)``: a network, then a likelihood.
+
+    Args:
+        network: Codes ``[..., D]`` to outputs ``[..., size]``.
+        likelihood: What the outputs mean.
+
+    >>> decoder = Decoder(nn.Linear(2, 4), BernoulliLikelihood([4]))
+    >>> decoder(torch.zeros(5, 3, 2)).log_prob(torch.ones(3, 4)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, network: nn.Module, likelihood: Likelihood):
+        super().__init__()
+        self.network = network
+        self.likelihood = likelihood
+
+    def forward(self, z: Tensor) -> Distribution:
+        """``p(x | z)`` for codes ``z [..., D]``."""
+        p: Distribution = self.likelihood(self.network(z))
+        return p
+
+    def check(self, x: Tensor) -> None:
+        """Raise `OptionError` for data that this decoder could never give."""
+        self.likelihood.check(x)
+
+
+class ImplicitDecoder(nn.Module):
+    """A decoder without a density: ``x = f(z, ε)`` for Gaussian noise ``ε``.
+
+    Args:
+        network: Code and noise side by side, ``[..., D + noise_dim]``, to a datum ``[..., *x_shape]`` or its entries in
+            one row.
+        x_shape: Shape of one datum.
+        noise_dim: Dimension of the noise; 0 for a deterministic decoder.
+    """
+
+    def __init__(self, network: nn.Module, x_shape: Sequence[int], *, noise_dim: int = 0):
+        super().__init__()
+        self.network = network
+        self.x_shape = torch.Size(x_shape)
+        self.noise_dim = noise_dim
+
+    def forward(self, z: Tensor) -> Distribution:
+        """``p(x | z)`` for codes ``z [..., D]``, to be drawn from only."""
+
+        def draw(shape: torch.Size) -> Tensor:
+            lead = shape + z.shape[:-1]
+            noise = torch.randn(*lead, self.noise_dim, dtype=z.dtype, device=z.device)
+            x: Tensor = self.network(torch.cat([z.expand(*lead, -1), noise], -1))
+            return x.reshape(lead + self.x_shape)
+
+        return Implicit(draw, z.shape[:-1], self.x_shape)

@@ -1,0 +1,346 @@
+"""What all systems share: the arrows of a latent variable model, and what one asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from implicitvi.errors import ModelError, ShapeError, check_at_least, check_choice
+from implicitvi.evaluation.ais import ais
+from implicitvi.evaluation.evidence import importance_sampling, quadrature
+from implicitvi.training import Callback, Player, Stage
+from implicitvi.training.player import Metrics
+from implicitvi.vae.batches import Transform
+from implicitvi.vae.distributions import has_density
+from implicitvi.vae.encoders import moments_of
+from implicitvi.vae.fitting import Fitting, VAEFit
+from implicitvi.vae.priors import prior_of
+
+Batch = Callable[[], Tensor]
+Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
+
+EVIDENCE = {"ais": ais, "iwae": importance_sampling, "quadrature": quadrature}
+
+
+class LatentModel(nn.Module, ABC):
+    """An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)``, trained by one system or another.
+
+    Every arrow is a module that returns a distribution. Implementing a system: subclass this, say in ``needs`` what the
+    three must be able to do, and return its `Player` s from ``players``; then join the list in
+    ``tests/test_vae_laws.py``.
+
+    Args:
+        encoder: Data ``[B, *x_shape]`` to a distribution over codes: batch shape ``[B]``, event shape ``[D]``.
+        decoder: Codes ``[..., D]`` to a distribution over data: batch shape ``[...]``, event shape ``x_shape``.
+        prior: A module that returns ``p(z)``, a distribution with event shape ``[D]``, a function of the number of
+            draws, or the number ``D`` for ``N(0, I)``.
+
+    Attributes:
+        needs: What each arrow must be able to do: ``"draws"``, ``"gradients"`` (draws with gradients), ``"density"``.
+        x_shape: Shape of one datum.
+        latent_dim: Dimension ``D`` of a code.
+    """
+
+    needs: ClassVar[dict[str, set[str]]] = {}
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.prior = prior_of(prior)
+        self.x_shape, self.latent_dim = self._probe()
+
+    # what a system says
+
+    @abstractmethod
+    def players(self, batch: Batch) -> list[Player]:
+        """Who takes turns, and the loss of each on the present batch ``x [B, *x_shape]``."""
+
+    @torch.no_grad()
+    def validate(self, x: Tensor) -> dict[str, Tensor]:
+        """Figures of data ``x [B, *x_shape]`` that were not trained on: means over them, logs in nats."""
+        z = self.encode(x)
+        p = self.decoder(z)
+        if has_density(p):
+            return {"log_likelihood": p.log_prob(x).mean()}
+        return {"squared_error": (p.sample() - x).square().mean()}
+
+    # what one asks of a model
+
+    def fit(
+        self,
+        train: Any,
+        *,
+        validation: Any = None,
+        epochs: int = 50,
+        batch_size: int = 128,
+        transform: Transform | None = None,
+        num_particles: int = 1,
+        adversary_steps: int | tuple[int, int] = 1,
+        lr: float | tuple[float, float] = (1e-3, 1e-5),
+        adversary_lr: float | tuple[float, float] = (2e-3, 1e-4),
+        device: str | torch.device = "auto",
+        precision: str = "float32",
+        compile: bool | str = False,
+        ema: float | None = None,
+        clip_norm: float = 100.0,
+        max_skips: int = 20,
+        checkpoint: str | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+        callbacks: Iterable[Callback] = (),
+    ) -> VAEFit:
+        """Train on data; an interrupt keeps what has been learned.
+
+        Under ``torchrun`` every process takes its share of each batch.
+
+        Args:
+            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``.
+            validation: As ``train``; figures of it are kept after every epoch.
+            epochs: Passes through the data, and the horizon of every schedule.
+            batch_size: Rows of a batch; a ``DataLoader`` has its own.
+            transform: Applied to every batch of data on the device, such as `torch.bernoulli` for dynamic binarisation.
+            num_particles: Codes drawn for each datum of a step.
+            adversary_steps: Steps of each adversary before one of the others.
+            lr: Rate of encoder and decoder, or a pair (first, last).
+            adversary_lr: Rate of the adversaries, or a pair.
+            device: ``"auto"`` for a GPU where there is one, or a device.
+            precision: ``"float32"``, or ``"bfloat16"`` for mixed precision.
+            compile: Whether the networks are compiled by torch, or the mode in which.
+            ema: Share of a running average of all weights that outlives each step; `VAEFit.averaged` has it.
+            clip_norm: Bound of the global norm of each player's gradient.
+            max_skips: Non-finite turns in a row that end the fit.
+            checkpoint: Folder that keeps the state after every epoch. Where it holds one already, the fit goes on from
+                it, with the numbers that an uninterrupted fit would have had.
+            seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
+            progress: Whether to show a bar.
+            callbacks: Called after every step with the trainer.
+        """
+        fitting = Fitting(
+            epochs=epochs,
+            batch_size=batch_size,
+            transform=transform,
+            num_particles=num_particles,
+            adversary_steps=adversary_steps,
+            lr=lr,
+            adversary_lr=adversary_lr,
+            device=device,
+            precision=precision,
+            compile=compile,
+            ema=ema,
+            clip_norm=clip_norm,
+            max_skips=max_skips,
+            checkpoint=checkpoint,
+            seed=seed,
+            progress=progress,
+            callbacks=tuple(callbacks),
+        )
+        return fitting.run(self, train, validation)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, num_samples: int | None = None) -> Tensor:
+        """Draws of ``q(z | x)`` for ``x [B, *x_shape]``: ``[num_samples, B, D]``, or one each, ``[B, D]``."""
+        z: Tensor = self.encoder(self._input(x)).sample(_shape(num_samples))
+        return z
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw where it has no mean."""
+        p = self.decoder(z)
+        try:
+            mean: Tensor = p.mean
+        except NotImplementedError:
+            return p.sample()  # type: ignore[no-any-return]
+        return mean
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """``x [B, *x_shape]`` through a code drawn for it and back, as `decode` has it."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> Tensor:
+        """New data ``[num_samples, *x_shape]``: draws of ``p(x | z)`` at draws of the prior."""
+        check_at_least("num_samples", num_samples, 1)
+        x: Tensor = self.decoder(self.prior().sample(_shape(num_samples))).sample()
+        return x
+
+    def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
+        """``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
+
+        Raises:
+            ModelError: The decoder or the prior has no density.
+        """
+        log_p: Tensor = self.decoder(z).log_prob(x) + self.prior().log_prob(z)
+        return log_p
+
+    def log_evidence(
+        self, x: Tensor, method: str = "ais", *, seed: int | None = 0, **options: Any
+    ) -> Tensor:
+        """Estimated ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
+
+        Args:
+            x: Data.
+            method: ``"ais"``, annealed importance sampling by Hamiltonian Monte Carlo (`ais`); ``"iwae"``, importance
+                sampling from a widened Gaussian at the encoder's moments (`importance_sampling`); ``"quadrature"``, a
+                grid over one or two latent dimensions (`quadrature`).
+            seed: Seed of the method's own random numbers.
+            options: Options of the method.
+
+        Raises:
+            ModelError: The decoder or the prior has no density.
+        """
+        check_choice("method", method, EVIDENCE)
+        x = self._input(x)
+        for name, density in (
+            ("decoder", self.decoder(self.prior().sample([2]))),
+            ("prior", self.prior()),
+        ):
+            if not has_density(density):
+                raise ModelError(
+                    f"the evidence needs a density of the {name}, and it has none",
+                    do="Use one of the divergences between draws instead.",
+                )
+        with self._as_is(), torch.random.fork_rng():
+            if seed is not None:
+                torch.manual_seed(seed)
+            with torch.no_grad():
+                loc, scale = moments_of(self.encoder(x), 256)
+            return EVIDENCE[method](lambda z: self.log_joint(z, x), loc, scale, **options)
+
+    # what systems are built with
+
+    def player(
+        self,
+        name: str,
+        modules: Iterable[nn.Module],
+        loss: Loss,
+        batch: Batch,
+        *,
+        adversary: bool = False,
+    ) -> Player:
+        """A player with one loss of the batch a step, or, as an adversary, one for each of the adversary's steps."""
+
+        def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
+            for _ in range(stage.adversary_steps if adversary else 1):
+                yield loss(batch(), stage)
+
+        return Player(
+            name,
+            nn.ModuleList(modules),
+            losses,
+            lr=lambda stage: stage.adversary_lr if adversary else stage.lr,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def check_data(self, x: Tensor) -> None:
+        """Raise an error that names what is wrong with data ``x [N, *x_shape]``, if anything is."""
+        if x.shape[1:] != self.x_shape:
+            raise ShapeError(
+                "the data do not have the shape of the model's",
+                got=f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
+                expected=f"[N, {', '.join(map(str, self.x_shape))}]",
+                do="Images need their channel axis: x[:, None]; rows are x.flatten(1).",
+            )
+        if not x.isfinite().all():
+            rows = (~x.isfinite()).flatten(1).any(1).sum().item()
+            raise ModelError(
+                "the data have entries that are not finite",
+                got=f"{rows} such rows of {len(x)}",
+                do="Drop them or fill them in.",
+            )
+        check = getattr(self.decoder, "check", None)
+        if check is not None:
+            check(x)
+
+    def _input(self, x: Tensor) -> Tensor:
+        x = torch.as_tensor(x).to(self.device)
+        self.check_data(x)
+        return x
+
+    @contextmanager
+    def _as_is(self) -> Iterator[None]:
+        """Without dropout, batch statistics and gradients of the weights, which all come back."""
+        modes = {module: module.training for module in self.modules()}
+        wanted = {p: p.requires_grad for p in self.parameters()}
+        self.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+
+    def _probe(self) -> tuple[torch.Size, int]:
+        """Shapes of a datum and of a code, and whether every arrow does what is needed of it."""
+        with self._as_is(), torch.no_grad(), torch.random.fork_rng():
+            prior = _distribution("prior", self.prior())
+            _check_shapes("prior", prior, (), 1, "p(z) over codes [D]")
+            z = prior.sample(_shape(2))
+            decoded = _distribution("decoder", self.decoder(z))
+            _check_shapes("decoder", decoded, (2,), None, "p(x | z) for codes [2, D]")
+            blank = z.new_zeros(2, *decoded.event_shape)
+            encoded = _distribution("encoder", self.encoder(blank))
+            _check_shapes("encoder", encoded, (2,), 1, f"q(z | x) for data {tuple(blank.shape)}")
+            if encoded.event_shape != prior.event_shape:
+                raise ShapeError(
+                    "encoder and prior disagree on the dimension of a code",
+                    got=f"{encoded.event_shape[0]} and {prior.event_shape[0]}",
+                    expected="the same",
+                )
+            arrows = {"prior": prior, "decoder": decoded, "encoder": encoded}
+            for name, arrow in arrows.items():
+                self._check_needs(name, arrow)
+        return torch.Size(decoded.event_shape), prior.event_shape[0]
+
+    def _check_needs(self, name: str, arrow: Distribution) -> None:
+        needed = self.needs.get(name, set())
+        lacks = []
+        if "gradients" in needed and not arrow.has_rsample:
+            lacks.append("gradients through its draws (rsample)")
+        if "density" in needed and not has_density(arrow):
+            lacks.append("a density (log_prob)")
+        if lacks:
+            raise ModelError(
+                f"{type(self).__name__} needs of its {name} {' and '.join(lacks)}",
+                got=type(arrow).__name__,
+                do="docs/vae.md has the table of what each system needs.",
+            )
+
+
+def _shape(num_samples: int | None) -> torch.Size:
+    return torch.Size([] if num_samples is None else [num_samples])
+
+
+def _distribution(name: str, value: Any) -> Distribution:
+    if isinstance(value, Distribution):
+        return value
+    raise ModelError(
+        f"the {name} does not return a distribution",
+        got=type(value).__name__,
+        expected="a torch.distributions.Distribution",
+        do="Decoder, GaussianEncoder and ImplicitEncoder make one of a network's output.",
+    )
+
+
+def _check_shapes(
+    name: str, given: Distribution, batch: tuple[int, ...], event_dims: int | None, what: str
+) -> None:
+    if given.batch_shape == batch and event_dims in (None, len(given.event_shape)):
+        return
+    raise ShapeError(
+        f"the {name} has the wrong shape as {what}",
+        got=f"batch shape {tuple(given.batch_shape)}, event shape {tuple(given.event_shape)}",
+        expected=f"batch shape {batch}" + (", an event of one axis" if event_dims == 1 else ""),
+        do="torch.distributions.Independent moves axes from the batch to the event.",
+    )

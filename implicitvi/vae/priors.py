@@ -1,0 +1,118 @@
+"""Priors: modules that return ``p(z)`` when they are called without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from implicitvi.errors import ShapeError, check_at_least
+from implicitvi.vae.distributions import Implicit
+
+
+class StandardNormal(nn.Module):
+    """``N(0, I)`` in ``D`` dimensions, on whatever device the model is.
+
+    >>> StandardNormal(2)().log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+
+    unit: Tensor
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        check_at_least("latent_dim", latent_dim, 1)
+        self.register_buffer("unit", torch.ones(latent_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        """The distribution, with event shape ``[D]``."""
+        each = Normal(torch.zeros_like(self.unit), self.unit, validate_args=False)
+        return Independent(each, 1, validate_args=False)
+
+
+class FixedPrior(nn.Module):
+    """A distribution of torch as a prior; it follows the model to its device.
+
+    Args:
+        distribution: Batch shape ``[]``, event shape ``[D]``.
+    """
+
+    def __init__(self, distribution: Distribution):
+        super().__init__()
+        if distribution.batch_shape or len(distribution.event_shape) != 1:
+            raise ShapeError(
+                "the prior is not the distribution of one vector",
+                got=f"batch shape {tuple(distribution.batch_shape)}, event shape {tuple(distribution.event_shape)}",
+                expected="batch shape () and event shape (D,)",
+                do="torch.distributions.Independent(prior, 1) makes the last axis the vector.",
+            )
+        self.distribution = distribution
+
+    def forward(self) -> Distribution:
+        """The distribution, with event shape ``[D]``."""
+        return self.distribution
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FixedPrior:
+        super()._apply(fn, recurse)
+        self.distribution = _applied(fn, self.distribution)
+        return self
+
+
+class SampledPrior(nn.Module):
+    """A prior that can only be drawn from.
+
+    Args:
+        draw: Number of draws to draws ``[S, D]``.
+        latent_dim: Dimension ``D``; ``None`` to take it from a draw.
+    """
+
+    place: Tensor
+
+    def __init__(self, draw: Callable[[int], Tensor], latent_dim: int | None = None):
+        super().__init__()
+        self.draw = draw
+        with torch.random.fork_rng():
+            shape = draw(2).shape
+        if len(shape) != 2 or shape[0] != 2 or latent_dim not in (None, shape[1]):
+            raise ShapeError(
+                "the prior's draws have the wrong shape",
+                got=f"{tuple(shape)} for 2 draws",
+                expected=f"(2, {latent_dim or 'D'})",
+            )
+        self.latent_dim = shape[1]
+        self.register_buffer("place", torch.zeros(()), persistent=False)
+
+    def forward(self) -> Distribution:
+        """The distribution, to be drawn from only."""
+        return Implicit(self._draw, [], [self.latent_dim])
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        return self.draw(shape.numel()).to(self.place).reshape(*shape, self.latent_dim)
+
+
+def prior_of(prior: Any) -> nn.Module:
+    """A module that returns ``p(z)``: of a dimension, a distribution, a function of a number of draws, or as it is."""
+    if isinstance(prior, int) and not isinstance(prior, bool):
+        return StandardNormal(prior)
+    if isinstance(prior, Distribution):
+        return FixedPrior(prior)
+    if isinstance(prior, nn.Module):
+        return prior
+    return SampledPrior(prior)
+
+
+def _applied(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A copy of a distribution with all its tensors moved, those of its parts too."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, Distribution):
+        moved = deepcopy(value)
+        moved.__dict__ = {name: _applied(fn, part) for name, part in value.__dict__.items()}
+        return moved
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return type(value)(_applied(fn, part) for part in value)
+    return value
