@@ -70,6 +70,40 @@ class SkipNet(nn.Module):
         return h
 
 
+class Ensemble(nn.Module):
+    """``M`` networks of the same sizes, each on an input of its own, in one batched product a layer.
+
+    Args:
+        nets: The networks, whose weights are taken over as they are.
+
+    >>> nets = [SkipNet(2, 3, dense([2, 8, 3])) for _ in range(4)]
+    >>> Ensemble(nets)(torch.zeros(5, 4, 2)).shape
+    torch.Size([5, 4, 3])
+    """
+
+    def __init__(self, nets: Sequence[SkipNet]):
+        super().__init__()
+        columns = list(zip(*(net.net for net in nets), strict=True))
+        self.skip = nn.Parameter(torch.stack([net.skip.weight.detach().mT for net in nets]))
+        linear = [column for column in columns if isinstance(column[0], nn.Linear)]
+        self.weights = nn.ParameterList(
+            torch.stack([layer.weight.detach().mT for layer in layers]) for layers in linear
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([layer.bias.detach()[None] for layer in layers]) for layers in linear
+        )
+        self.activation = columns[1][0] if len(columns) > 1 else nn.Identity()
+
+    def forward(self, eps: Tensor) -> Tensor:
+        """Inputs ``[..., M, in]`` to outputs ``[..., M, out]``, the ``m``-th by the ``m``-th network."""
+        each = eps.movedim(-2, 0).flatten(1, -2)
+        h = each
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = torch.baddbmm(bias, self.activation(h) if i else h, weight)
+        out: Tensor = torch.baddbmm(h, each, self.skip)
+        return out.unflatten(1, eps.shape[:-2]).movedim(0, -2)  # type: ignore[no-any-return]
+
+
 class GatedLayer(nn.Module):
     """``silu(U h) ⊙ (V h)``: products of inputs, which log densities are full of, in one layer.
 
