@@ -96,12 +96,12 @@ class Ensemble(nn.Module):
 
     def forward(self, eps: Tensor) -> Tensor:
         """Inputs ``[..., M, in]`` to outputs ``[..., M, out]``, the ``m``-th by the ``m``-th network."""
-        each = eps.movedim(-2, 0).flatten(1, -2)
+        each = eps.reshape(-1, *eps.shape[-2:]).transpose(0, 1)
         h = each
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, self.activation(h) if i else h, weight)
         out: Tensor = torch.baddbmm(h, each, self.skip)
-        return out.unflatten(1, eps.shape[:-2]).movedim(0, -2)  # type: ignore[no-any-return]
+        return out.transpose(0, 1).reshape(*eps.shape[:-1], -1)
 
 
 class Injected(nn.Module):
