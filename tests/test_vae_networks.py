@@ -379,6 +379,21 @@ def test_every_constructor_gives_a_model_that_trains(name: str) -> None:
     assert model.log_joint(model.encode(x, 2), x).shape == (2, 12)
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_codes_have_all_their_bits_in_mixed_precision(name: str) -> None:
+    model = SYSTEMS[name]()
+    x = torch.rand(8, *model.x_shape).round()
+    fit = model.fit(
+        x, epochs=1, batch_size=4, seed=1, progress=False, device="cpu", precision="bfloat16"
+    )
+    assert fit.stop_reason == "finished" and fit.skipped == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = model.encoder(x)
+        assert q.rsample().dtype == torch.float32
+        together = getattr(q, "rsample_and_log_prob", None)
+        assert together is None or all(part.dtype == torch.float32 for part in together())
+
+
 def test_the_papers_networks_have_the_papers_sizes() -> None:
     nets = mnist_networks()
     convolutions = [m for m in nets.features() if isinstance(m, nn.Sequential)]

@@ -40,7 +40,7 @@ class GaussianEncoder(nn.Module):
 
 def gaussian_of(outputs: Tensor) -> Distribution:
     """The diagonal Gaussian that ``outputs [..., 2 D]`` stand for: means, then log scales, kept within ±10."""
-    loc, log_scale = outputs.chunk(2, -1)
+    loc, log_scale = _full(outputs).chunk(2, -1)
     scale = (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
     return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
@@ -58,7 +58,7 @@ class DeterministicEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Distribution:
         """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
-        z: Tensor = self.network(x)
+        z = _full(self.network(x))
         return Implicit(lambda shape: z.expand(shape + z.shape), z.shape[:1], z.shape[1:])
 
 
@@ -170,8 +170,7 @@ class InjectedEncoder(nn.Module):
 
         def draw(shape: torch.Size) -> Tensor:
             eps = torch.randn(*shape, len(x), self.noise_dim, dtype=x.dtype, device=x.device)
-            z: Tensor = self.network(eps, x)
-            return z
+            return _full(self.network(eps, x))
 
         return Implicit(draw, x.shape[:1], [self.latent_dim])
 
@@ -194,6 +193,11 @@ class FlowEncoder(nn.Module):
         """``q(z | x)`` for ``x [B, *x_shape]``."""
         q: Distribution = self.flow(self.features(x))
         return q
+
+
+def _full(codes: Tensor) -> Tensor:
+    """Codes in no less than float32: in mixed precision a layer gives fewer bits, too few to tell codes apart."""
+    return codes.float() if codes.dtype in (torch.bfloat16, torch.float16) else codes
 
 
 def moments_of(q: Any, num_samples: int) -> tuple[Tensor, Tensor]:
