@@ -10,11 +10,20 @@ Implementing an adversary: a module with this signature, its last layer zero; th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from implicitvi.errors import check_at_least, check_positive
-from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, side_by_side, zeroed
+from implicitvi.networks import (
+    GatedBlock,
+    GatedLayer,
+    Injected,
+    ResidualBlock,
+    side_by_side,
+    zeroed,
+)
 
 
 class GatedAdversary(nn.Module):
@@ -121,15 +130,18 @@ class InformedAdversary(nn.Module):
 
 
 class PairwiseAdversary(nn.Module):
-    """``⟨θ(x), s(z)⟩ + T_x(x) + T_z(z) + ½‖z‖²`` (Mescheder et al. 2017, section 5.2).
+    """``⟨θ(x), s(z)⟩ + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder et al. 2017, section 5.2).
 
     A datum is looked at once for all codes that are paired with it. The last term takes a standard normal contrast
-    out of what has to be learned, so that the networks learn ``log q`` alone.
+    out of what has to be learned, so that the networks learn ``log q`` alone; less ``D``, it is 0 on average over that
+    contrast. It helps where ``q`` is much narrower than the contrast, and is only in the way of an Adaptive Contrast,
+    whose Gaussian is near ``q`` from the start. Where the networks end in a linear layer, what they add to it is 0
+    at the start.
 
     Args:
         x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.
         z_net: Codes ``[..., D]`` to ``[..., K + 1]``: features, then ``T_z``.
-        square: Whether ``½‖z‖²`` is added.
+        square: Whether ``½(‖z‖² - D)`` is added.
 
     >>> T = PairwiseAdversary(nn.Linear(4, 9), nn.Linear(2, 9))
     >>> T(torch.zeros(5, 3, 2), torch.zeros(3, 4)).shape
@@ -141,9 +153,99 @@ class PairwiseAdversary(nn.Module):
         self.x_net = x_net
         self.z_net = z_net
         self.square = square
+        with torch.no_grad():
+            for layer, first in ((_last(x_net), 0), (_last(z_net), -1)):
+                if isinstance(layer, nn.Linear):
+                    layer.weight[first:] = 0
+                    layer.bias[first:] = 0
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
         of_x, of_z = self.x_net(x), self.z_net(z)
         scores: Tensor = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) + of_x[..., -1] + of_z[..., -1]
-        return scores + 0.5 * z.square().sum(-1) if self.square else scores
+        return scores + _half_square(z) if self.square else scores
+
+
+class JointAdversary(nn.Module):
+    """A gated residual network that looks at code and datum together; zero at the start.
+
+    A datum is looked at once for all codes that are paired with it: its features are added to those of the code.
+
+    Args:
+        x_net: Data ``[B, *x_shape]`` to ``[B, width]``.
+        latent_dim: Dimension ``D`` of a code.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+        square: Whether ``½(‖z‖² - D)`` is added, as in `PairwiseAdversary`.
+
+    >>> T = JointAdversary(nn.Linear(4, 16), 2, width=16)
+    >>> T(torch.zeros(5, 3, 2), torch.zeros(3, 4)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        x_net: nn.Module,
+        latent_dim: int,
+        *,
+        width: int = 64,
+        blocks: int = 1,
+        square: bool = False,
+    ):
+        super().__init__()
+        check_at_least("width", width, 1)
+        check_at_least("blocks", blocks, 0)
+        self.x_net = x_net
+        self.z_net = nn.Linear(latent_dim, width)
+        self.net = nn.Sequential(
+            *(GatedBlock(width) for _ in range(blocks)),
+            GatedLayer(width, width),
+            zeroed(nn.Linear(width, 1)),
+        )
+        self.square = square
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        scores: Tensor = self.net(self.z_net(z) + self.x_net(x)).squeeze(-1)
+        return scores + _half_square(z) if self.square else scores
+
+
+class InjectedAdversary(nn.Module):
+    """Layers that look at the datum, with a linear image of the code added after each; zero at the start.
+
+    As the convolutional adversary of the code of Mescheder et al. (2017) for faces, without its batch normalisation.
+
+    Args:
+        layers: Layers from ``x`` to the last features, without their activations.
+        latent_dim: Dimension ``D`` of a code.
+        x_shape: Shape of one datum.
+        square: Whether ``½(‖z‖² - D)`` is added, as in `PairwiseAdversary`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        latent_dim: int,
+        *,
+        x_shape: Sequence[int],
+        square: bool = False,
+    ):
+        super().__init__()
+        self.net = Injected(layers, latent_dim, 1, x_shape=x_shape)
+        zeroed(self.net.head)
+        self.square = square
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        scores: Tensor = self.net(z, x).squeeze(-1)
+        return scores + _half_square(z) if self.square else scores
+
+
+def _half_square(z: Tensor) -> Tensor:
+    """``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
+    return 0.5 * (z.square() - 1).sum(-1)
+
+
+def _last(network: nn.Module) -> nn.Module:
+    """The last layer of a sequence, or the network itself."""
+    return _last(network[-1]) if isinstance(network, nn.Sequential) else network

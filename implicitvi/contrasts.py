@@ -326,7 +326,7 @@ class FlowContrast(Contrast):
 
     def __init__(self, latent_dim: int, *, transforms: int = 4, hidden: tuple[int, ...] = (64, 64)):
         super().__init__()
-        with _zuko() as zuko:
+        with zuko_imported() as zuko:
             self.flow = zuko.flows.MAF(
                 latent_dim, transforms=transforms, hidden_features=hidden, passes=2, randperm=True
             )
@@ -383,7 +383,7 @@ def _whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
 
 
 @contextmanager
-def _zuko() -> Iterator[Any]:
+def zuko_imported() -> Iterator[Any]:
     """Import zuko, and keep to its own classes what the import does to every distribution of the process."""
     validate, checked = Distribution._validate_args, Distribution.arg_constraints
     try:

@@ -44,6 +44,10 @@ class SetupError(ImplicitVIError, RuntimeError):
     """Something was asked of a guide or fit that has not seen the model's arguments yet."""
 
 
+class DataError(ImplicitVIError, ValueError):
+    """Files of data are missing, damaged or of another kind."""
+
+
 class CheckpointError(ImplicitVIError, ValueError):
     """A checkpoint cannot be read, or belongs to something else."""
 

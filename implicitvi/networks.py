@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ def side_by_side(z: Tensor, x: Tensor | None) -> Tensor:
     return z if x is None else torch.cat([z, x.expand(*z.shape[:-1], -1)], -1)
 
 
-def dense(sizes: Sequence[int], activation: type[nn.Module] = nn.ELU) -> nn.Sequential:
+def dense(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> nn.Sequential:
     """A multilayer perceptron through ``sizes``, linear at the end."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-1], sizes[1:], strict=True):
@@ -68,6 +68,87 @@ class SkipNet(nn.Module):
         """``eps [S, (B,) noise_dim]`` and ``x [B, C]`` to ``[S, (B,) out_dim]``."""
         h: Tensor = self.skip(eps) + self.net(side_by_side(eps, x))
         return h
+
+
+class Ensemble(nn.Module):
+    """``M`` networks of the same sizes, each on an input of its own, in one batched product a layer.
+
+    Args:
+        nets: The networks, whose weights are taken over as they are.
+
+    >>> nets = [SkipNet(2, 3, dense([2, 8, 3])) for _ in range(4)]
+    >>> Ensemble(nets)(torch.zeros(5, 4, 2)).shape
+    torch.Size([5, 4, 3])
+    """
+
+    def __init__(self, nets: Sequence[SkipNet]):
+        super().__init__()
+        columns = list(zip(*(net.net for net in nets), strict=True))
+        self.skip = nn.Parameter(torch.stack([net.skip.weight.detach().mT for net in nets]))
+        linear = [column for column in columns if isinstance(column[0], nn.Linear)]
+        self.weights = nn.ParameterList(
+            torch.stack([layer.weight.detach().mT for layer in layers]) for layers in linear
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([layer.bias.detach()[None] for layer in layers]) for layers in linear
+        )
+        self.activation = columns[1][0] if len(columns) > 1 else nn.Identity()
+
+    def forward(self, eps: Tensor) -> Tensor:
+        """Inputs ``[..., M, in]`` to outputs ``[..., M, out]``, the ``m``-th by the ``m``-th network."""
+        each = eps.reshape(-1, *eps.shape[-2:]).transpose(0, 1)
+        h = each
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = torch.baddbmm(bias, self.activation(h) if i else h, weight)
+        out: Tensor = torch.baddbmm(h, each, self.skip)
+        return out.transpose(0, 1).reshape(*eps.shape[:-1], -1)
+
+
+class Injected(nn.Module):
+    """Layers that look at ``x``, each with a linear image of one and the same vector added to its outputs.
+
+    The first layer looks at a datum once, however many vectors are paired with it.
+
+    Args:
+        layers: Layers from ``x`` to the last features, without their activations.
+        vector_dim: Dimension ``V`` of the vector.
+        out_dim: Dimension of the output, a linear image of the last features.
+        x_shape: Shape of one datum.
+        activation: Applied after each addition.
+
+    >>> net = Injected([nn.Linear(4, 8), nn.Linear(8, 8)], 2, 3, x_shape=[4])
+    >>> net(torch.zeros(6, 5, 2), torch.zeros(5, 4)).shape
+    torch.Size([6, 5, 3])
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        vector_dim: int,
+        out_dim: int,
+        *,
+        x_shape: Sequence[int],
+        activation: Callable[[Tensor], Tensor] = nn.functional.elu,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activation = activation
+        with torch.no_grad():
+            h = torch.zeros(1, *x_shape)
+            shapes = [(h := layer(h)).shape[1:] for layer in layers]
+        self.projections = nn.ModuleList(nn.Linear(vector_dim, s.numel()) for s in shapes)
+        self.head = nn.Linear(shapes[-1].numel(), out_dim)
+
+    def forward(self, vector: Tensor, x: Tensor) -> Tensor:
+        """Vectors ``[..., B, V]`` and data ``x [B, *x_shape]`` to ``[..., B, out_dim]``."""
+        rows = vector.reshape(-1, *vector.shape[-2:])
+        h = x
+        for layer, projection in zip(self.layers, self.projections, strict=True):
+            seen = layer(h).unflatten(0, (-1, len(x)))
+            added = projection(rows).unflatten(-1, seen.shape[2:])
+            h = self.activation(seen + added).flatten(0, 1)
+        out: Tensor = self.head(h.flatten(1))
+        return out.reshape(*vector.shape[:-1], -1)
 
 
 class GatedLayer(nn.Module):

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.networks import GatedBlock, GatedLayer, ResidualBlock, SkipNet, dense, zeroed
+from implicitvi.networks import (
+    Ensemble,
+    GatedBlock,
+    GatedLayer,
+    ResidualBlock,
+    SkipNet,
+    dense,
+    zeroed,
+)
 
 
 class Sampler(nn.Module, ABC):
@@ -203,6 +211,7 @@ class NoiseBasisSampler(Sampler):
         context_dim: Dimension ``C`` of the context; 0 for none.
         num_basis: Number ``M`` of basis networks.
         hidden: Widths of the hidden layers, of the basis and of the coefficient networks.
+        mixing: Widths of those of the coefficient network where they are others; ``()`` for a linear one.
     """
 
     def __init__(
@@ -213,21 +222,26 @@ class NoiseBasisSampler(Sampler):
         context_dim: int = 0,
         num_basis: int = 8,
         hidden: Sequence[int] = (64, 64),
+        mixing: Sequence[int] | None = None,
     ):
         each = latent_dim if noise_dim is None else noise_dim
         super().__init__(latent_dim, noise_dim=each * num_basis, context_dim=context_dim)
         self.num_basis = num_basis
-        self.basis = nn.ModuleList(
-            SkipNet(each, latent_dim, dense([each, *hidden, latent_dim])) for _ in range(num_basis)
+        self.basis = Ensemble(
+            [
+                SkipNet(each, latent_dim, dense([each, *hidden, latent_dim]))
+                for _ in range(num_basis)
+            ]
         )
         size = (num_basis + 1) * latent_dim
-        self.mix = dense([context_dim, *hidden, size]) if context_dim else None
+        widths = hidden if mixing is None else mixing
+        self.mix = dense([context_dim, *widths, size]) if context_dim else None
         self.offset = nn.Parameter(torch.zeros(num_basis + 1, latent_dim))
 
     def values(self, eps: Tensor) -> Tensor:
         """The basis at noise ``eps [S, (B,) M · noise]``: ``v [S, (B,) M, D]``."""
-        parts = eps.unflatten(-1, (self.num_basis, -1)).unbind(-2)
-        return torch.stack([v(e) for v, e in zip(self.basis, parts, strict=True)], -2)
+        v: Tensor = self.basis(eps.unflatten(-1, (self.num_basis, -1)))
+        return v
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         """``h⁰ [(B,) D]`` and positive ``a [(B,) M, D]``; the ``a²`` sum to 1 at the start."""
@@ -252,7 +266,7 @@ class NoiseBasisSampler(Sampler):
         centred = v - v.mean(0)
         cov_v = torch.einsum("smd,sme->mde", centred, centred) / num_samples
         mean = base + (a * v.mean(0)).sum(-2)
-        cov = torch.einsum("...md,mde,...me->...de", a, cov_v, a)
+        cov = (a[..., :, None] * a[..., None, :] * cov_v).sum(-3)
         return self.place(mean), self.scale_tril @ cov @ self.scale_tril.mT
 
 

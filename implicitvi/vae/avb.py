@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit, has_density
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 
 CONTRASTS = ("prior", "gaussian")
 
 
-class AVB(LatentModel):
+class AVB(ReadyMade, LatentModel):
     """Adversarial variational Bayes of a latent variable model, with or without Adaptive Contrast.
 
         E_q[log p(x, z) - log r(z | x) - T(x, z)]            T ≈ log q(z | x) - log r(z | x)
@@ -88,6 +90,60 @@ class AVB(LatentModel):
             num_importance=num_importance,
             context_dims=len(self.x_shape),
         )
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        contrast: str | Contrast = "gaussian",
+        posterior: str | None = None,
+        likelihood: str | Likelihood = "bernoulli",
+        prior: Any = None,
+        noise_dim: int | None = None,
+        num_basis: int | None = None,
+        ratio: str | RatioLoss = "logistic",
+        informed: bool = True,
+        averaging: float = 0.0,
+        num_importance: int = 1,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder, decoder and adversary are made of.
+            z_dim: Dimension ``D`` of a code.
+            contrast: As for the class, but ``"gaussian"`` where nothing is said.
+            posterior: ``"implicit"``, ``"injected"`` or ``"noise_basis"``; see `Architecture.encoder`. ``None`` for a
+                noise basis under Adaptive Contrast, and the networks' own kind under the prior.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+            noise_dim: Dimension of the noise; ``None`` for ``2 D``.
+            num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
+            ratio: As for the class.
+            informed: As for the class.
+            averaging: As for the class.
+            num_importance: As for the class.
+        """
+        alone = contrast == "prior"
+        if posterior is None:
+            posterior = networks.noise if alone else "noise_basis"
+        return cls(
+            networks.encoder(z_dim, posterior, noise_dim=noise_dim, num_basis=num_basis),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            networks.adversary(z_dim, square=alone),
+            contrast=contrast,
+            ratio=ratio,
+            informed=informed,
+            averaging=averaging,
+            num_importance=num_importance,
+        )
+
+    @classmethod
+    def faces(cls, z_dim: int = 64, *, contrast: str | Contrast = "prior", **options: Any) -> Self:
+        """The system of `face_networks`, with the prior as contrast as in the paper's code; see `ReadyMade.faces`."""
+        return super().faces(z_dim, contrast=contrast, **options)
 
     def players(self, batch: Batch) -> list[Player]:
         def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:

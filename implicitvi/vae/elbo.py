@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch.distributions import kl_divergence
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 
 
-class VAE(LatentModel):
+class VAE(ReadyMade, LatentModel):
     """The variational autoencoder, with any posterior that has a density.
 
         E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
@@ -48,13 +50,44 @@ class VAE(LatentModel):
         super().__init__(encoder, decoder, prior)
         self.num_importance = num_importance
 
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        posterior: str = "gaussian",
+        likelihood: str | Likelihood = "bernoulli",
+        prior: Any = None,
+        num_importance: int = 1,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder and decoder are made of.
+            z_dim: Dimension ``D`` of a code.
+            posterior: ``"gaussian"``, ``"iaf"`` or ``"planar"``; see `Architecture.encoder`.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+            num_importance: As for the class.
+        """
+        return cls(
+            networks.encoder(z_dim, posterior),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            num_importance=num_importance,
+        )
+
     def players(self, batch: Batch) -> list[Player]:
         return [self.player("model", [self.encoder, self.decoder, self.prior], self._loss, batch)]
 
     def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """The bound of each datum ``x [B, *x_shape]`` from ``num_samples`` draws each: ``[num_samples, B]`` in nats."""
         q, p = self.encoder(x), self.prior()
-        z = q.rsample(torch.Size([num_samples]))
+        shape = torch.Size([num_samples])
+        # a flow is cheap in one direction: the density of its draws comes with them
+        together = getattr(q, "rsample_and_log_prob", None)
+        z, log_q = together(shape) if together else (q.rsample(shape), None)
         likelihood: Tensor = self.decoder(z).log_prob(x)
         try:
             if self.num_importance == 1:
@@ -62,7 +95,8 @@ class VAE(LatentModel):
                 return closed
         except NotImplementedError:
             pass
-        elbo: Tensor = likelihood + p.log_prob(z) - q.log_prob(z)
+        log_q = q.log_prob(z) if log_q is None else log_q
+        elbo: Tensor = likelihood + p.log_prob(z) - log_q
         return elbo
 
     @torch.no_grad()

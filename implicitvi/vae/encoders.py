@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from implicitvi.errors import OptionError, check_at_least
+from implicitvi.networks import Injected
 from implicitvi.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
 from implicitvi.vae.distributions import Implicit
 
@@ -34,9 +35,14 @@ class GaussianEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Distribution:
         """``q(z | x)`` for ``x [B, *x_shape]``."""
-        loc, log_scale = self.network(x).chunk(2, -1)
-        scale = (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
-        return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
+        return gaussian_of(self.network(x))
+
+
+def gaussian_of(outputs: Tensor) -> Distribution:
+    """The diagonal Gaussian that ``outputs [..., 2 D]`` stand for: means, then log scales, kept within ±10."""
+    loc, log_scale = _full(outputs).chunk(2, -1)
+    scale = (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
+    return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
 
 class DeterministicEncoder(nn.Module):
@@ -52,7 +58,7 @@ class DeterministicEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Distribution:
         """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
-        z: Tensor = self.network(x)
+        z = _full(self.network(x))
         return Implicit(lambda shape: z.expand(shape + z.shape), z.shape[:1], z.shape[1:])
 
 
@@ -129,7 +135,7 @@ class Encoded(Implicit):
 
 
 class InjectedEncoder(nn.Module):
-    """An implicit encoder that adds a linear image of one noise vector after each of its layers.
+    """An implicit encoder that adds a linear image of one noise vector after each of its layers: `Injected`.
 
     As the convolutional encoder without Adaptive Contrast of Mescheder et al. (2017), whose every feature map gets its
     own projection of the same noise.
@@ -144,47 +150,38 @@ class InjectedEncoder(nn.Module):
 
     def __init__(
         self,
-        layers: list[nn.Module],
+        layers: Sequence[nn.Module],
         *,
         noise_dim: int,
         latent_dim: int,
-        x_shape: tuple[int, ...],
+        x_shape: Sequence[int],
         activation: Callable[[Tensor], Tensor] = nn.functional.elu,
     ):
         super().__init__()
         check_at_least("noise_dim", noise_dim, latent_dim)
-        self.layers = nn.ModuleList(layers)
         self.noise_dim = noise_dim
         self.latent_dim = latent_dim
-        self.activation = activation
-        with torch.no_grad():
-            h = torch.zeros(1, *x_shape)
-            shapes = [(h := layer(h)).shape[1:] for layer in layers]
-        self.projections = nn.ModuleList(nn.Linear(noise_dim, s.numel()) for s in shapes)
-        self.head = nn.Linear(shapes[-1].numel(), latent_dim)
+        self.network = Injected(
+            layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation
+        )
 
     def forward(self, x: Tensor) -> Distribution:
         """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
-        return Implicit(lambda shape: self._draw(shape, x), x.shape[:1], [self.latent_dim])
 
-    def _draw(self, shape: torch.Size, x: Tensor) -> Tensor:
-        rows = shape.numel()
-        eps = torch.randn(rows * len(x), self.noise_dim, dtype=x.dtype, device=x.device)
-        h = self.layers[0](x)  # the first layer has not seen noise yet: once for all draws
-        h = h.repeat(rows, *(1,) * (h.dim() - 1))
-        for i, projection in enumerate(self.projections):
-            h = self.layers[i](h) if i else h
-            h = self.activation(h + projection(eps).reshape(h.shape))
-        z: Tensor = self.head(h.flatten(1))
-        return z.reshape(*shape, len(x), self.latent_dim)
+        def draw(shape: torch.Size) -> Tensor:
+            eps = torch.randn(*shape, len(x), self.noise_dim, dtype=x.dtype, device=x.device)
+            return _full(self.network(eps, x))
+
+        return Implicit(draw, x.shape[:1], [self.latent_dim])
 
 
 class FlowEncoder(nn.Module):
-    """An explicit flow on features of the datum; needs zuko.
+    """An explicit flow on features of the datum.
 
     Args:
         features: Data ``[B, *x_shape]`` to features ``[B, C]``.
-        flow: Features to a distribution: a lazy flow of zuko, such as ``zuko.flows.MAF(D, C)``.
+        flow: Features to a distribution: `InverseAutoregressiveFlow`, `PlanarFlow`, or a lazy flow of zuko, such as
+            ``zuko.flows.MAF(D, C)``, whose draws take a pass for each dimension.
     """
 
     def __init__(self, features: nn.Module, flow: nn.Module):
@@ -196,6 +193,11 @@ class FlowEncoder(nn.Module):
         """``q(z | x)`` for ``x [B, *x_shape]``."""
         q: Distribution = self.flow(self.features(x))
         return q
+
+
+def _full(codes: Tensor) -> Tensor:
+    """Codes in no less than float32: in mixed precision a layer gives fewer bits, too few to tell codes apart."""
+    return codes.float() if codes.dtype in (torch.bfloat16, torch.float16) else codes
 
 
 def moments_of(q: Any, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -64,14 +64,7 @@ class BernoulliLikelihood(Likelihood):
         return self._independent(Bernoulli(logits=logits, validate_args=False))
 
     def check(self, x: Tensor) -> None:
-        low, high = x.aminmax()
-        if low < 0 or high > 1:
-            raise OptionError(
-                "the data do not suit a Bernoulli likelihood",
-                got=f"values from {low.item():g} to {high.item():g}",
-                expected="0 to 1",
-                do="Divide pixels by 255, or take likelihood='gaussian'.",
-            )
+        _check_unit_interval(x, "a Bernoulli likelihood")
 
 
 class StraightThroughLikelihood(BernoulliLikelihood):
@@ -93,6 +86,7 @@ class GaussianLikelihood(Likelihood):
     """
 
     log_scale: Tensor
+    start = 1.0  # of a scale that is learned
 
     def __init__(
         self, x_shape: Sequence[int], *, scale: str | float = "shared", least: float = 1e-3
@@ -103,7 +97,7 @@ class GaussianLikelihood(Likelihood):
         self.least = least
         if isinstance(scale, str):
             check_choice("scale", scale, ["shared", "each", "output"])
-            start = torch.zeros(self.x_shape if scale == "each" else ())
+            start = torch.full(self.x_shape if scale == "each" else (), log(self.start))
             self.log_scale = start if self.from_output else nn.Parameter(start)
         else:
             check_positive("scale", scale)
@@ -119,9 +113,35 @@ class GaussianLikelihood(Likelihood):
             log_scale = log_scale.unflatten(-1, self.x_shape)
         else:
             log_scale = self.log_scale
-        loc = outputs.unflatten(-1, self.x_shape)
+        loc = self._loc(outputs.unflatten(-1, self.x_shape))
         scale = log_scale.exp().clamp(min=self.least)
         return self._independent(Normal(loc, scale, validate_args=False))
+
+    def _loc(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+
+class PixelLikelihood(GaussianLikelihood):
+    """Grey or colour values in [0, 1]: a Gaussian whose mean is the logistic function of the outputs.
+
+    Each value has a scale of its own, learned as a parameter, as in the code of Mescheder et al. (2017) for faces.
+
+    Args:
+        x_shape: Shape of one datum.
+        scale: As in `GaussianLikelihood`.
+        least: Least scale.
+    """
+
+    start = 0.25  # the standard deviation of natural pixels, roughly
+
+    def __init__(self, x_shape: Sequence[int], *, scale: str | float = "each", least: float = 1e-3):
+        super().__init__(x_shape, scale=scale, least=least)
+
+    def _loc(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid()
+
+    def check(self, x: Tensor) -> None:
+        _check_unit_interval(x, "a likelihood of pixels")
 
 
 class CategoricalLikelihood(Likelihood):
@@ -148,8 +168,20 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": BernoulliLikelihood,
     "straight_through": StraightThroughLikelihood,
     "gaussian": GaussianLikelihood,
+    "pixels": PixelLikelihood,
     "categorical": CategoricalLikelihood,
 }
+
+
+def _check_unit_interval(x: Tensor, likelihood: str) -> None:
+    low, high = x.aminmax()
+    if low < 0 or high > 1:
+        raise OptionError(
+            f"the data do not suit {likelihood}",
+            got=f"values from {low.item():g} to {high.item():g}",
+            expected="0 to 1",
+            do="Divide pixels by 255, or take likelihood='gaussian'.",
+        )
 
 
 def likelihood_of(name: str | Likelihood, x_shape: Sequence[int]) -> Likelihood:

@@ -1,9 +1,4 @@
-"""Posteriors whose truth is known: the Eight Schools of the AVB paper and densities of the plane.
-
-Each has a plain Pyro ``model`` to fit, exact independent draws to compare with and its log
-normalising constant (of the Eight Schools: the log evidence, in nats). Data and draws live on the
-CPU in torch's default dtype; constants are computed in float64. Draws come from the generator
-passed, or from torch's own.
+"""Densities of the plane whose truth is known, each with exact draws, its normalising constant and a Pyro model.
 
 Adding a toy density: a frozen dataclass derived from `ToyDensity`, its ``log_prob`` made of plain
 tensor arithmetic (no branch on values, so that ``torch.func.vmap`` can run it); then join
@@ -14,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,121 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from implicitvi.datasets.grids import LOG_2PI, inverse_cdf_draws, log_integral, noise, uniform
 from implicitvi.errors import check_at_least
-
-__all__ = [
-    "Banana",
-    "EightSchools",
-    "Rosenbrock",
-    "Torus",
-    "ToyDensity",
-    "TwoModes",
-    "XShaped",
-    "eight_schools",
-    "toy_densities",
-]
-
-_LOG_2PI = math.log(2 * math.pi)
-
-
-@dataclass(frozen=True, eq=False)
-class EightSchools:
-    """Eight Schools as the AVB paper has it: a ten-dimensional posterior with two mirrored modes.
-
-    ``mu, tau, eta_i ~ N(0, 1)`` and ``y_i ~ N(mu + tau · eta_i, sigma_i²)``. The scale ``tau`` may
-    be negative, so the posterior is symmetric under ``(tau, eta) → (-tau, -eta)``.
-
-    Attributes:
-        y: Effects, ``[8]``.
-        sigma: Their standard errors, ``[8]``.
-
-    References:
-        Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 5.1; the data are
-        those of its published code.
-    """
-
-    y: Tensor
-    sigma: Tensor
-
-    @staticmethod
-    def model(sigma: Tensor, y: Tensor | None = None) -> None:
-        """Pyro model: sites ``mu``, ``tau`` and, in plate ``schools``, ``eta [8]``, ``obs [8]``.
-
-        Args:
-            sigma: Standard errors, ``[8]``.
-            y: Effects, ``[8]``; ``None`` to draw them.
-        """
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
-        with pyro.plate("schools", len(sigma)):
-            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
-            pyro.sample("obs", dist.Normal(mu + tau * eta, sigma), obs=y)
-
-    def log_evidence(self) -> float:
-        """``log p(y)`` in nats, -12.7108 for the paper's data.
-
-        ``eta`` and ``mu`` integrate out in closed form; ``tau`` does on a grid.
-
-        >>> round(eight_schools().log_evidence(), 4)
-        -12.7108
-        """
-        return _log_integral(self._log_tau, -10.0, 10.0)
-
-    def exact_draws(
-        self, num_samples: int, *, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Draw independently from the exact posterior.
-
-        Args:
-            num_samples: Number ``S`` of draws.
-            generator: Source of randomness; ``None`` for torch's own.
-
-        Returns:
-            ``{"mu": [S], "tau": [S], "eta": [S, 8]}``.
-
-        >>> draws = eight_schools().exact_draws(5)
-        >>> {name: tuple(draw.shape) for name, draw in draws.items()}
-        {'mu': (5,), 'tau': (5,), 'eta': (5, 8)}
-        """
-        check_at_least("num_samples", num_samples, 1)
-        tau = _inverse_cdf_draws(self._log_tau, -10.0, 10.0, num_samples, generator)
-        mean, precision = self._mu_given_tau(tau)
-        mu = mean + _noise(num_samples, generator) / precision.sqrt()
-        y, variance = self.y.double(), self.sigma.double().square()
-        total = variance + tau[:, None].square()
-        eta = tau[:, None] * (y - mu[:, None]) / total
-        eta = eta + (variance / total).sqrt() * _noise((num_samples, len(y)), generator)
-        dtype = torch.get_default_dtype()
-        return {"mu": mu.to(dtype), "tau": tau.to(dtype), "eta": eta.to(dtype)}
-
-    def _mu_given_tau(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and precision ``[S]`` of the normal ``p(mu | tau, y)``, for ``tau [S]``."""
-        weights = 1 / (self.sigma.double().square() + tau[:, None].square())
-        precision = 1 + weights.sum(-1)
-        return (weights * self.y.double()).sum(-1) / precision, precision
-
-    def _log_tau(self, tau: Tensor) -> Tensor:
-        """``log p(tau, y) [S]``: ``log p(mu, tau, y) - log p(mu | tau, y)``, at the mean ``mu``."""
-        mu, precision = self._mu_given_tau(tau)
-        variance = self.sigma.double().square() + tau[:, None].square()
-        residual = (self.y.double() - mu[:, None]).square() / variance
-        log_likelihood = -0.5 * (residual + variance.log() + _LOG_2PI).sum(-1)
-        log_priors = -0.5 * (mu.square() + tau.square()) - _LOG_2PI
-        return log_likelihood + log_priors - 0.5 * (precision.log() - _LOG_2PI)
-
-
-def eight_schools() -> EightSchools:
-    """Return the Eight Schools data of the AVB paper's code, in torch's default dtype.
-
-    The effects are the usual ones divided by ten, the errors by about twenty: hence the two modes.
-
-    >>> eight_schools().y[:3]
-    tensor([ 2.8000,  0.8000, -0.3000])
-    """
-    return EightSchools(
-        y=torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2]),
-        sigma=torch.tensor([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4]),
-    )
 
 
 class ToyDensity(ABC):
@@ -217,8 +98,8 @@ class Torus(ToyDensity):
         return math.log(math.pi * 0.5 * math.sqrt(math.pi) * (1 + math.erf(2)))
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        squared = _inverse_cdf_draws(lambda s: -(s - 2).square(), 0.0, 9.0, num_samples, generator)
-        angle = 2 * math.pi * _uniform(num_samples, generator)
+        squared = inverse_cdf_draws(lambda s: -(s - 2).square(), 0.0, 9.0, num_samples, generator)
+        angle = 2 * math.pi * uniform(num_samples, generator)
         return _plane(squared.sqrt() * angle.cos(), squared.sqrt() * angle.sin())
 
 
@@ -245,11 +126,11 @@ class Rosenbrock(ToyDensity):
 
     def log_normaliser(self) -> float:
         # Over z₁ in closed form, over z₂ on a grid.
-        return 0.5 * math.log(math.pi / 2) + _log_integral(_rosenbrock_log_z2, -4.0, 4.0)
+        return 0.5 * math.log(math.pi / 2) + log_integral(_rosenbrock_log_z2, -4.0, 4.0)
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        z2 = _inverse_cdf_draws(_rosenbrock_log_z2, -4.0, 4.0, num_samples, generator)
-        return _plane(0.5 * (1 + z2.square() + _noise(num_samples, generator)), z2)
+        z2 = inverse_cdf_draws(_rosenbrock_log_z2, -4.0, 4.0, num_samples, generator)
+        return _plane(0.5 * (1 + z2.square() + noise(num_samples, generator)), z2)
 
 
 @dataclass(frozen=True)
@@ -278,7 +159,7 @@ class Banana(ToyDensity):
         return 0.0
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        z1, second = _correlated(_noise((2, num_samples), generator), self.correlation)
+        z1, second = _correlated(noise((2, num_samples), generator), self.correlation)
         return _plane(z1, second - z1.square() - 1)
 
 
@@ -303,13 +184,13 @@ class TwoModes(ToyDensity):
     def log_prob(self, z: Tensor) -> Tensor:
         z1, z2 = z.unbind(-1)
         left, right = -0.5 * (z1 + self.offset).square(), -0.5 * (z1 - self.offset).square()
-        return torch.logaddexp(left, right) - 0.5 * z2.square() - math.log(2) - _LOG_2PI
+        return torch.logaddexp(left, right) - 0.5 * z2.square() - math.log(2) - LOG_2PI
 
     def log_normaliser(self) -> float:
         return 0.0
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        z1, z2 = _noise((2, num_samples), generator)
+        z1, z2 = noise((2, num_samples), generator)
         return _plane(z1 + self.offset * _signs(num_samples, generator), z2)
 
 
@@ -340,7 +221,7 @@ class XShaped(ToyDensity):
         return 0.0
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
-        z1, z2 = _correlated(_noise((2, num_samples), generator), self.correlation)
+        z1, z2 = _correlated(noise((2, num_samples), generator), self.correlation)
         return math.sqrt(2) * _plane(z1, z2 * _signs(num_samples, generator))
 
 
@@ -354,6 +235,26 @@ def toy_densities() -> dict[str, ToyDensity]:
     return {density.name: density for density in densities}
 
 
+def five_gaussians(num: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draws of five Gaussians of equal weight in the plane: means (0, 0) and (±2, ±2), variance 0.04 along each axis.
+
+    Args:
+        num: Number ``N`` of draws.
+        generator: Source of randomness; ``None`` for torch's own.
+
+    Returns:
+        Draws ``[N, 2]`` and, for each, its Gaussian 0 to 4 ``[N]``.
+
+    References:
+        ALICE: Towards Understanding Adversarial Learning for Joint Distribution Matching, Chunyuan Li et al., 2017.
+    """
+    check_at_least("num", num, 1)
+    means = 2.0 * torch.tensor([[0, 0], [1, 1], [1, -1], [-1, 1], [-1, -1]])
+    labels = torch.randint(5, (num,), generator=generator)
+    x = means.double()[labels] + 0.2 * noise((num, 2), generator)
+    return x.to(torch.get_default_dtype()), labels
+
+
 def _rosenbrock_log_z2(z2: Tensor) -> Tensor:
     """Marginal of ``z₂``, less a constant: ``z₁ | z₂`` is ``N((1 + z₂²) / 2, 1/4)``."""
     return -0.5 * (1 - z2.square()).square()
@@ -363,56 +264,17 @@ def _log_correlated(a: Tensor, b: Tensor, correlation: float) -> Tensor:
     """Log density of two standard normals with a correlation."""
     rest = 1 - correlation**2
     square = (a.square() - 2 * correlation * a * b + b.square()) / rest
-    return -0.5 * square - _LOG_2PI - 0.5 * math.log(rest)
+    return -0.5 * square - LOG_2PI - 0.5 * math.log(rest)
 
 
-def _correlated(noise: Tensor, correlation: float) -> tuple[Tensor, Tensor]:
+def _correlated(eps: Tensor, correlation: float) -> tuple[Tensor, Tensor]:
     """Two standard normals with a correlation, from independent ones ``[2, S]``."""
-    return noise[0], correlation * noise[0] + math.sqrt(1 - correlation**2) * noise[1]
+    return eps[0], correlation * eps[0] + math.sqrt(1 - correlation**2) * eps[1]
 
 
 def _plane(z1: Tensor, z2: Tensor) -> Tensor:
     return torch.stack([z1, z2], -1)
 
 
-def _uniform(shape: int | tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
-def _noise(shape: int | tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def _signs(num_samples: int, generator: torch.Generator | None) -> Tensor:
     return 1.0 - 2 * torch.randint(2, (num_samples,), generator=generator)
-
-
-def _log_integral(log_density: Callable[[Tensor], Tensor], low: float, high: float) -> float:
-    """Log integral by the midpoint rule, for a smooth density that vanishes at both ends."""
-    return float(_cell_weights(log_density, low, high)[1].logsumexp(0))
-
-
-def _inverse_cdf_draws(
-    log_density: Callable[[Tensor], Tensor],
-    low: float,
-    high: float,
-    num_samples: int,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Draw ``[S]`` by the inverse distribution function, even inside each of 65 536 cells."""
-    midpoints, log_weights = _cell_weights(log_density, low, high)
-    cumulative = log_weights.softmax(0).cumsum(0)
-    level = _uniform(num_samples, generator) * cumulative[-1]
-    cell = torch.searchsorted(cumulative, level, right=True).clamp(max=len(midpoints) - 1)
-    width = (high - low) / len(midpoints)
-    return midpoints[cell] + width * (_uniform(num_samples, generator) - 0.5)
-
-
-def _cell_weights(
-    log_density: Callable[[Tensor], Tensor], low: float, high: float
-) -> tuple[Tensor, Tensor]:
-    """Midpoints of even cells and the log mass of each, float64 ``[65536]``."""
-    cells = 2**16
-    width = (high - low) / cells
-    midpoints = low + width * (torch.arange(cells, dtype=torch.float64) + 0.5)
-    return midpoints, log_density(midpoints) + math.log(width)
