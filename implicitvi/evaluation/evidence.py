@@ -137,15 +137,6 @@ def check_start(loc: Tensor, scale: Tensor) -> None:
 def _check_grid(log_p: Tensor, total: Tensor) -> None:
     """Refuse a grid ``[points, (points,) B]`` that does not hold the ``total [B]`` of each datum."""
     dim = log_p.dim() - 1
-    half = log_p[(slice(None, None, 2),) * dim].flatten(0, -2).logsumexp(0) + dim * log(2)
-    coarse = (half - total).abs().max().item()
-    if not coarse < _RESOLVED:
-        raise OptionError(
-            "the grid is too coarse for the posterior",
-            got=f"{coarse:.2g} nats of difference where every other point is left out",
-            expected=f"< {_RESOLVED}",
-            do="Take more points, or a smaller range.",
-        )
     ends = [log_p.select(axis, end) for axis in range(dim) for end in (0, -1)]
     edge = torch.cat([end.reshape(-1, len(total)) for end in ends]).logsumexp(0) - total
     outside = edge.exp().max().item()
@@ -155,4 +146,13 @@ def _check_grid(log_p: Tensor, total: Tensor) -> None:
             got=f"{outside:.2g} of the evidence in the outermost cells",
             expected=f"<= {_OUTSIDE}",
             do="Take a wider range, low to high.",
+        )
+    half = log_p[(slice(None, None, 2),) * dim].flatten(0, -2).logsumexp(0) + dim * log(2)
+    coarse = (half - total).abs().max().item()
+    if not coarse < _RESOLVED:
+        raise OptionError(
+            "the grid is too coarse for the posterior",
+            got=f"{coarse:.2g} nats of difference where every other point is left out",
+            expected=f"< {_RESOLVED}",
+            do="Take more points, or a smaller range.",
         )
