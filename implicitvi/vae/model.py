@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,12 @@ from implicitvi.vae.priors import prior_of
 Batch = Callable[[], Tensor]
 Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
 
-EVIDENCE = {"ais": ais, "iwae": importance_sampling, "quadrature": quadrature}
+EVIDENCE: dict[str, Callable[..., Tensor]] = {
+    "ais": ais,
+    "iwae": importance_sampling,
+    "quadrature": quadrature,
+}
+STARTS = ("encoder", "prior")
 
 
 class LatentModel(nn.Module, ABC):
@@ -180,38 +186,46 @@ class LatentModel(nn.Module, ABC):
         return log_p
 
     def log_evidence(
-        self, x: Tensor, method: str = "ais", *, seed: int | None = 0, **options: Any
+        self,
+        x: Tensor,
+        method: str = "ais",
+        *,
+        start: str = "encoder",
+        batch_size: int = 100,
+        seed: int | None = 0,
+        **options: Any,
     ) -> Tensor:
         """Estimated ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
 
         Args:
             x: Data.
             method: ``"ais"``, annealed importance sampling by Hamiltonian Monte Carlo (`ais`); ``"iwae"``, importance
-                sampling from a widened Gaussian at the encoder's moments (`importance_sampling`); ``"quadrature"``, a
-                grid over one or two latent dimensions (`quadrature`).
+                sampling from a widened Gaussian at the moments of the start (`importance_sampling`);
+                ``"quadrature"``, a grid over one or two latent dimensions (`quadrature`).
+            start: Where the method looks first: at the moments of ``q(z | x)`` by the ``"encoder"``, or at those of the
+                ``"prior"``, which owes nothing to the encoder and needs more steps.
+            batch_size: Rows of data at a time; memory grows with it.
             seed: Seed of the method's own random numbers.
             options: Options of the method.
 
         Raises:
-            ModelError: The decoder or the prior has no density.
+            ModelError: The decoder or the prior has no density, or codes are discrete.
+            OptionError: An option has a value that cannot work, or the encoder has no noise to start from.
         """
         check_choice("method", method, EVIDENCE)
+        check_choice("start", start, STARTS)
+        check_at_least("batch_size", batch_size, 1)
         x = self._input(x)
-        for name, density in (
-            ("decoder", self.decoder(self.prior().sample([2]))),
-            ("prior", self.prior()),
-        ):
-            if not has_density(density):
-                raise ModelError(
-                    f"the evidence needs a density of the {name}, and it has none",
-                    do="Use one of the divergences between draws instead.",
-                )
+        self._check_log_joint()
+        estimates = []
         with self._as_is(), torch.random.fork_rng():
             if seed is not None:
                 torch.manual_seed(seed)
-            with torch.no_grad():
-                loc, scale = moments_of(self.encoder(x), 256)
-            return EVIDENCE[method](lambda z: self.log_joint(z, x), loc, scale, **options)
+            for rows in x.split(batch_size):
+                loc, scale = self._moments(rows, start)
+                log_joint = partial(self.log_joint, x=rows)
+                estimates.append(EVIDENCE[method](log_joint, loc, scale, **options))
+        return torch.cat(estimates)
 
     # what systems are built with
 
@@ -266,6 +280,32 @@ class LatentModel(nn.Module, ABC):
         x = torch.as_tensor(x).to(self.device)
         self.check_data(x)
         return x
+
+    @torch.no_grad()
+    def _moments(self, x: Tensor, start: str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``[B, D]`` of ``q(z | x)``, or of the prior for every datum."""
+        if start == "encoder":
+            return moments_of(self.encoder(x), 256)
+        loc, scale = moments_of(self.prior(), 10_000)
+        shape = (len(x), self.latent_dim)
+        return loc.expand(shape), scale.expand(shape)
+
+    def _check_log_joint(self) -> None:
+        """Raise `ModelError` unless ``log p(x, z)`` can be integrated over ``z``."""
+        with torch.no_grad(), torch.random.fork_rng():
+            prior = self.prior()
+            decoded = self.decoder(prior.sample([2]))
+            for name, arrow in (("decoder", decoded), ("prior", prior)):
+                if not has_density(arrow):
+                    raise ModelError(
+                        f"the evidence needs a density of the {name}, and it has none",
+                        do="Use one of the divergences between draws instead.",
+                    )
+        if prior.support.is_discrete:
+            raise ModelError(
+                "the evidence is an integral over codes, and those of this model are discrete",
+                do="Sum over the codes where they can be listed.",
+            )
 
     @contextmanager
     def _as_is(self) -> Iterator[None]:
