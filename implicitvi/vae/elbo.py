@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.model import Batch, LatentModel
+
+
+def divergence(q: Distribution, p: Distribution, z: Tensor) -> Tensor:
+    """``KL(q ‖ p)`` in nats: ``[B]`` in closed form where torch knows one, else ``[S, B]`` of draws ``z [S, B, D]``."""
+    try:
+        closed: Tensor = kl_divergence(q, p)
+        return closed
+    except NotImplementedError:
+        estimate: Tensor = q.log_prob(z) - p.log_prob(z)
+        return estimate
 
 
 class VAE(LatentModel):
@@ -56,12 +66,8 @@ class VAE(LatentModel):
         q, p = self.encoder(x), self.prior()
         z = q.rsample(torch.Size([num_samples]))
         likelihood: Tensor = self.decoder(z).log_prob(x)
-        try:
-            if self.num_importance == 1:
-                closed: Tensor = likelihood - kl_divergence(q, p)
-                return closed
-        except NotImplementedError:
-            pass
+        if self.num_importance == 1:
+            return likelihood - divergence(q, p, z)
         elbo: Tensor = likelihood + p.log_prob(z) - q.log_prob(z)
         return elbo
 
