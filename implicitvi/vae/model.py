@@ -351,10 +351,12 @@ class LatentModel(nn.Module, ABC):
         if "density" in needed and not has_density(arrow):
             lacks.append("a density (log_prob)")
         if lacks:
+            binary = name == "decoder" and not arrow.has_rsample
             raise ModelError(
                 f"{type(self).__name__} needs of its {name} {' and '.join(lacks)}",
                 got=type(arrow).__name__,
-                do="docs/vae.md has the table of what each system needs.",
+                do="docs/vae.md has the table of what each system needs."
+                + (" Binary data have likelihood='straight_through'." if binary else ""),
             )
 
 
