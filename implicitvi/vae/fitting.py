@@ -128,7 +128,9 @@ class _Run:
             seed = torch.randint(2**62, (), device="cpu").to(device)
         processes.share([seed, *model.parameters(), *model.buffers()])
         self.train = batches_of(train, options.batch_size, device, int(seed))
-        self.held_out = validation and batches_of(validation, options.batch_size, device, 0)
+        self.held_out = (
+            None if validation is None else batches_of(validation, options.batch_size, device, 0)
+        )
         if processes.count() > 1:
             stream = RandomStream((int(seed) + processes.rank()) % 2**62)
         self.x = self._first()
