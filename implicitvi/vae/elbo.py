@@ -58,7 +58,7 @@ class VAE(LatentModel):
         likelihood: Tensor = self.decoder(z).log_prob(x)
         try:
             if self.num_importance == 1:
-                closed: Tensor = likelihood - kl_divergence(q, p)
+                closed: Tensor = likelihood - kl_divergence(q, p.expand(q.batch_shape))
                 return closed
         except NotImplementedError:
             pass
