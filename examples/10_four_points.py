@@ -66,7 +66,9 @@ def figures_of(model: LatentModel) -> dict[str, float]:
     """The rows of the paper's table 1, in nats."""
     z = model.encode(points, draws)
     aggregate = z.flatten(0, 1)
-    elbo = model.elbo(points, draws) if isinstance(model, VAE) else model.learned_elbo(points, draws)  # type: ignore[attr-defined]
+    elbo = (
+        model.elbo(points, draws) if isinstance(model, VAE) else model.learned_elbo(points, draws)
+    )  # type: ignore[attr-defined]
     return {
         "log likelihood": model.log_evidence(points, "quadrature").mean().item(),
         "reconstruction error": -model.decoder(z).log_prob(points).mean().item() / 4,
@@ -76,8 +78,18 @@ def figures_of(model: LatentModel) -> dict[str, float]:
 
 
 PAPER = {
-    "VAE": {"log likelihood": -1.568, "reconstruction error": 88.5e-3, "ELBO": -1.697, "KL(q(z)‖p(z))": 0.165},
-    "AVB": {"log likelihood": -1.403, "reconstruction error": 5.77e-3, "ELBO": -1.421, "KL(q(z)‖p(z))": 0.026},
+    "VAE": {
+        "log likelihood": -1.568,
+        "reconstruction error": 88.5e-3,
+        "ELBO": -1.697,
+        "KL(q(z)‖p(z))": 0.165,
+    },
+    "AVB": {
+        "log likelihood": -1.403,
+        "reconstruction error": 5.77e-3,
+        "ELBO": -1.421,
+        "KL(q(z)‖p(z))": 0.026,
+    },
 }
 
 runs = []
@@ -116,7 +128,9 @@ for column, (name, model) in zip(axes.T, fitted.items(), strict=True):
     sure = (p / p.sum(-1, keepdim=True)).clamp(0, 1)
     column[1].imshow((sure @ palette).clamp(0, 1).numpy(), origin="lower", extent=(-3, 3, -3, 3))
     value = runs[-1][name]["log likelihood"]
-    column[0].set(title=f"{name}: log p(x) = {value:.3f} nats", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    column[0].set(
+        title=f"{name}: log p(x) = {value:.3f} nats", xlim=(-3, 3), ylim=(-3, 3), aspect="equal"
+    )
     column[1].set(xlabel="$z_1$")
 axes[0, 0].set(ylabel="$z_2$, draws of the codes")
 axes[1, 0].set(ylabel="$z_2$, what the decoder makes of a code")

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "implicitvi"
 # training) only; docs/architecture.md shows the same order.
 LAYERS = (
     {"errors"},
-    {"networks"},
-    {"samplers", "contrasts", "adversaries", "ratios", "datasets", "processes", "evaluation"},
+    {"networks", "processes"},
+    {"samplers", "contrasts", "adversaries", "ratios", "datasets", "evaluation"},
     {"objectives", "framed"},
     {"training"},
     {"vae"},

@@ -17,9 +17,7 @@ from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.networks import Architecture, ReadyMade
 
 
-def divergence(
-    q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None
-) -> Tensor:
+def divergence(q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None) -> Tensor:
     """``KL(q ‖ p)`` in nats: ``[B]`` in closed form where torch knows one, else ``[S, B]`` of draws ``z [S, B, D]``.
 
     Args:
