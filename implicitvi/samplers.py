@@ -269,7 +269,10 @@ class NoiseBasisSampler(Sampler):
         centred = v - mean_v
         (cov_v,) = processes.average([torch.einsum("smd,sme->mde", centred, centred) / len(v)])
         mean = base + (a * mean_v).sum(-2)
-        cov = (a[..., :, None] * a[..., None, :] * cov_v).sum(-3)
+        cov = torch.zeros_like(cov_v[0])
+        # one network after the other: all at once takes M times the memory, and longer
+        for scale, each in zip(a.unbind(-2), cov_v, strict=True):
+            cov = torch.addcmul(cov, scale[..., :, None] * scale[..., None, :], each)
         return self.place(mean), self.scale_tril @ cov @ self.scale_tril.mT
 
 

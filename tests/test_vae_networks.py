@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 from implicitvi.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, ShapeError
+from implicitvi.datasets import image_folder
+from implicitvi.errors import DataError, ImplicitVIError, ModelError, OptionError, ShapeError
 from implicitvi.networks import Ensemble, Injected, SkipNet, dense
 from implicitvi.samplers import NoiseBasisSampler
 from implicitvi.vae import AVB, VAE
@@ -29,7 +33,7 @@ from implicitvi.vae.networks import (
 D = 3
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "dense": lambda: Dense((1, 6, 5), hidden=(12, 10)),
-    "dense product": lambda: Dense((1, 6, 5), hidden=(12, 10), pairing="product"),
+    "dense joint": lambda: Dense((1, 6, 5), hidden=(12, 10), pairing="joint"),
     "convolutional": lambda: Convolutional((2, 7, 9), channels=(4, 6), blocks=1),
     "other strides": lambda: Convolutional(
         (1, 8, 8), channels=(3, 4, 5), strides=(1, 3, 2), kernel=5
@@ -418,7 +422,21 @@ def test_the_papers_networks_have_the_papers_sizes() -> None:
     faces = face_networks()
     assert isinstance(faces.adversary(64), InjectedAdversary)
     assert faces.outputs(64, 3 * 64 * 64).shape == (512, 4, 4)
-    assert isinstance(Dense(9).adversary(2), JointAdversary)
+    assert isinstance(Dense(9, pairing="joint").adversary(2), JointAdversary)
+
+
+def test_a_folder_of_pictures_is_fitted_as_it_is_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        pixels = rng.integers(0, 256, (20, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    model = VAE.faces(2, width=1, size=16)
+    options = {"epochs": 2, "batch_size": 3, "seed": 1, "progress": False, "device": "cpu"}
+    fit = model.fit(image_folder(tmp_path, 16), **options)
+    assert fit.stop_reason == "finished" and len(fit.history["model"]) == 4
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"3\.png cannot be read"):
+        model.fit(image_folder(tmp_path, 16), **options)
 
 
 # What is refused

@@ -138,8 +138,8 @@ class Dense(Architecture):
     Args:
         x_shape: Shape of one datum; a number for rows of that length.
         hidden: Widths of the hidden layers of encoder and adversary, and of the decoder from its end.
-        pairing: How the adversary looks at code and datum: ``"joint"`` for both together (`JointAdversary`),
-            ``"product"`` for each by itself before an inner product (`PairwiseAdversary`).
+        pairing: How the adversary looks at code and datum: ``"product"`` for each by itself before an inner product
+            (`PairwiseAdversary`), ``"joint"`` for both together (`JointAdversary`).
         product_dim: Length of the vectors of that product; ``None`` for the last width.
         basis: Widths of the hidden layers of each network of a noise basis.
 
@@ -152,7 +152,7 @@ class Dense(Architecture):
         x_shape: int | Sequence[int],
         *,
         hidden: Sequence[int] = (300, 300),
-        pairing: str = "joint",
+        pairing: str = "product",
         product_dim: int | None = None,
         basis: Sequence[int] = (64, 64),
     ):
@@ -312,7 +312,7 @@ def mnist_networks(width: int = 64) -> Convolutional:
         channels=[width, 2 * width, 4 * width, 8 * width],
         strides=(1, 1, 2, 2),
         kernel=5,
-        critic=Dense(shape, hidden=(16 * width,) * 3, pairing="product", product_dim=128 * width),
+        critic=Dense(shape, hidden=(16 * width,) * 3, product_dim=128 * width),
         basis=(2 * width,) * 3,
     )
 
