@@ -36,6 +36,7 @@ ROWS = {
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
     "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
     "09_vae_in_pyro.py": {"exact log evidence", "posterior mean error", "posterior sd ratio"},
+    "15_symmetric_equilibrium.py": {"labels only", "ELBO", "SEL", "Bayes' rule"},
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
@@ -49,6 +50,7 @@ PICTURES = {
     "07_empirical_bayes.py": {"empirical_bayes.png"},
     "08_item_response.py": {"item_response.png"},
     "09_vae_in_pyro.py": {"vae_in_pyro.png"},
+    "15_symmetric_equilibrium.py": {"symmetric_bars.png", "symmetric_chain.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
@@ -65,6 +67,7 @@ BOUNDS = {
     "07_empirical_bayes.py": ("noise", 1, 0.6, 0.75),  # where the marginal likelihood is greatest
     "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
     "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
+    "15_symmetric_equilibrium.py": ("Bayes' rule", 0, 0.98, 1.0),  # 64 pixels tell the code
 }
 
 
