@@ -3,10 +3,11 @@
 Four binary images of 2 x 2 pixels, one pixel on in each, get codes in the plane (Mescheder, Nowozin and Geiger 2017,
 section 5.2, table 1 and figures 5 and 6). The best a model can do is log p(x) = -log 4: to give each image a quarter
 of the prior, and to be sure in each. The codes of one image then fill a region with sharp edges. A Gaussian encoder
-leaves gaps between its four ellipses; adversarial variational Bayes, whose encoder is a network fed with noise, tiles the plane.
+leaves gaps between its four ellipses; adversarial variational Bayes, whose encoder is a network fed with noise, tiles
+the plane.
 
-Run it with ``python examples/10_four_points.py``; ``--seeds 5`` repeats it and shows medians, ``--smoke`` makes it quick
-and meaningless.
+Run it with ``python examples/10_four_points.py``; ``--seeds 5`` repeats it and shows medians, ``--smoke`` makes it
+quick and meaningless.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ print(f"\nnats; error per pixel; AVB's ELBO is learned; medians over {options.se
 # %%
 # The pictures
 # ------------
-# Above, draws of the codes of each point; below, whose point the decoder sees at each place of the plane, darker where it
-# is sure. Left the VAE, right AVB.
+# Above, draws of the codes of each point; below, whose point the decoder sees at each place of the plane. Left the VAE,
+# right AVB.
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
 figure, axes = plt.subplots(2, 2, figsize=(8, 8), layout="constrained", sharex=True, sharey=True)

@@ -37,6 +37,7 @@ ROWS = {
     "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
     "09_vae_in_pyro.py": {"exact log evidence", "posterior mean error", "posterior sd ratio"},
     "12_faces.py": {"AVB", "VAE"},
+    "15_symmetric_equilibrium.py": {"labels only", "ELBO", "SEL", "Bayes' rule"},
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
@@ -51,6 +52,7 @@ PICTURES = {
     "08_item_response.py": {"item_response.png"},
     "09_vae_in_pyro.py": {"vae_in_pyro.png"},
     "12_faces.py": {"faces.png"},
+    "15_symmetric_equilibrium.py": {"symmetric_bars.png", "symmetric_chain.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
@@ -68,6 +70,7 @@ BOUNDS = {
     "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
     "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
     "12_faces.py": ("VAE", 0, 0.005, 0.12),  # a grey picture is not far off
+    "15_symmetric_equilibrium.py": ("Bayes' rule", 0, 0.98, 1.0),  # 64 pixels tell the code
 }
 
 

@@ -17,7 +17,7 @@ from torch.distributions import (
     OneHotCategorical,
 )
 
-from implicitvi.datasets_bars import bar_codes, bar_images, or_bars
+from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.networks import dense
 from implicitvi.training import Schedule, Stage

@@ -6,6 +6,7 @@ in torch's default dtype; constants are computed in float64. Draws come from the
 The other functions give data to learn a model of: points, digits, and folders of images, with values in [0, 1].
 """
 
+from implicitvi.datasets.bars import bar_codes, bar_images, or_bars
 from implicitvi.datasets.densities import (
     Banana,
     Rosenbrock,
@@ -40,6 +41,8 @@ __all__ = [
     "ToyDensity",
     "TwoModes",
     "XShaped",
+    "bar_codes",
+    "bar_images",
     "binarise",
     "digits",
     "eight_schools",
@@ -47,6 +50,7 @@ __all__ = [
     "four_points",
     "image_folder",
     "mnist",
+    "or_bars",
     "read_idx",
     "toy_densities",
 ]

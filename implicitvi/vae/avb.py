@@ -11,13 +11,19 @@ from torch.distributions import Distribution
 
 from implicitvi import objectives
 from implicitvi.adversaries import InformedAdversary
-from implicitvi.contrasts import Contrast, DiagonalGaussianContrast, PriorContrast
+from implicitvi.contrasts import (
+    Contrast,
+    DiagonalGaussianContrast,
+    GaussianContrast,
+    PriorContrast,
+)
 from implicitvi.errors import ModelError, check_choice
-from implicitvi.framed import MomentContrast
+from implicitvi.framed import FramedContrast, MomentContrast
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit, has_density
+from implicitvi.vae.encoders import Encoded
 from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.networks import Architecture, ReadyMade
@@ -63,7 +69,7 @@ class AVB(ReadyMade, LatentModel):
         *,
         contrast: str | Contrast = "prior",
         ratio: str | RatioLoss = "logistic",
-        informed: bool = True,
+        informed: bool = False,
         averaging: float = 0.0,
         num_importance: int = 1,
     ):
@@ -104,7 +110,7 @@ class AVB(ReadyMade, LatentModel):
         noise_dim: int | None = None,
         num_basis: int | None = None,
         ratio: str | RatioLoss = "logistic",
-        informed: bool = True,
+        informed: bool = False,
         averaging: float = 0.0,
         num_importance: int = 1,
     ) -> Self:
@@ -127,7 +133,7 @@ class AVB(ReadyMade, LatentModel):
         """
         alone = contrast == "prior"
         if posterior is None:
-            posterior = networks.noise if alone else "noise_basis"
+            posterior = networks.noise if alone else "framed"
         return cls(
             networks.encoder(z_dim, posterior, noise_dim=noise_dim, num_basis=num_basis),
             networks.decoder(z_dim, likelihood),
@@ -193,9 +199,11 @@ class AVB(ReadyMade, LatentModel):
             return contrast
         if contrast == "prior":
             return _DrawsOfPrior(self.prior)
-        blank = torch.zeros(1, *self.x_shape, device=self.device)
-        if getattr(self.encoder(blank), "has_moments", False):
-            return MomentContrast(lambda count, x: self._draws.moments(count, x))
+        blank = self.encoder(torch.zeros(1, *self.x_shape, device=self.device))
+        if isinstance(blank, Encoded) and blank.has_frame:
+            return FramedContrast(GaussianContrast(), lambda x: self._draws.recall(x).frame())
+        if isinstance(blank, Encoded) and blank.has_moments:
+            return MomentContrast(lambda count, x: self._draws.recall(x).moments(count))
         return DiagonalGaussianContrast()
 
 
@@ -204,20 +212,19 @@ class _Remembering:
 
     def __init__(self, encoder: nn.Module):
         self._encoder = encoder
-        self._last: tuple[Tensor, Any] | None = None
+        self._last: tuple[Tensor, Encoded] | None = None
 
     def __call__(self, num_samples: int, x: Tensor) -> Tensor:
         q = self._encoder(x)
-        if getattr(q, "has_moments", False):  # no one else asks for it
+        if isinstance(q, Encoded):  # no one asks for others
             self._last = (x, q)
         z: Tensor = q.rsample(torch.Size([num_samples]))
         return z
 
-    def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def recall(self, x: Tensor) -> Encoded:
+        """``q(z | x)`` of the last draws, where they were of ``x``; it is forgotten."""
         last, self._last = self._last, None
-        q = last[1] if last is not None and last[0] is x else self._encoder(x)
-        mean, cov = q.moments(num_samples)
-        return mean, cov
+        return last[1] if last is not None and last[0] is x else self._encoder(x)
 
 
 class _DrawsOfPrior(PriorContrast):

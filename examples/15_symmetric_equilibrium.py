@@ -1,0 +1,338 @@
+"""
+Learning as a game
+==================
+
+A variational autoencoder needs the density of its prior, and a gradient through every code that is drawn. Symmetric
+equilibrium learning needs neither: decoder and encoder are two players, and each is fitted, by maximum likelihood, to
+what the other one draws. Three things it can do are shown here.
+
+It learns **codes whose prior nobody can score**: which of eight bars an image shows, from 5 000 images and a sampler of
+codes; 24 more images have labels. On **linear Gaussian** arrows its equilibrium is probabilistic PCA. And its encoder
+and decoder are, nearly, the conditionals of **one joint distribution**: a chain that goes from images to codes and
+back, two hundred times, still shows digits.
+
+Run it with ``python examples/15_symmetric_equilibrium.py``; ``--smoke`` makes it quick and meaningless.
+
+References: Symmetric Equilibrium Learning of VAEs, Boris Flach, Dmitrij Schlesinger, Alexander Shekhovtsov, 2024.
+Probabilistic Principal Component Analysis, Michael Tipping, Christopher Bishop, 1999.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sklearn.datasets import load_digits, load_wine
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Independent
+
+from implicitvi.datasets import bar_codes, bar_images, or_bars
+from implicitvi.networks import dense
+from implicitvi.training import Player, Stage
+from implicitvi.training.player import Metrics
+from implicitvi.vae import VAE
+from implicitvi.vae.encoders import BinaryEncoder, GaussianEncoder
+from implicitvi.vae.ladder import LadderEncoder, LadderPrior, LowerLevel
+from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder, GaussianLikelihood
+from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.symmetric import SymmetricVAE
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
+parser.add_argument("--seeds", type=int, default=3, help="fits of each method on the bars")
+options = parser.parse_args()
+torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+seeds = range(1 if options.smoke else options.seeds)
+bar_epochs, wine_epochs, digit_epochs, chain_steps = (
+    (1, 2, 1, 3) if options.smoke else (100, 2000, 200, 200)
+)
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
+
+# %%
+# Bars: a prior known by its draws
+# --------------------------------
+# A code switches four rows and four columns on or off; two rows and one column always are on, in 24 combinations. The
+# image is their union, with 15 % of the pixels flipped. `SymmetricVAE` is handed the sampler of codes as its prior.
+
+
+def networks(straight_through: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of the bars, the same for every method."""
+    network = nn.Sequential(nn.Flatten(), dense([64, 128, 128, 8], nn.Tanh))
+    encoder = BinaryEncoder(network, straight_through=straight_through)
+    return encoder, Decoder(dense([8, 128, 128, 64], nn.Tanh), BernoulliLikelihood([1, 8, 8]))
+
+
+class LabelledVAE(VAE):
+    """The ELBO of images without labels and the log likelihood of both arrows on those with."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, pairs: tuple[Tensor, Tensor]):
+        share = torch.tensor(
+            [0.5] * 4 + [0.25] * 4
+        )  # right bit by bit, blind to what excludes what
+        super().__init__(encoder, decoder, Independent(Bernoulli(share), 1))
+        self.pairs = pairs
+
+    def players(self, batch: Batch) -> list[Player]:
+        return [self.player("model", [self.encoder, self.decoder], self.loss, batch)]
+
+    def loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+        return -torch.cat([self.elbo(x, stage.num_particles).mean(0), self.labelled()]).mean(), {}
+
+    def labelled(self) -> Tensor:
+        x, z = self.pairs
+        return self.log_joint(z, x) + self.encoder(x).log_prob(z)
+
+
+class LabelsOnly(LabelledVAE):
+    """Supervised learning of both arrows, blind to the images without labels."""
+
+    def loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+        return -self.labelled().mean(), {}
+
+
+all_codes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 8)
+occurs = (all_codes[:, :4].sum(1) == 2) & (all_codes[:, 4:].sum(1) == 1)
+log_prior = (occurs / occurs.sum()).log()
+true_means = 0.15 + 0.7 * bar_images(all_codes)
+
+
+@torch.no_grad()
+def score(log_q: Tensor, means: Tensor, z: Tensor) -> Tensor:
+    """Whole codes read right, total variation of codes from the prior, and squared error of the decoder's means.
+
+    Args:
+        log_q: ``log q(z | x)`` of all codes for images never seen, ``[256, N]``.
+        means: Mean image of all codes, ``[256, 1, 8, 8]``.
+        z: True codes of the images, ``[N, 8]``.
+    """
+    right = (all_codes[log_q.argmax(0)] == z).all(1).float().mean()
+    variation = 0.5 * (log_q.exp().mean(1) - log_prior.exp()).abs().sum()
+    return torch.stack([right, variation, (means - true_means)[occurs].square().mean()])
+
+
+def fitted(method: str, seed: int) -> tuple[LatentModel, Tensor]:
+    """A model of the bars fitted by a method, and its scores ``[3]``."""
+    torch.manual_seed(seed)
+    x, _ = or_bars(5000)
+    pairs = or_bars(24)
+    test, z = or_bars(5000)
+    encoder, decoder = networks(straight_through=method != "SEL")
+    common = {"epochs": bar_epochs, "lr": 1e-3, "seed": seed, "progress": False}
+    model: LatentModel
+    if method == "SEL":
+        model = SymmetricVAE(encoder, decoder, bar_codes)
+        model.fit(x, pairs=pairs, **common)
+    else:
+        model = (LabelledVAE if method == "ELBO" else LabelsOnly)(encoder, decoder, pairs)
+        model.fit(x, **common)
+    with torch.no_grad():
+        log_q = model.encoder(test).log_prob(all_codes[:, None])
+    return model, score(log_q, model.decode(all_codes), z)
+
+
+def bayes(seed: int) -> Tensor:
+    """Scores of the exact posterior, where no method can get beyond."""
+    torch.manual_seed(seed)
+    test, z = or_bars(5000)
+    truth = Independent(Bernoulli(true_means[:, None]), 3)
+    log_joint = truth.log_prob(test) + log_prior[:, None]
+    return score(log_joint.log_softmax(0), true_means, z)
+
+
+results: dict[str, list[tuple[LatentModel | None, Tensor]]] = {
+    method: [fitted(method, seed) for seed in seeds] for method in ("labels only", "ELBO", "SEL")
+}
+results["Bayes' rule"] = [(None, bayes(seed)) for seed in seeds]
+print(f"{'bars':14}{'codes right':>14}{'worst':>10}{'variation':>12}{'worst':>10}{'error':>12}")
+for method, runs in results.items():
+    right, variation, error = torch.stack([scores for _, scores in runs]).T
+    print(
+        f"{method:14}{right.mean():14.3f}{right.min():10.3f}{variation.mean():12.3f}"
+        f"{variation.max():10.3f}{error.mean():12.4f}"
+    )
+print(
+    f"\nshare of codes read right, total variation of codes from the prior, squared error of the decoder's means;\n"
+    f"24 labelled images, mean and worst of {len(seeds)} seeds\n"
+)
+
+# %%
+# Linear Gaussians: probabilistic PCA
+# -----------------------------------
+# With linear arrows each player's best response is a regression, and the two in turn are the EM algorithm of
+# probabilistic PCA. Its maximum is known: variances ``λ - σ²`` along the first eigenvectors. The data are the 13
+# measurements of the wines of scikit-learn, not Gaussian at all; only their covariance matters.
+
+wine = torch.tensor(load_wine().data)
+wine = (wine - wine.mean(0)) / wine.std(0, correction=0)
+cov = wine.T @ wine / len(wine)
+eigenvalues = torch.linalg.eigvalsh(cov).flip(0)
+noise = eigenvalues[2:].mean()
+
+
+def best_responses(rounds: int) -> tuple[Tensor, Tensor]:
+    """Variances ``[2]`` and noise after so many exact best responses of either player."""
+    w, s = torch.eye(13, 2).double(), torch.ones(()).double()
+    for _ in range(rounds):
+        inner = w.T @ w + s * torch.eye(2).double()
+        v, left = torch.linalg.solve(inner, w.T), s * torch.linalg.inv(inner)  # Bayes' rule
+        cross = cov @ v.T
+        w = torch.linalg.solve(v @ cross + left, cross, left=False)  # regression of x on z
+        s = (cov - w @ cross.T).trace() / 13
+    return torch.linalg.svdvals(w).square(), s
+
+
+torch.manual_seed(0)
+linear = SymmetricVAE(
+    GaussianEncoder(nn.Linear(13, 4)), Decoder(nn.Linear(2, 13), GaussianLikelihood([13])), 2
+)
+linear.fit(
+    wine.float(), epochs=wine_epochs, batch_size=178, lr=(1e-2, 1e-5), seed=0, progress=False
+)
+weight, learned = linear.decoder.network.weight.detach(), linear.decoder.likelihood.log_scale
+trained = [*torch.linalg.svdvals(weight).square().tolist(), (2 * learned).exp().item()]
+variances, rest = best_responses(2000)
+print(f"{'wines':14}{'PCA':>10}{'best responses':>18}{'trained':>12}")
+for name, one, two, three in zip(
+    ("first", "second", "noise"),
+    [*(eigenvalues[:2] - noise).tolist(), noise.item()],
+    [*variances.tolist(), rest.item()],
+    trained,
+    strict=True,
+):
+    print(f"{name:14}{one:10.4f}{two:18.4f}{three:12.4f}")
+print(
+    "\nvariances along the first two components beyond the noise, and the noise, of standardised data\n"
+)
+
+# %%
+# Digits: one joint distribution
+# ------------------------------
+# Two levels of bits, 8 and 32, and images of 8 x 8 pixels in black and white. Encoder and prior share a network, as on
+# a ladder. The chain draws a code of an image and an image of the code, again and again. Where encoder and decoder are
+# the conditionals of one joint it stays in the distribution of the model's own images. The ELBO, with networks and time
+# the same, leaves the codes of the data away from the prior: what its model draws is further from the digits than what
+# its chain arrives at.
+
+UPPER, LOWER = 8, 32
+digits = torch.tensor(load_digits().data, dtype=torch.float32)
+digits = (digits[torch.randperm(len(digits))] > 7).float()
+axes = torch.linalg.svd(digits - digits.mean(0), full_matrices=False).Vh[:20].T
+
+
+def features(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[20]`` and covariance of images ``[N, 64]`` along the first principal components of the digits."""
+    y = (x @ axes).double()
+    return y.mean(0), y.T.cov()
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    """Squared Fréchet distance of Gaussians with the moments of the features of two sets of images."""
+    (m, a), (n, b) = features(x), features(y)
+    cross = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
+    return ((m - n).square().sum() + (a + b).trace() - 2 * cross).item()
+
+
+def ladder(system: Callable[..., LatentModel], straight_through: bool) -> LatentModel:
+    """A model of the digits on two levels of bits, fitted by a system."""
+    torch.manual_seed(0)
+    prior = LadderPrior(dense([UPPER, 128, LOWER], nn.Tanh), UPPER)
+    says = dense([64, 256, 128, UPPER + LOWER], nn.Tanh)
+    encoder = LadderEncoder(says, prior, straight_through=straight_through)
+    network = nn.Sequential(LowerLevel(UPPER), dense([LOWER, 128, 256, 64], nn.Tanh))
+    model = system(encoder, Decoder(network, BernoulliLikelihood([64])), prior)
+    model.fit(digits, epochs=digit_epochs, lr=(1e-3, 1e-4), seed=0, progress=False)
+    return model
+
+
+def chain(model: LatentModel, x: Tensor, num_steps: int) -> list[Tensor]:
+    """Images of all steps: each drawn for a code drawn for the one before."""
+    visited = [x]
+    for _ in range(num_steps):
+        with torch.no_grad():
+            visited.append(model.decoder(model.encode(visited[-1])).sample())
+    return visited
+
+
+marks = [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200) if n <= chain_steps]
+ends: dict[str, tuple[Tensor, Tensor]] = {}
+curves: dict[str, list[float]] = {}
+for name, system in (("ELBO", VAE), ("SEL", SymmetricVAE)):
+    model = ladder(system, straight_through=system is VAE)
+    visited = chain(model, model.sample(len(digits)), chain_steps)
+    curves[name] = [frechet(visited[n], digits) for n in marks]
+    ends[name] = visited[0], visited[-1]
+half = len(digits) // 2
+print(f"{'digits':14}{'samples':>12}{'end of chain':>16}{'moved':>10}")
+for name, (first, last) in ends.items():
+    print(
+        f"{name:14}{frechet(first, digits):12.3f}{frechet(last, digits):16.3f}"
+        f"{frechet(first, last):10.3f}"
+    )
+print(
+    f"\nsquared Fréchet distance on 20 principal components: of images drawn from the model, and of those "
+    f"{chain_steps} steps\nof the chain later, from the digits, and of the two from each other; of one half of the "
+    f"digits from the other: {frechet(digits[:half], digits[half:]):.3f}\n"
+)
+
+# %%
+# The pictures
+# ------------
+# Bars: whole codes read right, a dot for every seed, and what the decoders make of six of the codes. Digits: the
+# distance of the images that the chain visits from the digits, and some images at its end.
+
+
+def sheet(images: Tensor) -> np.ndarray:
+    """Images ``[rows, columns, 8, 8]`` as one, with grey lines between them."""
+    framed = nn.functional.pad(images, (1, 1, 1, 1), value=0.5)
+    return framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).numpy()
+
+
+options.output.mkdir(parents=True, exist_ok=True)
+colours = {"labels only": GREEN, "ELBO": ORANGE, "SEL": BLUE, "Bayes' rule": "black"}
+
+figure, (dots, tiles) = plt.subplots(
+    1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.6]
+)
+for place, (method, runs) in enumerate(results.items()):
+    shares = [scores[0].item() for _, scores in runs]
+    dots.plot([place] * len(shares), shares, "o", color=colours[method], ms=8, alpha=0.7)
+dots.set_xticks(range(len(results)), list(results))
+dots.set(ylim=(0, 1.03), ylabel="codes read right, images never seen", title="24 labelled images")
+dots.grid(axis="y", color="0.9")
+shown = occurs.nonzero()[:: int(occurs.sum()) // 6, 0][:6]
+rows = {"truth": true_means[shown]}
+for method, runs in results.items():
+    if runs[0][0] is not None:
+        rows[method] = runs[0][0].decode(all_codes[shown])
+mosaic = torch.stack([row[:, 0] for row in rows.values()])
+tiles.imshow(sheet(mosaic), cmap="gray_r", vmin=0, vmax=1)
+tiles.set_yticks([10 * i + 4.5 for i in range(len(rows))], list(rows))
+tiles.set(xticks=[], title="what the decoder makes of six codes")
+tiles.tick_params(length=0)
+figure.savefig(options.output / "symmetric_bars.png", dpi=150)
+
+figure, (course, tiles) = plt.subplots(
+    1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.2]
+)
+for name, curve in curves.items():
+    course.plot(marks, curve, "o-", color=colours[name], label=name)
+course.axhline(frechet(digits[:half], digits[half:]), color=GREY, ls="--", label="half the digits")
+course.set_xscale("symlog", linthresh=1)
+course.set_xticks(marks, list(map(str, marks)))
+course.set(xlabel="steps of the chain", ylabel="squared Fréchet distance from the digits")
+course.set_ylim(bottom=0)
+course.legend(frameon=False)
+rows = {"digits": digits, **{name: last for name, (_, last) in ends.items()}}
+mosaic = torch.stack([row[:24].reshape(2, 12, 8, 8) for row in rows.values()]).flatten(0, 1)
+tiles.imshow(sheet(mosaic), cmap="gray_r", vmin=0, vmax=1)
+tiles.set_yticks([20 * i + 9.5 for i in range(len(rows))], list(rows))
+tiles.set(xticks=[], title=f"digits, and images after {chain_steps} steps")
+tiles.tick_params(length=0)
+figure.savefig(options.output / "symmetric_chain.png", dpi=150)
+print(f"symmetric_bars.png and symmetric_chain.png are in {options.output}/")
