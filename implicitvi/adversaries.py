@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from implicitvi import processes
 from implicitvi.errors import check_at_least, check_positive
 from implicitvi.networks import (
     GatedBlock,
@@ -112,8 +113,11 @@ class InformedAdversary(nn.Module):
         self.register_buffer("centre", torch.full((), torch.nan))
 
     def recentre(self, gap: Tensor) -> None:
-        """Move ``c`` toward the median of ``gap = log p - log r [S, (B,)]`` on draws of ``q``, NaN left out."""
-        middle = gap.detach().nanmedian()
+        """Move ``c`` toward the median of ``gap = log p - log r [S, (B,)]`` on all processes' draws of ``q``.
+
+        NaN are left out.
+        """
+        middle = processes.gather(gap.detach()).nanmedian()
         blend = self.momentum * self.centre + (1 - self.momentum) * middle
         known = torch.where(blend.isfinite(), blend, middle)
         self.centre.copy_(torch.where(known.isfinite(), known, self.centre))

@@ -32,6 +32,7 @@ from torch.distributions import (
     constraints,
 )
 
+from implicitvi import processes
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
 
 JITTER = (
@@ -93,7 +94,7 @@ class DiagonalGaussianContrast(Contrast):
     """
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        z = z.detach()
+        z = _everyones(z.detach())
         return Independent(Normal(z.mean(0), z.std(0) + 1e-6, validate_args=False), 1)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
@@ -209,13 +210,16 @@ class MixtureContrast(Contrast):
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
-        self._step(z, self.rate)
+        self._step(_everyones(z), self.rate)
 
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:
         """Spread the components over the draws, then take a few large steps on the batch."""
         loc, scale_tril = moments(z)
-        self.locs.copy_(z[_spread(_whiten(z, loc, scale_tril), self.components)])
+        z = _everyones(z)
+        chosen = _spread(_whiten(z, loc, scale_tril), self.components)
+        processes.share([chosen])
+        self.locs.copy_(z[chosen])
         self.covs.copy_(scale_tril @ scale_tril.mT / self.components)
         self.fitted.fill_(True)
         self._factorise()
@@ -358,8 +362,14 @@ def _refuse_context(x: Tensor | None) -> None:
         raise ModelError("this contrast does not take a context", do="Use contrast='gaussian'.")
 
 
+def _everyones(z: Tensor) -> Tensor:
+    """Draws without context ``[S, D]`` of all processes; those of a context are all with the process that has it."""
+    return processes.gather(z) if z.dim() == 2 else z
+
+
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[(B,) D]`` and Cholesky factor of the covariance ``[(B,) D, D]`` of draws ``z [S, (B,) D]``."""
+    z = _everyones(z)
     loc = z.mean(0)
     centred = (z - loc).movedim(0, -2)
     cov = centred.mT @ centred / max(len(z) - 1, 1)

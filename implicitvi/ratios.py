@@ -51,14 +51,31 @@ class FGanKL:
     """The f-GAN bound of the KL divergence (eq. 6.10; Nguyen et al. 2010): ``-E_q t + E_r exp(t - 1)``.
 
     Minimised by ``t = 1 + log q - log r``, where its value is ``-KL(q‖r)``. The exponential makes its
-    gradients heavy-tailed far from the minimum; prefer `Logistic` unless this form is the point.
+    gradients heavy-tailed far from the minimum; prefer `Logistic` unless this form is the point. It goes on as its
+    tangent above ``exp(limit)`` (`capped_exp`): an adversary that has overshot must have a way back.
+
+    Args:
+        limit: Log ratio in nats up to which the form is exact.
     """
 
+    limit: float = 10.0
+
     def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
-        return (t_r - 1).exp().mean() - t_q.mean()
+        return capped_exp(t_r - 1, self.limit).mean() - t_q.mean()
 
     def log_ratio(self, t: Tensor) -> Tensor:
         return t - 1
+
+
+def capped_exp(log_ratio: Tensor, limit: float) -> Tensor:
+    """``exp`` up to ``limit`` and its tangent there above: convex, increasing, and never infinite.
+
+    >>> import torch
+    >>> capped_exp(torch.tensor([0.0, 1.0, 10.0]), limit=0.0)
+    tensor([ 1.,  2., 11.])
+    """
+    low = log_ratio.clamp(max=limit)
+    return low.exp() * (1 + log_ratio - low)
 
 
 @dataclass(frozen=True)

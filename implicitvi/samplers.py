@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
+from implicitvi import processes
 from implicitvi.errors import OptionError, ShapeError, check_at_least
 from implicitvi.networks import (
     Ensemble,
@@ -257,15 +258,17 @@ class NoiseBasisSampler(Sampler):
     def moments(self, num_samples: int, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Conditional mean ``[(B,) D]`` and covariance ``[(B,) D, D]`` of ``z`` given ``x``.
 
-        Exact in ``x``; the moments of the basis come from ``num_samples`` noises shared by every row of ``x``.
+        Exact in ``x``; the moments of the basis come from ``num_samples`` noises shared by every row of ``x``. Several
+        processes share them too, without gradients.
         """
-        shape = (num_samples, self.noise_dim)
+        shape = (processes.part(num_samples), self.noise_dim)
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         v = self.values(eps)
         base, a = self.coefficients(x)
-        centred = v - v.mean(0)
-        cov_v = torch.einsum("smd,sme->mde", centred, centred) / num_samples
-        mean = base + (a * v.mean(0)).sum(-2)
+        (mean_v,) = processes.average([v.mean(0)])
+        centred = v - mean_v
+        (cov_v,) = processes.average([torch.einsum("smd,sme->mde", centred, centred) / len(v)])
+        mean = base + (a * mean_v).sum(-2)
         cov = torch.zeros_like(cov_v[0])
         # one network after the other: all at once takes M times the memory, and longer
         for scale, each in zip(a.unbind(-2), cov_v, strict=True):

@@ -17,10 +17,11 @@ from contracts import (
     OracleContrast,
     gaussian,
 )
-from implicitvi.adversaries import InformedAdversary
+from implicitvi.adversaries import InformedAdversary, ResidualAdversary
 from implicitvi.contrasts import Gaussian, GaussianContrast, GaussianMixture, MixtureContrast
 from implicitvi.objectives import AVB
 from implicitvi.ratios import RatioLoss
+from implicitvi.samplers import DenseSampler
 
 
 def oracle(contrast: str, q: torch.distributions.MultivariateNormal) -> AVB:
@@ -75,6 +76,46 @@ def test_the_hint_is_part_of_the_ratio(contrast: str) -> None:
     torch.manual_seed(0)
     expected, _ = plain.elbo(50, p.log_prob)
     torch.testing.assert_close(elbo, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("context", [None, torch.zeros(4, 2, dtype=torch.float64)])
+def test_the_hint_is_a_function_of_the_draws_alone(weight: float, context: Tensor | None) -> None:
+    """Parameters of the model get the gradient of the log joint, the draws that of ``log p - T`` with all of ``T``."""
+    torch.manual_seed(0)
+    avb = AVB(
+        DenseSampler(D, context_dim=0 if context is None else 2, hidden=(8,)).double(),
+        GaussianContrast(),
+        InformedAdversary(ResidualAdversary(D, context_dim=0 if context is None else 2)).double(),
+    )
+    adversary = avb.adversary
+    assert isinstance(adversary, InformedAdversary)
+    adversary.weight.data.fill_(weight)
+    adversary.clip = 2.0  # so that some draws are clipped
+    adversary.centre.fill_(-1.0)
+    theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def log_joint(z: Tensor, theta: Tensor = theta) -> Tensor:
+        seen.append(z)
+        return -(z - theta).square().sum(-1)
+
+    weights = [theta, *avb.sampler.parameters()]
+    with torch.random.fork_rng():
+        got = torch.autograd.grad(avb.elbo(64, log_joint, context)[0].mean(), weights)
+    z = avb.sampler(64, context)  # the same draws
+    assert torch.equal(z, seen[0])
+    r = avb.contrast(z, context)
+    log_r = r.log_prob(z)
+    gap = log_joint(z, theta.detach()) - log_r
+    others = 0.0 if context is None else (gap.sum(0) - gap).detach() / 63
+    assert 0 < ((gap - others + 1.0).abs() < 2.0).double().mean() < 1
+    scores = adversary(
+        avb.contrast.standardise(z, r), gap - others, *([] if context is None else [context])
+    )
+    expected = torch.autograd.grad((log_joint(z) - log_r - scores).mean(), weights)
+    for mine, true in zip(got, expected, strict=True):
+        assert torch.allclose(mine, true, rtol=1e-9, atol=1e-12)
 
 
 def test_the_oracle_law_catches_a_wrong_sign() -> None:

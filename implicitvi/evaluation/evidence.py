@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, StudentT
 
-from implicitvi.errors import OptionError, check_at_least, check_positive
+from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
 
 LogJoint = Callable[[Tensor], Tensor]
+
+_RESOLVED = (
+    0.05  # nats lost with every other point; the error that is left is at most about a fourth of it
+)
+_OUTSIDE = (
+    1e-5  # share of the evidence in the outermost cells; what lies beyond is some ten times more
+)
 
 
 @torch.no_grad()
@@ -41,12 +48,19 @@ def importance_sampling(
         widen: Scale of the proposal in units of ``scale``.
         chunk: Draws scored at a time.
 
+    Raises:
+        OptionError: An option, or a scale, has a value that cannot work.
+        ShapeError: ``loc`` and ``scale`` do not have the same shape ``[B, D]``.
+
     References:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016.
     """
     check_at_least("num_samples", num_samples, 1)
+    check_at_least("chunk", chunk, 1)
     check_positive("widen", widen)
-    q = Independent(StudentT(5.0, loc, widen * scale + 1e-6, validate_args=False), 1)
+    check_start(loc, scale)
+    each = StudentT(5.0, loc, widen * scale, validate_args=False)
+    q = Independent(each, 1, validate_args=False)
     sizes = [min(chunk, num_samples - done) for done in range(0, num_samples, chunk)]
     weights = []
     for size in sizes:
@@ -66,7 +80,10 @@ def quadrature(
     points: int = 400,
     chunk: int = 20_000,
 ) -> Tensor:
-    """A grid over all of one or two latent dimensions: the exact value up to the mesh, ``[B]`` in nats.
+    """The midpoint rule on a grid over all of one or two latent dimensions: ``[B]`` in nats.
+
+    Exact up to rounding once cells are smaller than the posterior is wide; a grid that is too coarse or leaves
+    something out is refused, not believed.
 
     Args:
         log_joint: ``z [S, B, D]`` to ``log p(x, z) [S, B]``.
@@ -75,11 +92,14 @@ def quadrature(
         low: Where the grid begins along each dimension.
         high: Where it ends.
         points: Points along each dimension.
-        chunk: Points scored at a time.
+        chunk: Points scored at a time, over all data.
 
     Raises:
-        OptionError: There are more than two latent dimensions.
+        OptionError: There are more than two latent dimensions, or the grid does not suit the posterior.
     """
+    check_at_least("points", points, 2)
+    check_at_least("chunk", chunk, 1)
+    check_positive("high - low", high - low)
     batch, dim = loc.shape
     if dim > 2:
         raise OptionError(
@@ -91,5 +111,48 @@ def quadrature(
     middle = (edges[1:] + edges[:-1]) / 2
     grid = torch.cartesian_prod(*[middle] * dim).reshape(-1, 1, dim)
     parts = [log_joint(part.expand(-1, batch, -1)) for part in grid.split(max(1, chunk // batch))]
-    cell = dim * log((high - low) / points)
-    return torch.cat(parts).logsumexp(0) + cell
+    log_p = torch.cat(parts).reshape(*[points] * dim, batch)
+    total = log_p.flatten(0, -2).logsumexp(0)
+    _check_grid(log_p, total)
+    return total + dim * log((high - low) / points)
+
+
+def check_start(loc: Tensor, scale: Tensor) -> None:
+    """Raise an error unless ``loc`` and ``scale`` are moments ``[B, D]`` of a Gaussian."""
+    if loc.dim() != 2 or loc.shape != scale.shape:
+        raise ShapeError(
+            "loc and scale are not the moments of each datum's posterior",
+            got=f"shapes {tuple(loc.shape)} and {tuple(scale.shape)}",
+            expected="[B, D] both",
+        )
+    if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+        raise OptionError(
+            "loc and scale are not the moments of a Gaussian",
+            got=f"scales from {scale.min().item():g} to {scale.max().item():g}",
+            expected="finite numbers, and scales above 0",
+            do="An encoder without noise has none: use start='prior', or the prior's moments.",
+        )
+
+
+def _check_grid(log_p: Tensor, total: Tensor) -> None:
+    """Refuse a grid ``[points, (points,) B]`` that does not hold the ``total [B]`` of each datum."""
+    dim = log_p.dim() - 1
+    ends = [log_p.select(axis, end) for axis in range(dim) for end in (0, -1)]
+    edge = torch.cat([end.reshape(-1, len(total)) for end in ends]).logsumexp(0) - total
+    outside = edge.exp().max().item()
+    if outside > _OUTSIDE:
+        raise OptionError(
+            "the grid ends where the posterior does not",
+            got=f"{outside:.2g} of the evidence in the outermost cells",
+            expected=f"<= {_OUTSIDE}",
+            do="Take a wider range, low to high.",
+        )
+    half = log_p[(slice(None, None, 2),) * dim].flatten(0, -2).logsumexp(0) + dim * log(2)
+    coarse = (half - total).abs().max().item()
+    if not coarse < _RESOLVED:
+        raise OptionError(
+            "the grid is too coarse for the posterior",
+            got=f"{coarse:.2g} nats of difference where every other point is left out",
+            expected=f"< {_RESOLVED}",
+            do="Take more points, or a smaller range.",
+        )

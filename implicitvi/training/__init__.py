@@ -2,7 +2,7 @@
 
 from implicitvi.training.callbacks import Callback, Progress, StopTraining
 from implicitvi.training.player import Player
-from implicitvi.training.rng import RandomStream
+from implicitvi.training.rng import RandomStream, derived_seed
 from implicitvi.training.schedule import Schedule, Stage
 from implicitvi.training.trainer import History, Trainer
 
@@ -16,4 +16,5 @@ __all__ = [
     "Stage",
     "StopTraining",
     "Trainer",
+    "derived_seed",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,9 @@ def load_state(folder: Path, *, like: dict[str, Any]) -> Any:
     path = folder / STATE
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-        version, config = document["format"], document["config"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        version, config = int(document["format"]), dict(document["config"])
+        state = document["state"]
+    except Exception as error:  # a file may be damaged in more ways than torch.load has names for
         raise CheckpointError(
             "the checkpoint cannot be read",
             got=f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -56,12 +56,12 @@ def load_state(folder: Path, *, like: dict[str, Any]) -> Any:
         if config.get(name) != expected:
             got, wanted = _difference(config.get(name), expected)
             raise CheckpointError(
-                f"the checkpoint belongs to another fit: its {name} differ",
+                f"the checkpoint belongs to another fit, which differs in its {name}",
                 got=got,
                 expected=wanted,
-                do="Use the same options, or another folder.",
+                do="Use the same model, data and options, or another folder.",
             )
-    return document["state"]
+    return state
 
 
 def _replace(path: Path, write: Any) -> None:

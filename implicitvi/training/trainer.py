@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from math import nan
@@ -32,7 +33,7 @@ class History:
 
     def __init__(self) -> None:
         self._values: dict[str, list[float | Tensor]] = defaultdict(list)
-        self._fetched: dict[str, list[float]] = defaultdict(list)
+        self._fetched: dict[str, array[float]] = defaultdict(_doubles)
 
     def append(self, **metrics: float | Tensor) -> None:
         """Add one step."""
@@ -55,23 +56,28 @@ class History:
         finite = values[np.isfinite(values)]
         return float(finite.mean()) if finite.size else float("nan")
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """A copy of all values."""
-        return {name: list(self._fetch(name)) for name in self.names()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of all values, in double precision."""
+        return {name: torch.from_numpy(self[name]) for name in self.names()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
-        self._fetched = defaultdict(list, {name: list(values) for name, values in state.items()})
+        self._fetched = defaultdict(_doubles, {n: _doubles(v.tolist()) for n, v in state.items()})
         self._values = defaultdict(list, {name: [] for name in state})
 
-    def _fetch(self, name: str) -> list[float]:
+    def _fetch(self, name: str) -> array[float]:
         """All values of a metric as floats; those that are still tensors in one transfer."""
         fetched, waiting = self._fetched[name], self._values.get(name, [])
         tensors = [value for value in waiting if isinstance(value, Tensor)]
         arrived = iter(torch.stack(tensors).tolist() if tensors else [])
-        fetched += [next(arrived) if isinstance(value, Tensor) else value for value in waiting]
+        fetched.extend(next(arrived) if isinstance(value, Tensor) else value for value in waiting)
         waiting.clear()
         return fetched
+
+
+def _doubles(values: Iterable[float] = ()) -> array[float]:
+    """Eight bytes a value: a long fit takes millions of steps."""
+    return array("d", values)
 
 
 class _Skips:
@@ -108,7 +114,8 @@ class Trainer:
         betas: Adam's moment decays. A low first one suits a game, where yesterday's gradient answers
             yesterday's opponent.
         prepare: Called before the players of each step, inside the stream: where a batch is taken.
-        average: Replaces loss and gradients of a turn, a list of tensors, by their means over several processes.
+        average: Means of the loss and gradients of a turn over several processes, ``None`` for a process by itself.
+        agree: A reason to stop, or ``None``, to what all processes make of it: all of them stop at the same step.
     """
 
     def __init__(
@@ -122,7 +129,8 @@ class Trainer:
         explain: Callable[[], str] = str,
         betas: tuple[float, float] = (0.5, 0.999),
         prepare: Callable[[], None] = lambda: None,
-        average: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
+        average: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+        agree: Callable[[str | None], str | None] | None = None,
     ):
         self.players = tuple(players)
         self.schedule = schedule
@@ -134,6 +142,7 @@ class Trainer:
         self.explain = explain
         self.prepare = prepare
         self.average = average
+        self.agree = agree
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._optimisers = {
@@ -174,29 +183,33 @@ class Trainer:
 
     def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
         """Take ``num_steps`` steps; returns why it stopped. An interrupt keeps what has been learned."""
-        callbacks = tuple(callbacks)
-        try:
-            for _ in range(num_steps):
+        callbacks, reason = tuple(callbacks), None
+        for left in reversed(range(num_steps)):
+            try:
                 self.step()
                 for callback in callbacks:
                     callback(self)
-        except KeyboardInterrupt:
-            return "interrupted"
-        except StopTraining as stop:
-            return str(stop) or "stopped by a callback"
+            except KeyboardInterrupt:
+                reason = reason or "interrupted"
+            except StopTraining as stop:
+                reason = reason or str(stop) or "stopped by a callback"
+            if self.agree is not None:
+                if left and self.step_count % self._look_every:
+                    continue
+                reason = self.agree(reason)
+            if reason is not None:
+                return reason
         return "finished"
 
     def _descend(self, player: Player, loss: Tensor | None, stage: Stage) -> float | Tensor:
         """One gradient step of one player on a loss; returns it, or NaN where the step was skipped."""
+        optimiser = self._optimisers[player.name]
+        group = optimiser.param_groups[0]
+        loss, gradients = self._gradients(loss, group["params"])
         if loss is None:
             self._skips[player.name].count(1.0)
             return nan
-        optimiser = self._optimisers[player.name]
-        group = optimiser.param_groups[0]
-        gradients = torch.autograd.grad(loss, group["params"], allow_unused=True)
         known = [g for g in gradients if g is not None]
-        loss = loss.detach()
-        self.average([loss, *known])
         norm = torch.nn.utils.get_total_norm(known)
         finite = (loss + norm).isfinite()
         clipped = iter(torch._foreach_mul(known, (self.clip_norm / norm).clamp(max=1.0)))
@@ -211,6 +224,28 @@ class Trainer:
         player.follow()
         self._skips[player.name].count(skipped)
         return torch.where(finite, loss, nan)
+
+    def _gradients(
+        self, loss: Tensor | None, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """A loss and its gradients, averaged over the processes where there are several.
+
+        Then a process without a loss counts as one whose loss is not finite: the others wait for its part, and all
+        must come to the same decision.
+        """
+        gradients: Sequence[Tensor | None] = [None] * len(parameters)
+        if loss is not None:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            loss = loss.detach()
+        if self.average is None:
+            return loss, gradients
+        mine = parameters[0].new_full((), nan) if loss is None else loss
+        filled = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        mean, *means = self.average([mine, *filled])
+        return mean, means
 
     def _raise_if_stuck(self) -> None:
         """End the fit where a player has skipped too many turns in a row, in the last good state."""

@@ -208,7 +208,8 @@ class _Remembering:
 
     def __call__(self, num_samples: int, x: Tensor) -> Tensor:
         q = self._encoder(x)
-        self._last = (x, q)
+        if getattr(q, "has_moments", False):  # no one else asks for it
+            self._last = (x, q)
         z: Tensor = q.rsample(torch.Size([num_samples]))
         return z
 

@@ -2,128 +2,198 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from implicitvi import processes
 from implicitvi.errors import OptionError, ShapeError, check_at_least
+from implicitvi.training import RandomStream
 
 Transform = Callable[[Tensor], Tensor]
 
 
-class Batches(Protocol):
-    """The batches of every step."""
+class Batches(ABC):
+    """Data in batches ``[B, *x_shape]``, on the model's device and in its dtype.
+
+    Args:
+        like: A tensor of the model's: its device and dtype are those of the batches.
+
+    Attributes:
+        steps: Batches of an epoch.
+    """
 
     steps: int
-    rows: int
 
-    def at(self, step: int) -> Tensor:
-        """The batch ``[B, *x_shape]`` of a step, counted from 0 over all epochs; steps are asked for in order."""
+    def __init__(self, like: Tensor):
+        self.like = like
+
+    @abstractmethod
+    def epoch(self, seed: int) -> Iterator[Tensor]:
+        """The batches of an epoch in the order of ``seed``, and of each this process's own rows."""
+
+    @abstractmethod
+    def all(self) -> Iterator[Tensor]:
+        """All data once, and of each batch all rows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next epochs depend on besides their seeds."""
+        return {"generators": [generator.get_state() for generator in self.generators()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for generator, place in zip(self.generators(), state["generators"], strict=True):
+            generator.set_state(place)
+
+    def generators(self) -> list[torch.Generator]:
+        """Generators of the user's that decide the order."""
+        return []
+
+    def _placed(self, rows: Tensor) -> Tensor:
+        return rows.to(self.like, non_blocking=True)
 
 
-class TensorBatches:
-    """Rows of a tensor that lies on the device, reshuffled every epoch; a last batch that is not full is left out.
+class TensorBatches(Batches):
+    """Rows of one tensor that lies on the device, shuffled anew for every epoch.
 
-    The order depends on the seed and the epoch alone. Several processes take their own rows of the same batch.
+    Rows that do not fill a last batch are left out of an epoch. Whole numbers, such as the bytes of images, become
+    floats batch by batch.
 
     Args:
         data: All data ``[N, *x_shape]``.
-        batch_size: Rows of a batch, over all processes.
-        seed: Seed of the order.
+        batch_size: Rows of a batch, over all processes; with fewer data, all of them.
+        like: As for `Batches`.
     """
 
-    def __init__(self, data: Tensor, batch_size: int, seed: int):
-        check_at_least("batch_size", batch_size, 1)
-        everyone = processes.count()
-        self.batch_size = min(batch_size, len(data)) // everyone * everyone
-        if not self.batch_size:
-            raise OptionError(
-                "a batch has fewer rows than there are processes",
-                got=min(batch_size, len(data)),
-                expected=f">= {everyone}",
-            )
-        self.data = data
-        self.seed = seed
+    def __init__(self, data: Tensor, batch_size: int, like: Tensor):
+        super().__init__(like)
+        self.data = data.to(like.device)
+        self.batch_size = min(batch_size, len(data)) // processes.count() * processes.count()
+        _check_share(min(batch_size, len(data)))
         self.steps = len(data) // self.batch_size
-        self.rows = self.batch_size // everyone
-        self._epoch = -1
-        self._order = torch.empty(0)
 
-    def at(self, step: int) -> Tensor:
-        """Rows ``[B, *x_shape]`` of this process."""
-        epoch, place = divmod(step, self.steps)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-            self._order = torch.randperm(len(self.data), generator=generator).to(self.data.device)
-            self._epoch = epoch
-        first = place * self.batch_size + processes.rank() * self.rows
-        return self.data[self._order[first : first + self.rows]]
+    def epoch(self, seed: int) -> Iterator[Tensor]:
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+        batches = order[: self.steps * self.batch_size].view(self.steps, processes.count(), -1)
+        for rows in batches[:, processes.rank()].to(self.data.device):
+            yield self._placed(self.data[rows])
+
+    def all(self) -> Iterator[Tensor]:
+        return map(self._placed, self.data.split(self.batch_size))
 
 
-class LoaderBatches:
+class LoaderBatches(Batches):
     """Batches of a `torch.utils.data.DataLoader`, or of anything with a length that can be iterated again and again.
 
-    Of a batch that is a tuple the first part is taken, as labels are not needed. Under several processes the loader
-    has to give each of them its own rows (`torch.utils.data.DistributedSampler`).
+    Of a batch that is a tuple the first part is taken: labels are not needed. A last batch that is not full is taken as
+    it comes. The order, and whatever else the loader draws from torch's generators, is decided by the seed; a generator
+    of the loader's own goes on as it would alone, and is part of the state.
+
+    Several processes read the same batches, and each takes its part of the rows; a loader with a
+    `torch.utils.data.DistributedSampler` has parted them already.
 
     Args:
         loader: The loader.
-        device: Where the batches go.
+        like: As for `Batches`.
     """
 
-    def __init__(self, loader: Any, device: torch.device):
+    def __init__(self, loader: Any, like: Tensor):
+        super().__init__(like)
         self.loader = loader
-        self.device = device
-        if not isinstance(loader, Sized):
+        try:
+            self.steps = len(loader)
+        except TypeError as error:
             raise OptionError(
                 "the loader has no length, so an epoch has no end",
                 got=type(loader).__name__,
-                do="Give it a __len__, the number of its batches.",
-            )
-        self.steps = len(loader)
+                do="Give it (or its dataset) a __len__: the number of its batches (of its rows).",
+            ) from error
         if not self.steps:
-            raise OptionError("the loader is empty", got="0 batches", expected="at least one")
-        self.rows = int(getattr(loader, "batch_size", None) or 0)
-        self._iterator: Iterator[Any] = iter(())
+            raise OptionError(
+                "the loader is empty",
+                got="0 batches",
+                expected="at least one",
+                do="Lower its batch_size, or leave out drop_last.",
+            )
+        self._sampler: Any = getattr(loader, "sampler", None)
 
-    def at(self, step: int) -> Tensor:
-        """The next batch ``[B, *x_shape]``."""
-        if step % self.steps == 0:
-            self._iterator = iter(self.loader)
-        return first_of(next(self._iterator)).to(self.device, non_blocking=True)
+    def epoch(self, seed: int) -> Iterator[Tensor]:
+        parted = isinstance(self._sampler, DistributedSampler)
+        if parted:
+            self._sampler.set_epoch(seed % 2**32)
+        stream = RandomStream(seed)
+        with stream:
+            batches = iter(self.loader)
+        for step in range(self.steps):
+            with stream:
+                batch = next(batches, None)
+            if batch is None:
+                raise OptionError(
+                    "the loader ended before its length",
+                    got=f"{step} batches",
+                    expected=self.steps,
+                    do="It must give as many batches in every epoch: is it an iterator?",
+                )
+            rows = first_of(batch)
+            yield self._placed(rows if parted else _own(rows))
+
+    def all(self) -> Iterator[Tensor]:
+        return (self._placed(first_of(batch)) for batch in self.loader)
+
+    def generators(self) -> list[torch.Generator]:
+        owners = (self.loader, self._sampler)
+        own = [g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None]
+        return own[:1] if own and own[0] is own[-1] else own
 
 
-def batches_of(data: Any, batch_size: int, device: torch.device, seed: int) -> Batches:
-    """Batches of a tensor, an array, a dataset or a loader."""
-    if isinstance(data, Tensor | np.ndarray | list):
-        return TensorBatches(tensor_of(data).to(device), batch_size, seed)
-    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
-        data = DataLoader(data, batch_size=batch_size, shuffle=True, drop_last=True)
-    if not isinstance(data, Iterable):
+def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True) -> Batches:
+    """Batches of a tensor, an array, a dataset or a loader, which has a ``batch_size`` of its own.
+
+    Raises:
+        OptionError, ShapeError: The data cannot be read, or there are none.
+    """
+    check_at_least("batch_size", batch_size, 1)
+    if isinstance(data, TensorDataset):
+        data = data.tensors[0]
+    if isinstance(data, Tensor | np.ndarray):
+        return TensorBatches(tensor_of(data), batch_size, like)
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size)
+    elif isinstance(data, Dataset):
+        size = min(batch_size, len(data))  # type: ignore[arg-type]
+        data = DataLoader(data, max(size, 1), shuffle=shuffle and size > 0, drop_last=shuffle)
+    if isinstance(data, tuple | dict | str) or not isinstance(data, Iterable):
         raise OptionError(
             "the data cannot be read",
             got=type(data).__name__,
-            expected="a tensor or array [N, ...], a Dataset, or a DataLoader",
+            expected="a tensor or an array [N, *x_shape], a Dataset, or a DataLoader",
+            do="Labels are not needed: hand in the data alone."
+            if isinstance(data, tuple | dict)
+            else "",
         )
-    return LoaderBatches(data, device)
+    return LoaderBatches(data, like)
 
 
 def tensor_of(data: Any) -> Tensor:
-    """Data ``[N, ...]`` as a tensor of floats; what has fewer bits than 32, or is whole, becomes float32."""
+    """Data ``[N, *x_shape]`` as a tensor."""
     try:
         tensor = torch.as_tensor(data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError("the data are no numbers", got=str(error).splitlines()[0]) from error
-    if tensor.dim() == 0 or not len(tensor):
+    if not tensor.numel():
+        raise ShapeError("there are no data", got=f"shape {tuple(tensor.shape)}")
+    if tensor.is_complex() or not tensor.dim():
         raise ShapeError(
-            "there are no data", got=f"shape {tuple(tensor.shape)}", expected="[N, ...]"
+            "the data are no rows of real numbers",
+            got=f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+            expected="[N, *x_shape]",
         )
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return tensor
 
 
 def first_of(batch: Any) -> Tensor:
@@ -140,3 +210,20 @@ def first_of(batch: Any) -> Tensor:
             do="Pass collate_fn=… to the loader, or wrap it.",
         )
     return tensor_of(batch)
+
+
+def _own(rows: Tensor) -> Tensor:
+    """This process's rows of a batch; a remainder that does not divide among the processes is left out."""
+    _check_share(len(rows))
+    each = len(rows) // processes.count()
+    return rows[processes.rank() * each :][:each]
+
+
+def _check_share(rows: int) -> None:
+    if rows < processes.count():
+        raise OptionError(
+            "a batch has fewer rows than there are processes",
+            got=rows,
+            expected=f">= {processes.count()}",
+            do="Raise batch_size, set drop_last on the loader, or start fewer processes.",
+        )

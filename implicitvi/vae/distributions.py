@@ -60,7 +60,8 @@ class Implicit(Distribution):
 class StraightThroughBernoulli(Bernoulli):
     """A Bernoulli whose draws are 0 or 1 and whose gradient is that of the probabilities.
 
-    The gradient is biased; it is what a discriminator of binary data can send into a decoder.
+    The gradient is biased; it is what a discriminator of binary data can send into a decoder, and what binary codes
+    can send into an encoder.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons, Yoshua Bengio, Nicholas Léonard,
@@ -72,7 +73,7 @@ class StraightThroughBernoulli(Bernoulli):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws ``[*sample_shape, *batch_shape]`` of 0 and 1."""
         draws: Tensor = self.sample(torch.Size(sample_shape))
-        return draws + self.probs - self.probs.detach()
+        return draws + (self.probs - self.probs.detach())  # in this order the draws stay 0 and 1
 
 
 def has_density(distribution: Distribution) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
@@ -15,6 +15,23 @@ from implicitvi.training.player import Metrics
 from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.networks import Architecture, ReadyMade
+
+
+def divergence(q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None) -> Tensor:
+    """``KL(q ‖ p)`` in nats: ``[B]`` in closed form where torch knows one, else ``[S, B]`` of draws ``z [S, B, D]``.
+
+    Args:
+        q: Batch shape ``[B]``, event shape ``[D]``.
+        p: Batch shape ``[]``, event shape ``[D]``.
+        z: Draws of ``q``.
+        log_q: Their log density, where it is known already.
+    """
+    try:
+        closed: Tensor = kl_divergence(q, p.expand(q.batch_shape))
+        return closed
+    except NotImplementedError:
+        estimate: Tensor = (q.log_prob(z) if log_q is None else log_q) - p.log_prob(z)
+        return estimate
 
 
 class VAE(ReadyMade, LatentModel):
@@ -89,12 +106,8 @@ class VAE(ReadyMade, LatentModel):
         together = getattr(q, "rsample_and_log_prob", None)
         z, log_q = together(shape) if together else (q.rsample(shape), None)
         likelihood: Tensor = self.decoder(z).log_prob(x)
-        try:
-            if self.num_importance == 1:
-                closed: Tensor = likelihood - kl_divergence(q, p)
-                return closed
-        except NotImplementedError:
-            pass
+        if self.num_importance == 1:
+            return likelihood - divergence(q, p, z, log_q)
         log_q = q.log_prob(z) if log_q is None else log_q
         elbo: Tensor = likelihood + p.log_prob(z) - log_q
         return elbo

@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 from implicitvi.errors import OptionError, check_at_least
 from implicitvi.networks import Injected
 from implicitvi.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
-from implicitvi.vae.distributions import Implicit
+from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 
 class GaussianEncoder(nn.Module):
@@ -67,15 +67,17 @@ class BinaryEncoder(nn.Module):
 
     Args:
         network: Data ``[B, *x_shape]`` to logits ``[B, D]``.
+        straight_through: Whether draws have gradients, those of `StraightThroughBernoulli`, for systems that need them.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, *, straight_through: bool = False):
         super().__init__()
         self.network = network
+        self.bits = StraightThroughBernoulli if straight_through else Bernoulli
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``; it has no gradients through its draws."""
-        bits = Bernoulli(logits=self.network(x), validate_args=False)
+        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        bits = self.bits(logits=self.network(x), validate_args=False)
         return Independent(bits, 1, validate_args=False)
 
 

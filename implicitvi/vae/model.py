@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +27,12 @@ from implicitvi.vae.priors import prior_of
 Batch = Callable[[], Tensor]
 Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
 
-EVIDENCE = {"ais": ais, "iwae": importance_sampling, "quadrature": quadrature}
+EVIDENCE: dict[str, Callable[..., Tensor]] = {
+    "ais": ais,
+    "iwae": importance_sampling,
+    "quadrature": quadrature,
+}
+STARTS = ("encoder", "prior")
 
 
 class LatentModel(nn.Module, ABC):
@@ -91,36 +98,51 @@ class LatentModel(nn.Module, ABC):
         ema: float | None = None,
         clip_norm: float = 100.0,
         max_skips: int = 20,
-        checkpoint: str | None = None,
+        checkpoint: str | Path | None = None,
         seed: int | None = None,
         progress: bool = True,
         callbacks: Iterable[Callback] = (),
     ) -> VAEFit:
         """Train on data; an interrupt keeps what has been learned.
 
-        Under ``torchrun`` every process takes its share of each batch.
+        Under ``torchrun``, or in a group of `torch.distributed` that has been started, every process takes its share of
+        each batch, and all of them have the same weights at every step (docs/decisions/0004-several-processes.md).
 
         Args:
-            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``.
-            validation: As ``train``; figures of it are kept after every epoch.
+            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of batches that are
+                tuples the first part. What does not fill a last batch is left out of an epoch, other than by a
+                ``DataLoader``, which is taken at its word.
+            validation: As ``train``; the figures of ``validate`` over all of it are kept after every epoch.
             epochs: Passes through the data, and the horizon of every schedule.
-            batch_size: Rows of a batch; a ``DataLoader`` has its own.
-            transform: Applied to every batch of data on the device, such as `torch.bernoulli` for dynamic binarisation.
+            batch_size: Rows of a batch, over all processes; a ``DataLoader`` has its own.
+            transform: Applied to every batch on the device, such as `torch.bernoulli` for dynamic binarisation.
             num_particles: Codes drawn for each datum of a step.
             adversary_steps: Steps of each adversary before one of the others.
             lr: Rate of encoder and decoder, or a pair (first, last).
             adversary_lr: Rate of the adversaries, or a pair.
             device: ``"auto"`` for a GPU where there is one, or a device.
-            precision: ``"float32"``, or ``"bfloat16"`` for mixed precision.
-            compile: Whether the networks are compiled by torch, or the mode in which.
+            precision: ``"float32"``; ``"bfloat16"`` for networks that compute in it, while weights, densities and
+                losses stay as they are.
+            compile: Whether torch compiles encoder, decoder and adversaries for this fit, or the mode in which.
             ema: Share of a running average of all weights that outlives each step; `VAEFit.averaged` has it.
             clip_norm: Bound of the global norm of each player's gradient.
-            max_skips: Non-finite turns in a row that end the fit.
+            max_skips: Turns in a row without a finite loss and gradient that end the fit.
             checkpoint: Folder that keeps the state after every epoch. Where it holds one already, the fit goes on from
-                it, with the numbers that an uninterrupted fit would have had.
+                it, with the numbers that an uninterrupted fit would have had. A loader's own randomness must come
+                from torch's generators for that.
             seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
             progress: Whether to show a bar.
-            callbacks: Called after every step with the trainer.
+            callbacks: Called after every step with the trainer, in every process; may raise `StopTraining`.
+
+        Returns:
+            The trained model, which is this one, with the record of its training.
+
+        Raises:
+            OptionError: An option or the data cannot work; all of this before the first step.
+            ShapeError: The data do not have the model's shape.
+            ModelError: The data are not finite.
+            CheckpointError: The checkpoint is damaged, or of another model, data or options.
+            NonFiniteError: Too many turns in a row were skipped; the last good state has been restored.
         """
         fitting = Fitting(
             epochs=epochs,
@@ -180,38 +202,46 @@ class LatentModel(nn.Module, ABC):
         return log_p
 
     def log_evidence(
-        self, x: Tensor, method: str = "ais", *, seed: int | None = 0, **options: Any
+        self,
+        x: Tensor,
+        method: str = "ais",
+        *,
+        start: str = "encoder",
+        batch_size: int = 100,
+        seed: int | None = 0,
+        **options: Any,
     ) -> Tensor:
         """Estimated ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
 
         Args:
             x: Data.
             method: ``"ais"``, annealed importance sampling by Hamiltonian Monte Carlo (`ais`); ``"iwae"``, importance
-                sampling from a widened Gaussian at the encoder's moments (`importance_sampling`); ``"quadrature"``, a
-                grid over one or two latent dimensions (`quadrature`).
+                sampling from a widened Gaussian at the moments of the start (`importance_sampling`);
+                ``"quadrature"``, a grid over one or two latent dimensions (`quadrature`).
+            start: Where the method looks first: at the moments of ``q(z | x)`` by the ``"encoder"``, or at those of the
+                ``"prior"``, which owes nothing to the encoder and needs more steps.
+            batch_size: Rows of data at a time; memory grows with it.
             seed: Seed of the method's own random numbers.
             options: Options of the method.
 
         Raises:
-            ModelError: The decoder or the prior has no density.
+            ModelError: The decoder or the prior has no density, or codes are discrete.
+            OptionError: An option has a value that cannot work, or the encoder has no noise to start from.
         """
         check_choice("method", method, EVIDENCE)
+        check_choice("start", start, STARTS)
+        check_at_least("batch_size", batch_size, 1)
         x = self._input(x)
-        for name, density in (
-            ("decoder", self.decoder(self.prior().sample([2]))),
-            ("prior", self.prior()),
-        ):
-            if not has_density(density):
-                raise ModelError(
-                    f"the evidence needs a density of the {name}, and it has none",
-                    do="Use one of the divergences between draws instead.",
-                )
+        self._check_log_joint()
+        estimates = []
         with self._as_is(), torch.random.fork_rng():
             if seed is not None:
                 torch.manual_seed(seed)
-            with torch.no_grad():
-                loc, scale = moments_of(self.encoder(x), 256)
-            return EVIDENCE[method](lambda z: self.log_joint(z, x), loc, scale, **options)
+            for rows in x.split(batch_size):
+                loc, scale = self._moments(rows, start)
+                log_joint = partial(self.log_joint, x=rows)
+                estimates.append(EVIDENCE[method](log_joint, loc, scale, **options))
+        return torch.cat(estimates)
 
     # what systems are built with
 
@@ -238,9 +268,15 @@ class LatentModel(nn.Module, ABC):
         )
 
     @property
+    def like(self) -> Tensor:
+        """An empty tensor on the model's device and in its dtype."""
+        weights = (p for p in self.parameters() if p.is_floating_point())
+        return next((p.new_empty(0) for p in weights), torch.empty(0))
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return self.like.device
 
     def check_data(self, x: Tensor) -> None:
         """Raise an error that names what is wrong with data ``x [N, *x_shape]``, if anything is."""
@@ -263,9 +299,35 @@ class LatentModel(nn.Module, ABC):
             check(x)
 
     def _input(self, x: Tensor) -> Tensor:
-        x = torch.as_tensor(x).to(self.device)
+        x = torch.as_tensor(x).to(self.like)
         self.check_data(x)
         return x
+
+    @torch.no_grad()
+    def _moments(self, x: Tensor, start: str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``[B, D]`` of ``q(z | x)``, or of the prior for every datum."""
+        if start == "encoder":
+            return moments_of(self.encoder(x), 256)
+        loc, scale = moments_of(self.prior(), 10_000)
+        shape = (len(x), self.latent_dim)
+        return loc.expand(shape), scale.expand(shape)
+
+    def _check_log_joint(self) -> None:
+        """Raise `ModelError` unless ``log p(x, z)`` can be integrated over ``z``."""
+        with torch.no_grad(), torch.random.fork_rng():
+            prior = self.prior()
+            decoded = self.decoder(prior.sample([2]))
+            for name, arrow in (("decoder", decoded), ("prior", prior)):
+                if not has_density(arrow):
+                    raise ModelError(
+                        f"the evidence needs a density of the {name}, and it has none",
+                        do="Use one of the divergences between draws instead.",
+                    )
+        if prior.support.is_discrete:
+            raise ModelError(
+                "the evidence is an integral over codes, and those of this model are discrete",
+                do="Sum over the codes where they can be listed.",
+            )
 
     @contextmanager
     def _as_is(self) -> Iterator[None]:
@@ -284,13 +346,13 @@ class LatentModel(nn.Module, ABC):
     def _probe(self) -> tuple[torch.Size, int]:
         """Shapes of a datum and of a code, and whether every arrow does what is needed of it."""
         with self._as_is(), torch.no_grad(), torch.random.fork_rng():
-            prior = _distribution("prior", self.prior())
+            prior = _distribution("prior", self.prior)
             _check_shapes("prior", prior, (), 1, "p(z) over codes [D]")
             z = prior.sample(_shape(2))
-            decoded = _distribution("decoder", self.decoder(z))
+            decoded = _distribution("decoder", self.decoder, z)
             _check_shapes("decoder", decoded, (2,), None, "p(x | z) for codes [2, D]")
             blank = z.new_zeros(2, *decoded.event_shape)
-            encoded = _distribution("encoder", self.encoder(blank))
+            encoded = _distribution("encoder", self.encoder, blank)
             _check_shapes("encoder", encoded, (2,), 1, f"q(z | x) for data {tuple(blank.shape)}")
             if encoded.event_shape != prior.event_shape:
                 raise ShapeError(
@@ -311,10 +373,12 @@ class LatentModel(nn.Module, ABC):
         if "density" in needed and not has_density(arrow):
             lacks.append("a density (log_prob)")
         if lacks:
+            binary = name == "decoder" and not arrow.has_rsample
             raise ModelError(
                 f"{type(self).__name__} needs of its {name} {' and '.join(lacks)}",
                 got=type(arrow).__name__,
-                do="docs/vae.md has the table of what each system needs.",
+                do="docs/vae.md has the table of what each system needs."
+                + (" Binary data have likelihood='straight_through'." if binary else ""),
             )
 
 
@@ -322,7 +386,16 @@ def _shape(num_samples: int | None) -> torch.Size:
     return torch.Size([] if num_samples is None else [num_samples])
 
 
-def _distribution(name: str, value: Any) -> Distribution:
+def _distribution(name: str, arrow: nn.Module, *args: Tensor) -> Distribution:
+    try:
+        value = arrow(*args)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"the {name} does not take what it is given",
+            got=f"shape {tuple(args[0].shape)}" if args else None,
+            do=f"torch says: {str(error).splitlines()[0]}. A decoder takes codes of the prior's dimension, an encoder "
+            "data of the decoder's shape.",
+        ) from error
     if isinstance(value, Distribution):
         return value
     raise ModelError(

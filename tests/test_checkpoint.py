@@ -1,0 +1,234 @@
+"""Checkpoints: written whole or not at all, read without running anything, and a resume that is exact."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from implicitvi import StopTraining
+from implicitvi.errors import CheckpointError
+from implicitvi.training import Trainer
+from implicitvi.training.checkpoint import CONFIG, STATE, load_state, save_state
+from implicitvi.vae.fitting import VAEFit
+from implicitvi.vae.model import LatentModel
+from test_vae_fit import SYSTEMS, Rows, avb, data, fit, same, same_weights, shuffled, vae, weights
+
+STATE_OF_A_FIT = {"weights": torch.arange(3.0), "step": 3, "names": ["a", "b"], "pair": (1, None)}
+
+
+def stop_at(step: int, trainer: Trainer) -> None:
+    if trainer.step_count == step:
+        raise StopTraining("enough")
+
+
+# files
+
+
+def test_a_state_comes_back(tmp_path: Path) -> None:
+    save_state(tmp_path / "new" / "folder", STATE_OF_A_FIT, config={"system": "VAE"})
+    found = load_state(tmp_path / "new" / "folder", like={"system": "VAE"})
+    assert torch.equal(found.pop("weights"), torch.arange(3.0))
+    assert found == {"step": 3, "names": ["a", "b"], "pair": (1, None)}
+    assert (tmp_path / "new" / "folder" / CONFIG).read_text().startswith('{\n "format": 1')
+
+
+@pytest.mark.parametrize("crash", ["replace", "fsync"])
+def test_a_crash_while_it_writes_leaves_the_old_state(
+    crash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_state(tmp_path, {"step": 1}, config={})
+
+    def fail(*args: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, crash, fail)
+        with pytest.raises(OSError, match="full"):
+            save_state(tmp_path, {"step": 2}, config={})
+    assert load_state(tmp_path, like={}) == {"step": 1}
+    save_state(tmp_path, {"step": 3}, config={})  # what the crash left behind is not in the way
+    assert load_state(tmp_path, like={}) == {"step": 3}
+
+
+class Malicious:
+    """Creates a file when it is read by Python's own serialisation."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def malicious(path: Path) -> None:
+    torch.save({"format": 1, "config": {}, "state": Malicious(path.with_name("ran"))}, path)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no checkpoint"),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "another file of torch's": partial(torch.save, torch.zeros(3)),
+    "without a state": partial(torch.save, {"format": 1, "config": {}}),
+    "malicious": malicious,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(damage: str, tmp_path: Path) -> None:
+    save_state(tmp_path, STATE_OF_A_FIT, config={})
+    DAMAGE[damage](tmp_path / STATE)
+    with pytest.raises(CheckpointError, match=r"cannot be read; got .*state\.pt: .*an older copy"):
+        load_state(tmp_path, like={})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_malicious_file_would_have_run(tmp_path: Path) -> None:
+    """The test above is not passed by a file that does no harm."""
+    malicious(tmp_path / STATE)
+    torch.load(tmp_path / STATE, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("implicitvi.training.checkpoint.FORMAT", 2)
+    save_state(tmp_path, {}, config={})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="newer version; got format 2, expected up to 1"):
+        load_state(tmp_path, like={})
+
+
+# resume
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "tensor": data,
+    "loader": shuffled,
+    "loader with a generator": lambda: shuffled(generator=torch.Generator().manual_seed(3)),
+    "augmented dataset": lambda: Rows(data()),
+    "weighted loader": lambda: DataLoader(
+        data(),
+        8,
+        sampler=torch.utils.data.WeightedRandomSampler(
+            torch.arange(1, 21), 16, generator=torch.Generator().manual_seed(4)
+        ),
+    ),
+}
+
+
+def resumable(
+    model: LatentModel, folder: Path | None, make: Callable[[], Any], **options: Any
+) -> VAEFit:
+    options = {
+        "validation": data(),
+        "ema": 0.9,
+        "epochs": 4,
+        "transform": torch.bernoulli,
+    } | options
+    return fit(model, make(), checkpoint=folder, **options)
+
+
+def check_equal(one: VAEFit, other: VAEFit) -> None:
+    assert same(one.model, other.model)
+    assert one.averaged is not None and other.averaged is not None
+    assert same(one.averaged, other.averaged)
+    assert one.validation == other.validation
+    assert one.history.names() == other.history.names()
+    for name, values in one.history.state_dict().items():
+        assert torch.equal(values, other.history.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("kind", LOADERS)
+def test_stop_and_resume_is_never_stopped(system: str, kind: str, tmp_path: Path) -> None:
+    """Stopped in the middle of the third epoch: the rest of it is forgotten, and taken again."""
+    whole = resumable(SYSTEMS[system](), None, LOADERS[kind])
+    steps = len(whole.history["model"]) // 4
+    stop = partial(stop_at, 2 * steps + 1)
+    stopped = resumable(SYSTEMS[system](), tmp_path, LOADERS[kind], callbacks=[stop])
+    assert (stopped.stop_reason, stopped.epochs) == ("enough", 2)
+    resumed = resumable(SYSTEMS[system](seed=9), tmp_path, LOADERS[kind])  # type: ignore[call-arg]
+    assert (resumed.resumed, resumed.epochs) == (2, 4) and "(from epoch 2)" in str(resumed)
+    check_equal(whole, resumed)
+    again = resumable(SYSTEMS[system](seed=8), tmp_path, LOADERS[kind])  # type: ignore[call-arg]
+    assert again.resumed == 4 and again.rows_per_second == 0
+    check_equal(whole, again)
+
+
+STOPPED = """
+import sys
+from test_checkpoint import *
+stop = partial(stop_at, 7)
+resumable(avb(contrast="gaussian"), Path(sys.argv[1]), shuffled, callbacks=[stop])
+"""
+
+
+def test_another_process_goes_on_where_one_stopped(tmp_path: Path) -> None:
+    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
+    resumed = resumable(avb(seed=3, contrast="gaussian"), tmp_path, shuffled)
+    assert resumed.resumed == 2
+    check_equal(resumable(avb(contrast="gaussian"), None, shuffled), resumed)
+
+
+def test_a_fit_without_a_seed_goes_on_with_the_one_it_drew(tmp_path: Path) -> None:
+    fits = []
+    for folder, outside, steps in ((None, 1, 99), (tmp_path, 1, 5), (tmp_path, 2, 99)):
+        model = vae()
+        torch.manual_seed(outside)
+        stop = [partial(stop_at, steps)]
+        fits.append(resumable(model, folder, data, seed=None, callbacks=stop))
+    check_equal(fits[0], fits[2])
+
+
+def test_weights_of_a_checkpoint_can_be_used_by_themselves(tmp_path: Path) -> None:
+    done = resumable(vae(), tmp_path, data)
+    other = vae(seed=5)
+    other.load_state_dict(load_state(tmp_path, like={})["model"])
+    assert same(done.model, other)
+
+
+OTHERS: dict[str, tuple[Callable[[], LatentModel], dict[str, Any], str]] = {
+    "system": (avb, {}, "system; got VAE, expected AVB"),
+    "nets": (
+        lambda: vae(hidden=12),
+        {},
+        r"weights; got encoder.network.0.weight: \[8, 6\], expected encoder.network.0.weight: \[12, 6\]",
+    ),
+    "epochs": (vae, {"epochs": 5}, "options; got epochs: 4, expected epochs: 5"),
+    "rate": (vae, {"lr": 0.01}, r"options; got lr: \(0.001, 1e-05\), expected lr: 0.01"),
+    "average": (vae, {"ema": None}, "options; got ema: 0.9, expected ema: None"),
+    "seed": (vae, {"seed": 1}, "options; got seed: 0, expected seed: 1"),
+    "data": (vae, {"train": data(50)}, "steps of an epoch; got 2, expected 6"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_belongs_to_another_fit_is_refused(case: str, tmp_path: Path) -> None:
+    """With words that name the difference, and before anything has moved."""
+    resumable(vae(), tmp_path, data)
+    make, options, words = OTHERS[case]
+    before = weights(model := make())
+    train: Tensor = options.pop("train", data())
+    with pytest.raises(
+        CheckpointError, match=f"differs in its {words}.*same model, data and options"
+    ):
+        resumable(model, tmp_path, lambda: train, **options)
+    assert same_weights(before, weights(model))
+
+
+def test_an_averaged_adversary_is_no_plain_one(tmp_path: Path) -> None:
+    """What a player has besides the model's weights is part of the state."""
+    resumable(avb(averaging=0.5), tmp_path, data)
+    with pytest.raises(CheckpointError, match="weights; got adversary: followers.0.weight"):
+        resumable(avb(), tmp_path, data)
