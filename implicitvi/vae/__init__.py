@@ -8,6 +8,7 @@ from implicitvi.vae.auxiliary import AuxiliaryVAE
 from implicitvi.vae.avb import AVB
 from implicitvi.vae.biadversarial import BiadversarialVAE
 from implicitvi.vae.elbo import VAE
+from implicitvi.vae.symmetric import SymmetricVAE
 
 __all__ = [
     "AAE",
@@ -18,4 +19,5 @@ __all__ = [
     "AuxiliaryVAE",
     "BiadversarialVAE",
     "MarginalASVAE",
+    "SymmetricVAE",
 ]

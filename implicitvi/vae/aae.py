@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from implicitvi.adversaries import GatedAdversary
 from implicitvi.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 from implicitvi.vae.pairs import codes, rows
 
 
-class AAE(LatentModel):
+class AAE(ReadyMade, LatentModel):
     """The adversarial autoencoder, three players in turn.
 
         encoder, decoder:  max  E_q[log p(x | z)]
@@ -46,6 +49,32 @@ class AAE(LatentModel):
         super().__init__(encoder, decoder, prior)
         self.adversary = adversary
         self.ratio = Logistic()
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        posterior: str = "deterministic",
+        likelihood: str | Likelihood = "bernoulli",
+        prior: Any = None,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder, decoder and adversary are made of.
+            z_dim: Dimension ``D`` of a code.
+            posterior: See `Architecture.encoder`.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+        """
+        return cls(
+            networks.encoder(z_dim, posterior),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            GatedAdversary(z_dim),
+        )
 
     def players(self, batch: Batch) -> list[Player]:
         return [

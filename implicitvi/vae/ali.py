@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from implicitvi.errors import check_at_least
 from implicitvi.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 from implicitvi.vae.pairs import codes, rows, slope
 
 
-class ALI(LatentModel):
+class ALI(ReadyMade, LatentModel):
     """Adversarially learned inference (BiGAN): the two joints meet, ``q(x) q(z | x) = p(z) p(x | z)``.
 
         adversary:         min  E_q softplus(-T) + E_p softplus(T)                T ≈ log q(x, z) - log p(x, z)
@@ -66,6 +68,38 @@ class ALI(LatentModel):
         self.cycle = cycle
         self.penalty = penalty
         self.ratio = Logistic()
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        posterior: str = "gaussian",
+        likelihood: str | Likelihood = "straight_through",
+        prior: Any = None,
+        cycle: float = 0.0,
+        penalty: float = 0.0,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder, decoder and adversary are made of.
+            z_dim: Dimension ``D`` of a code.
+            posterior: See `Architecture.encoder`.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+            cycle: As for the class.
+            penalty: As for the class.
+        """
+        return cls(
+            networks.encoder(z_dim, posterior),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            networks.adversary(z_dim),
+            cycle=cycle,
+            penalty=penalty,
+        )
 
     def players(self, batch: Batch) -> list[Player]:
         return [

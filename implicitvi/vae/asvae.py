@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from implicitvi.errors import check_at_least
 from implicitvi.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 from implicitvi.vae.pairs import codes, parted, rows, slope
 
 
-class ASVAE(LatentModel):
+class ASVAE(ReadyMade, LatentModel):
     """The adversarial symmetric VAE: encoder and decoder exchange their roles in the two halves of the objective.
 
         E_q[log p(x | z) - T_q(z, x)] + E_p[log q(z | x) - T_p(z, x)]
@@ -60,6 +62,34 @@ class ASVAE(LatentModel):
         self.decoder_adversary = decoder_adversary
         self.penalty = penalty
         self.ratio = Logistic()
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        likelihood: str | Likelihood = "straight_through",
+        prior: Any = None,
+        penalty: float = 0.0,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder, decoder and both adversaries are made of.
+            z_dim: Dimension ``D`` of a code.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+            penalty: As for the class.
+        """
+        return cls(
+            networks.encoder(z_dim),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            networks.adversary(z_dim),
+            networks.adversary(z_dim),
+            penalty=penalty,
+        )
 
     def players(self, batch: Batch) -> list[Player]:
         adversaries = [self.encoder_adversary, self.decoder_adversary]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.errors import ShapeError
-from implicitvi.networks import side_by_side
+from implicitvi.networks import dense, side_by_side
 from implicitvi.samplers import LOG_RANGE
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade, size_of
 
 
-class AuxiliaryVAE(LatentModel):
+class AuxiliaryVAE(ReadyMade, LatentModel):
     """The variational autoencoder whose posterior is a mixture over an auxiliary variable ``a``.
 
         E_q[log p(x | z) + log p(z) + log p(a | x, z) - log q(a | x) - log q(z | a, x)]
@@ -62,6 +64,43 @@ class AuxiliaryVAE(LatentModel):
         super().__init__(TwoStageEncoder(encoder, second), decoder, prior)
         self.auxiliary = auxiliary
         self._probe_auxiliary()
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        auxiliary_dim: int | None = None,
+        hidden: Sequence[int] = (64,),
+        likelihood: str | Likelihood = "bernoulli",
+        prior: Any = None,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What the encoders and the decoder are made of.
+            z_dim: Dimension ``D`` of a code.
+            auxiliary_dim: Dimension ``A`` of the auxiliary variable; ``None`` for ``D``.
+            hidden: Widths of the layers from features and ``a`` to ``z``, and from features and ``z`` to ``a``.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+        """
+        size = z_dim if auxiliary_dim is None else auxiliary_dim
+
+        def conditional(given: int, drawn: int) -> ConditionalGaussian:
+            features = networks.features()
+            return ConditionalGaussian(
+                dense([given + size_of(networks, features), *hidden, 2 * drawn]), features
+            )
+
+        return cls(
+            networks.encoder(size),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            second=conditional(size, z_dim),
+            auxiliary=conditional(z_dim, size),
+        )
 
     def players(self, batch: Batch) -> list[Player]:
         arrows = [self.encoder, self.decoder, self.prior, self.auxiliary]

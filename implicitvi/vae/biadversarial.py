@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from implicitvi.errors import check_at_least, check_choice, check_positive
 from implicitvi.ratios import RATIOS, RatioLoss, capped_exp
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 from implicitvi.vae.pairs import codes, rows
 
 
@@ -31,7 +33,7 @@ def kl_bound(of_first: Tensor, of_second: Tensor, limit: float = inf) -> Tensor:
     return 1 + of_first.mean() - capped_exp(of_second, limit).mean()
 
 
-class BiadversarialVAE(LatentModel):
+class BiadversarialVAE(ReadyMade, LatentModel):
     """The biadversarial VAE: neither the encoder nor the decoder needs a density.
 
         min over encoder and decoder of  V₁ + V₂,  each the greatest over its adversary:
@@ -104,6 +106,39 @@ class BiadversarialVAE(LatentModel):
         self.ratio = ratio
         self.cycle = cycle
         self.limit = limit
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        posterior: str = "gaussian",
+        likelihood: str | Likelihood = "straight_through",
+        prior: Any = None,
+        ratio: str | RatioLoss = "logistic",
+        cycle: float = 0.0,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder, decoder and both adversaries are made of.
+            z_dim: Dimension ``D`` of a code.
+            posterior: See `Architecture.encoder`.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+            ratio: As for the class.
+            cycle: As for the class.
+        """
+        return cls(
+            networks.encoder(z_dim, posterior),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+            networks.adversary(z_dim),
+            networks.adversary(z_dim),
+            ratio=ratio,
+            cycle=cycle,
+        )
 
     def players(self, batch: Batch) -> list[Player]:
         adversaries = [a for a in (self.code_adversary, self.data_adversary) if a is not None]

@@ -489,17 +489,19 @@ def _binary(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
 
 def _iaf(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
     features = nets.features()
-    return FlowEncoder(features, InverseAutoregressiveFlow(z_dim, _size(nets, features)))
+    return FlowEncoder(features, InverseAutoregressiveFlow(z_dim, size_of(nets, features)))
 
 
 def _planar(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
     features = nets.features()
-    return FlowEncoder(features, PlanarFlow(z_dim, _size(nets, features)))
+    return FlowEncoder(features, PlanarFlow(z_dim, size_of(nets, features)))
 
 
 def _implicit(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
     features = nets.features()
-    sampler = GatedSampler(z_dim, noise_dim=noise_dim, context_dim=_size(nets, features), width=128)
+    sampler = GatedSampler(
+        z_dim, noise_dim=noise_dim, context_dim=size_of(nets, features), width=128
+    )
     return ImplicitEncoder(sampler, features)
 
 
@@ -511,7 +513,7 @@ def _injected(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Modu
 
 def _framed(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
     features = nets.features()
-    size = _size(nets, features)
+    size = size_of(nets, features)
     inner = GatedSampler(z_dim, noise_dim=noise_dim, context_dim=size, width=128)
     frame = samplers.GaussianEncoder(size, z_dim, hidden=())
     return ImplicitEncoder(EncodedSampler(inner, frame), features)
@@ -522,7 +524,7 @@ def _noise_basis(nets: Architecture, z_dim: int, noise_dim: int, num_basis: int)
     sampler = NoiseBasisSampler(
         z_dim,
         noise_dim=noise_dim,
-        context_dim=_size(nets, features),
+        context_dim=size_of(nets, features),
         num_basis=num_basis,
         hidden=nets.basis,
         mixing=(),
@@ -550,10 +552,10 @@ def _activated(layers: Sequence[nn.Module], activation: Callable[[], nn.Module])
 
 def _then_linear(nets: Architecture, outputs: int) -> nn.Module:
     features = nets.features()
-    return nn.Sequential(features, nn.Linear(_size(nets, features), outputs))
+    return nn.Sequential(features, nn.Linear(size_of(nets, features), outputs))
 
 
 @torch.no_grad()
-def _size(nets: Architecture, features: nn.Module) -> int:
+def size_of(nets: Architecture, features: nn.Module) -> int:
     """How many features there are."""
     return int(features(torch.zeros(1, *nets.x_shape)).shape[-1])

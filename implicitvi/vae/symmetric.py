@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from implicitvi.training.player import Metrics
 from implicitvi.vae.batches import tensor_of
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.fitting import VAEFit
+from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.networks import Architecture, ReadyMade
 
 Utility = Callable[[Tensor, Tensor], Tensor]
 Pairs = tuple[Tensor, Tensor]  # codes [M, D] and data [M, *x_shape]
 
 
-class SymmetricVAE(LatentModel):
+class SymmetricVAE(ReadyMade, LatentModel):
     """Nash equilibrium learning of a latent variable model: two players, each with a utility of its own.
 
         decoder:  max E_{x ~ data} E_{z ~ q(z | x)} log p(x | z)        (and of log p(z), where the prior is learned)
@@ -69,6 +71,31 @@ class SymmetricVAE(LatentModel):
                 do="Freeze it, prior.requires_grad_(False), or give its distribution a log_prob.",
             )
         self._pairs: Pairs | None = None
+
+    @classmethod
+    def assemble(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        posterior: str = "gaussian",
+        likelihood: str | Likelihood = "bernoulli",
+        prior: Any = None,
+    ) -> Self:
+        """The system of ready-made networks.
+
+        Args:
+            networks: What encoder and decoder are made of.
+            z_dim: Dimension ``D`` of a code.
+            posterior: See `Architecture.encoder`.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+        """
+        return cls(
+            networks.encoder(z_dim, posterior),
+            networks.decoder(z_dim, likelihood),
+            z_dim if prior is None else prior,
+        )
 
     def players(self, batch: Batch) -> list[Player]:
         pairs = None
