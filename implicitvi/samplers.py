@@ -256,7 +256,10 @@ class NoiseBasisSampler(Sampler):
         (cov_v,) = processes.average([torch.einsum("smd,sme->mde", centred, centred) / len(v)])
         mean = base + (a * mean_v).sum(-2)
         cov = torch.einsum("...md,mde,...me->...de", a, cov_v, a)
-        return self.place(mean), self.scale_tril @ cov @ self.scale_tril.mT
+        half = (
+            cov @ self.scale_tril.mT
+        ).mT.contiguous()  # one product for all rows, not one for each
+        return self.place(mean), half @ self.scale_tril.mT
 
 
 class SemiImplicitSampler(Sampler):
