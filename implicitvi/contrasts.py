@@ -128,7 +128,7 @@ class Gaussian(MultivariateNormal):
         if self._last is None or self._last[0] is not value or self._last[1] != tracked:
             shape = torch.broadcast_shapes(value.shape, self.loc.shape)
             rows = value.expand(shape).reshape(-1, *self.loc.shape)
-            standard = _whiten(rows, self.loc, self._unbroadcasted_scale_tril).reshape(shape)
+            standard = whiten(rows, self.loc, self._unbroadcasted_scale_tril).reshape(shape)
             self._last = (value, tracked, standard)
         return self._last[2]
 
@@ -206,7 +206,7 @@ class MixtureContrast(Contrast):
         return GaussianMixture(self.weights, self.locs, self.scale_trils)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        return _whiten(z, self.loc, self.scale_tril)
+        return whiten(z, self.loc, self.scale_tril)
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
@@ -217,7 +217,7 @@ class MixtureContrast(Contrast):
         """Spread the components over the draws, then take a few large steps on the batch."""
         loc, scale_tril = moments(z)
         z = _everyones(z)
-        chosen = _spread(_whiten(z, loc, scale_tril), self.components)
+        chosen = _spread(whiten(z, loc, scale_tril), self.components)
         processes.share([chosen])
         self.locs.copy_(z[chosen])
         self.covs.copy_(scale_tril @ scale_tril.mT / self.components)
@@ -345,7 +345,7 @@ class FlowContrast(Contrast):
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, TransformedDistribution)
         affine: Any = r.transforms[0]
-        return _whiten(z, affine.loc, affine.scale_tril)
+        return whiten(z, affine.loc, affine.scale_tril)
 
 
 def _spread(z: Tensor, count: int) -> Tensor:
@@ -382,7 +382,7 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     return loc, scale_tril
 
 
-def _whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+def whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
     """``scale_tril⁻¹ (z - loc)`` for ``z [..., (B,) D]``, one triangular solve for all draws of a context."""
     if loc.dim() == 1:
         rows: Tensor = torch.linalg.solve_triangular(scale_tril.mT, z - loc, upper=True, left=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 
-from implicitvi.contrasts import JITTER, Contrast
+from implicitvi.contrasts import JITTER, Contrast, whiten
 from implicitvi.errors import check_at_least
 
 Frame = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -95,13 +95,17 @@ class Placed(Distribution):
         self.loc = loc
         self.scale_tril = scale_tril
         self.base = base
-        unit = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-        self._inverse = torch.linalg.solve_triangular(scale_tril, unit, upper=False)
+        self._last: tuple[Tensor, bool, Tensor] | None = None
 
     def standardise(self, z: Tensor) -> Tensor:
-        """``L⁻¹ (z - m)`` of ``z [..., D]``."""
-        h: Tensor = (self._inverse @ (z - self.loc)[..., None]).squeeze(-1)
-        return h
+        """``L⁻¹ (z - m)`` of ``z [..., D]``, kept for the last ``z``: density and adversary ask for it in turn."""
+        tracked = torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not z or self._last[1] != tracked:
+            shape = torch.broadcast_shapes(z.shape, self.loc.shape)
+            rows = z.expand(shape).reshape(-1, *self.loc.shape)
+            standard = whiten(rows, self.loc, self.scale_tril).reshape(shape)
+            self._last = (z, tracked, standard)
+        return self._last[2]
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Independent draws ``[*sample_shape, *batch_shape, D]``."""

@@ -273,7 +273,8 @@ class NoiseBasisSampler(Sampler):
         # one network after the other: all at once takes M times the memory, and longer
         for scale, each in zip(a.unbind(-2), cov_v, strict=True):
             cov = torch.addcmul(cov, scale[..., :, None] * scale[..., None, :], each)
-        return self.place(mean), self.scale_tril @ cov @ self.scale_tril.mT
+        half = (cov @ self.scale_tril.mT).mT.contiguous()  # then one product for all rows
+        return self.place(mean), half @ self.scale_tril.mT
 
 
 class SemiImplicitSampler(Sampler):

@@ -243,6 +243,23 @@ def normalised(folder: Path) -> dict[str, Any]:
     return summary(done) | {"warned": [str(w.message) for w in caught]}
 
 
+class Mean(VAE):
+    """Its figure of validation data is their mean."""
+
+    def validate(self, x: Tensor) -> dict[str, Tensor]:
+        return {"mean": x.mean()}
+
+
+def validated(folder: Path) -> list[float]:
+    """17 rows in batches of 8, 8 and 1: of the last one process has none."""
+    model = Mean(vae().encoder, decoder(), Z)
+    return fit(model, data(40), validation=shaded(), epochs=1).validation["mean"]
+
+
+def shaded() -> Tensor:
+    return data(17) * torch.linspace(0, 1, 17)[:, None]
+
+
 CASES: dict[str, Callable[[Path], Any]] = {
     **{f"gradients of {name}": partial(gradients_together, name) for name in SYSTEMS},
     "planted": gradients_of_own_statistics,
@@ -253,6 +270,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "poisoned": poisoned_in_one,
     "resumed": resumed,
     "batches": batches_of_two,
+    "validated": validated,
     "normalised": normalised,
 }
 
@@ -365,6 +383,11 @@ def test_each_process_takes_its_rows_of_the_batch(kind: str, written: Written) -
         return
     for batch, whole in zip(together, written[0]["batches"]["alone"][kind], strict=True):
         assert torch.equal(batch, whole)
+
+
+def test_validation_weighs_every_row_the_same(written: Written) -> None:
+    for process in written:
+        assert process["validated"] == pytest.approx([shaded().mean().item()], rel=1e-6)
 
 
 def test_fewer_rows_than_processes_are_refused(written: Written) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -428,6 +429,7 @@ def test_data_that_cannot_be_are_refused(role: str, case: str) -> None:
         ({"lr": 0.0}, "lr is out of range"),
         ({"adversary_lr": (1e-3, -1.0)}, "adversary_lr is out of range"),
         ({"precision": "bfloat"}, "precision is not known; got 'bfloat'.*Did you mean 'bfloat16'"),
+        ({"compile": "autotune"}, "compile is not known; got 'autotune'.*'max-autotune'"),
         ({"ema": 1.0}, "ema is out of range; got 1.0, expected between 0 and 1"),
         ({"clip_norm": 0.0}, "clip_norm is out of range"),
         ({"max_skips": 0}, "max_skips is out of range"),
@@ -509,3 +511,11 @@ def test_encode_takes_what_fit_takes() -> None:
     assert model.encode(data().double().numpy()).shape == (20, Z)
     assert isinstance(model.prior(), torch.distributions.Distribution)
     assert not isinstance(model.encoder(data()), Implicit)
+
+
+def test_the_benchmark_shows_what_was_measured() -> None:
+    """Its table comes from the results file, and that from `make bench-vae`."""
+    import vae_bench
+
+    shown = vae_bench.table(json.loads(vae_bench.OUTPUT.read_text(encoding="utf-8")))
+    assert vae_bench.OUTPUT.with_suffix(".md").read_text(encoding="utf-8") == shown

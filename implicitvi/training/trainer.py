@@ -212,7 +212,11 @@ class Trainer:
         known = [g for g in gradients if g is not None]
         norm = torch.nn.utils.get_total_norm(known)
         finite = (loss + norm).isfinite()
-        clipped = iter(torch._foreach_mul(known, (self.clip_norm / norm).clamp(max=1.0)))
+        shrink = (self.clip_norm / norm).clamp(max=1.0)
+        # the CPU looks first, and saves a pass over all gradients; not in place, as two of them may be one tensor
+        if self._look_every > 1 or shrink != 1:
+            known = list(torch._foreach_mul(known, shrink))
+        clipped = iter(known)
         for parameter, gradient in zip(group["params"], gradients, strict=True):
             parameter.grad = None if gradient is None else next(clipped)
         group["lr"] = player.lr(stage)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from implicitvi.vae.model import LatentModel
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # options that decide the numbers of a fit: a checkpoint is taken up with the same ones only
 DECISIVE = (
     "epochs",
@@ -131,6 +132,8 @@ class Fitting:
                     raise OptionError(f"{option} cannot be called", got=repr(value))
         check_positive("clip_norm", self.clip_norm)
         check_choice("precision", self.precision, PRECISIONS)
+        if not isinstance(self.compile, bool):
+            check_choice("compile", self.compile, MODES)
         if self.ema is not None and not 0 < self.ema < 1:
             raise OptionError("ema is out of range", got=self.ema, expected="between 0 and 1")
         self.schedule(1)
