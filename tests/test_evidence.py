@@ -294,7 +294,8 @@ def test_steps_follow_the_pilot_and_its_weight_does_not_count() -> None:
     for first in (0.01, 10.0):  # the paper's first step, and one where nothing is accepted
         run = Annealing(num_steps=300, step_size=first).forward(SMALL.log_joint, loc, scale)
         assert run.log_weights.shape == (5, 3) and run.step_sizes.shape == (299, 3)
-        assert ((run.step_sizes[-1] > 0.7) & (run.step_sizes[-1] < 2.1)).all()
+        last = run.step_sizes[-1]  # 1.12, and its logarithm varies by 0.11 between runs
+        assert ((last > 0.63) & (last < 2.0)).all()
     fixed = Annealing(num_steps=10, adapt=False).forward(SMALL.log_joint, loc, scale)
     assert (fixed.step_sizes == 0.5).all()
 

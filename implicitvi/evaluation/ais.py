@@ -43,7 +43,7 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoidal": lambda t: (8 * t - 4).sigmoid(),  # Wu et al. 2017, with their δ = 4
 }
 
-_RATE = 0.1  # of the log step size, for each unit that the acceptance is above
+_RATE = 0.2  # of the log step size, for each unit that the acceptance is above
 _JITTER = 0.5  # share by which step sizes vary, lest a trajectory be one period of the posterior
 _FAR = 1e4  # standard deviations from the start at which f_1 is cut off, and a trajectory that diverges is caught
 
