@@ -18,7 +18,7 @@ from implicitvi.evaluation.ais import SCHEDULES, Annealed, Annealing, ais, bidir
 from implicitvi.evaluation.evidence import importance_sampling, quadrature
 from implicitvi.networks import dense
 from implicitvi.vae import VAE
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder
+from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, moments_of
 from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder, ImplicitDecoder
 from implicitvi.vae.priors import SampledPrior
 
@@ -153,12 +153,12 @@ def test_paths_go_from_zero_to_one() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("adapt", [True, False])
 def test_mean_weights_are_the_evidence_and_its_inverse(adapt: bool, dtype: torch.dtype) -> None:
-    """Few steps, long ones, and many chains; of 1 200 figures at other seeds none is outside the gate of 5."""
+    """Few steps, long ones, and many chains; of 600 such figures at other seeds the largest was 3.7."""
     there, back = short_runs(SMALL.to(dtype), adapt)
     exact = SMALL.log_evidence()
     assert (mean_weight_error(there, exact).abs() < 5).all()
     assert (mean_weight_error(back, -exact).abs() < 5).all()
-    assert 0.7 < there.acceptance.min() and there.acceptance.max() < 0.9
+    assert 0.8 < there.acceptance.min() and there.acceptance.max() < 0.95
 
 
 def always(acceptance: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def unnormalised(u: Tensor) -> Tensor:
 
 
 def without_its_end(self: Annealing) -> list[float]:
-    return [0.0, 0.2, 0.4, 0.6, 0.8, 0.95]
+    return [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_planted_bug_is_found(
 
 def short_runs(given: LinearGaussian, adapt: bool, chains: int = 4000) -> tuple[Annealed, Annealed]:
     """Chains forward; and as many backward, each from its own draw of the posterior."""
-    options = {"num_steps": 6, "num_leapfrog": 3, "step_size": 1.4, "adapt": adapt}
+    options = {"num_steps": 6, "num_leapfrog": 3, "step_size": 1.1, "adapt": adapt}
     mean, sd = given.posterior()
     loc, scale = mean + 0.7 * sd, 0.8 * sd
     there = Annealing(num_chains=chains, **options).forward(given.log_joint, loc, scale)
@@ -223,20 +223,20 @@ def test_ais_finds_the_evidence_of_images_from_a_wrong_start(
 ) -> None:
     given = IMAGES.to(dtype)
     loc, scale = wrong_starts(given)[start]
-    annealing = Annealing(num_chains=32, num_leapfrog=5)
+    annealing = Annealing(num_chains=20, num_leapfrog=5)
     run = annealing.forward(given.log_joint, loc, scale)
     exact = IMAGES.log_evidence()
     assert ((run.log_mean - exact).abs() < 0.2).all()
     assert (mean_weight_error(run, exact) < 5).all()  # overstates nothing
-    assert ((run.acceptance > 0.55) & (run.acceptance < 0.75)).all()
+    assert ((run.acceptance > 0.8) & (run.acceptance < 0.9)).all()
     assert run.log_mean.dtype == dtype
 
 
-def test_the_gate_of_images_would_see_a_shortened_run() -> None:
+def test_the_gate_of_images_would_see_chains_that_do_not_move() -> None:
     loc, scale = wrong_starts(IMAGES)["the prior"]
-    annealing = Annealing(num_steps=50, num_chains=5, num_leapfrog=5)
+    annealing = Annealing(num_steps=10, num_leapfrog=1, step_size=1e-3, adapt=False)
     run = annealing.forward(IMAGES.log_joint, loc, scale)
-    assert ((run.log_mean - IMAGES.log_evidence()) < -0.2).any()
+    assert (run.log_mean - IMAGES.log_evidence() < -0.2).any()
 
 
 def test_forward_and_backward_have_the_truth_between_them() -> None:
@@ -294,7 +294,8 @@ def test_steps_follow_the_pilot_and_its_weight_does_not_count() -> None:
     for first in (0.01, 10.0):  # the paper's first step, and one where nothing is accepted
         run = Annealing(num_steps=300, step_size=first).forward(SMALL.log_joint, loc, scale)
         assert run.log_weights.shape == (5, 3) and run.step_sizes.shape == (299, 3)
-        assert ((run.step_sizes[-1] > 0.7) & (run.step_sizes[-1] < 2.1)).all()
+        last = run.step_sizes[-1]  # 1.12, and its logarithm varies by 0.11 between runs
+        assert ((last > 0.63) & (last < 2.0)).all()
     fixed = Annealing(num_steps=10, adapt=False).forward(SMALL.log_joint, loc, scale)
     assert (fixed.step_sizes == 0.5).all()
 
@@ -326,6 +327,7 @@ def test_it_works_where_gradients_are_off_and_leaves_none() -> None:
         ("num_leapfrog", -1),
         ("step_size", 0.0),
         ("schedule", "linaer"),
+        ("acceptance", 1.0),
     ],
 )
 def test_a_bad_option_is_refused_by_name(option: str, value: object) -> None:
@@ -358,6 +360,8 @@ def test_a_log_joint_that_cannot_be_annealed_is_refused() -> None:
         ais(lambda z: SMALL.log_joint(z) * torch.nan, loc, scale)
     with pytest.raises(ShapeError, match="one posterior draw of each datum"):
         bidirectional(SMALL.log_joint, loc, scale, SMALL.z[:2])
+    with pytest.raises(ShapeError, match=r"step size for every transition .* got \(4, 3\)"):
+        Annealing(num_steps=9).backward(SMALL.log_joint, loc, scale, SMALL.z, torch.ones(4, 3))
 
 
 # quadrature
@@ -421,6 +425,18 @@ def test_three_ways_agree_on_a_model_of_four_points(fitted: VAE) -> None:
         estimate = fitted.log_evidence(POINTS, method, **options)
         assert estimate.shape == (4,) and not estimate.requires_grad
         assert ((estimate - exact).abs() < 0.2).all(), (method, options, estimate, exact)
+
+
+def test_bounds_hold_what_quadrature_finds_on_data_that_the_model_has_made(fitted: VAE) -> None:
+    z = fitted.prior().sample([100])
+    x = fitted.decoder(z).sample()
+    exact = fitted.log_evidence(x, "quadrature", points=100)
+    start = moments_of(fitted.encoder(x), 256)
+    lower, upper = bidirectional(
+        partial(fitted.log_joint, x=x), *start, z, num_steps=100, num_leapfrog=5
+    )
+    for gap in (exact - lower, upper - exact):
+        assert -5 * gap.std() / 10 < gap.mean() < 0.2
 
 
 def test_rows_at_a_time_and_seeds(fitted: VAE) -> None:

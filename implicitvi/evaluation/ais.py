@@ -28,7 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitvi.errors import ModelError, ShapeError, check_at_least, check_choice, check_positive
+from implicitvi.errors import (
+    ModelError,
+    OptionError,
+    ShapeError,
+    check_at_least,
+    check_choice,
+    check_positive,
+)
 from implicitvi.evaluation.evidence import LogJoint, check_start
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,9 +43,8 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoidal": lambda t: (8 * t - 4).sigmoid(),  # Wu et al. 2017, with their δ = 4
 }
 
-_ACCEPTANCE = 0.65  # in the middle of the AVB paper's 0.6 to 0.7
-_RATE = 0.1  # of the log step size, for each unit that the acceptance is above
-_JITTER = 0.2  # share by which step sizes vary, lest a trajectory be one period of the posterior
+_RATE = 0.2  # of the log step size, for each unit that the acceptance is above
+_JITTER = 0.5  # share by which step sizes vary, lest a trajectory be one period of the posterior
 _FAR = 1e4  # standard deviations from the start at which f_1 is cut off, and a trajectory that diverges is caught
 
 
@@ -69,7 +75,7 @@ class Annealing:
     The step size of each datum follows the acceptance of a pilot chain, which has no part in the estimate. Given the
     pilot, the transitions of all other chains are fixed, so that their weights stay exactly unbiased; if chains
     steered themselves, as in the code of the AVB paper, they would not be. Every transition varies its step size
-    by a fifth, for every chain by itself.
+    by up to a half, for every chain by itself.
 
     Args:
         num_steps: Intervals of ``β``; there is one transition between any two.
@@ -78,6 +84,8 @@ class Annealing:
         step_size: Of the first transition, in units of ``scale``.
         schedule: ``"linear"``, even steps of ``β``; or ``"sigmoidal"``, small ones at both ends, better from afar.
         adapt: Whether the step size follows the acceptance; one more chain runs if it does.
+        acceptance: What it is to be. That of the AVB paper, 0.65, has longer trajectories, of which a third come to
+            nothing: on Gaussians of 10 and 32 dimensions it takes 1.4 to 3 times as many steps for the same variance.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -89,12 +97,17 @@ class Annealing:
     step_size: float = 0.5
     schedule: str = "linear"
     adapt: bool = True
+    acceptance: float = 0.85
 
     def __post_init__(self) -> None:
         for option in ("num_steps", "num_chains", "num_leapfrog"):
             check_at_least(option, getattr(self, option), 1)
         check_positive("step_size", self.step_size)
         check_choice("schedule", self.schedule, SCHEDULES)
+        if not 0 < self.acceptance < 1:
+            raise OptionError(
+                "acceptance is out of range", got=self.acceptance, expected="between 0 and 1"
+            )
 
     def betas(self) -> list[float]:
         """The path from 0 to 1, ``num_steps + 1`` values."""
@@ -131,6 +144,13 @@ class Annealing:
                 depend on ``z``.
         """
         path = _Path(log_joint, loc, scale)
+        if step_sizes.shape != (self.num_steps - 1, len(loc)):
+            raise ShapeError(
+                "there has to be a step size for every transition of each datum",
+                got=tuple(step_sizes.shape),
+                expected=(self.num_steps - 1, len(loc)),
+                do="Take those of a run forward with the same options.",
+            )
         u = ((z - loc) / scale).expand(self.num_chains, *loc.shape)
         back = self._run(path, u, self.betas()[::-1], step_sizes.flip(0))
         return Annealed(back.log_weights, back.acceptance, step_sizes)
@@ -157,7 +177,7 @@ class Annealing:
             accepted += acceptance
             sizes.append(size)
             if self.adapt:
-                size = size * (_RATE * (acceptance[-1] - _ACCEPTANCE)).exp()
+                size = size * (_RATE * (acceptance[-1] - self.acceptance)).exp()
         return Annealed(
             log_weights[: self.num_chains],
             accepted[: self.num_chains].mean(0) / max(1, len(sizes)),

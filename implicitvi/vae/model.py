@@ -222,7 +222,7 @@ class LatentModel(nn.Module, ABC):
                 ``"prior"``, which owes nothing to the encoder and needs more steps.
             batch_size: Rows of data at a time; memory grows with it.
             seed: Seed of the method's own random numbers.
-            options: Options of the method.
+            options: Options of the method; those of ``"ais"`` are in `Annealing`.
 
         Raises:
             ModelError: The decoder or the prior has no density, or codes are discrete.
