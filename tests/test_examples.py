@@ -36,6 +36,13 @@ ROWS = {
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
     "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
     "09_vae_in_pyro.py": {"exact log evidence", "posterior mean error", "posterior sd ratio"},
+    "13_asvae_mixture.py": {"VAE", "ASVAE", "MarginalASVAE", "ALI"},
+    "14_biadversarial_bimodal.py": {
+        "Gaussian decoder",
+        "ALI",
+        "biadversarial",
+        "biadversarial, f-GAN",
+    },
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
@@ -49,6 +56,8 @@ PICTURES = {
     "07_empirical_bayes.py": {"empirical_bayes.png"},
     "08_item_response.py": {"item_response.png"},
     "09_vae_in_pyro.py": {"vae_in_pyro.png"},
+    "13_asvae_mixture.py": {"asvae_mixture.png"},
+    "14_biadversarial_bimodal.py": {"biadversarial_bimodal.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
@@ -65,6 +74,8 @@ BOUNDS = {
     "07_empirical_bayes.py": ("noise", 1, 0.6, 0.75),  # where the marginal likelihood is greatest
     "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
     "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
+    "13_asvae_mixture.py": ("VAE", 3, 0.5, 20.0),  # squared error, of data whose variance is 6.5
+    "14_biadversarial_bimodal.py": ("Gaussian decoder", 0, 0.3, 0.45),  # it blurs from the start
 }
 
 
