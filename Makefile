@@ -15,7 +15,7 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test accuracy conjugate bench lint types format clean
+.PHONY: help .venv demo test accuracy conjugate bench bench-vae lint types format clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ conjugate: $(STAMP) ## Measure the defaults where the posterior is known exactly
 
 bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py
+
+bench-vae: $(STAMP) ## Measure the training of latent variable models beside a loop by hand; writes docs/results
+	OMP_NUM_THREADS=1 $(BIN)/python tests/vae_bench.py
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .

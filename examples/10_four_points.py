@@ -74,7 +74,7 @@ def figures_of(model: LatentModel) -> dict[str, float]:
         "log likelihood": model.log_evidence(points, "quadrature").mean().item(),
         "reconstruction error": -model.decoder(z).log_prob(points).mean().item() / 4,
         "ELBO": elbo.mean().item(),
-        "KL(q(z)‖p(z))": knn_kl(aggregate, torch.randn(len(aggregate), 2)),
+        "KL of the codes": knn_kl(aggregate, torch.randn(len(aggregate), 2)),
     }
 
 
@@ -83,13 +83,13 @@ PAPER = {
         "log likelihood": -1.568,
         "reconstruction error": 88.5e-3,
         "ELBO": -1.697,
-        "KL(q(z)‖p(z))": 0.165,
+        "KL of the codes": 0.165,
     },
     "AVB": {
         "log likelihood": -1.403,
         "reconstruction error": 5.77e-3,
         "ELBO": -1.421,
-        "KL(q(z)‖p(z))": 0.026,
+        "KL of the codes": 0.026,
     },
 }
 

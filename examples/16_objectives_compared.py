@@ -1,9 +1,10 @@
 """Thirteen ways to learn one model: the same networks, the same data, the same number of steps.
 
-Digits of 8 x 8 pixels in black and white get codes in the plane, where the evidence of an image can be had by quadrature.
-The decoder is the same everywhere. What differs is how the codes are learned: by a bound with this or that posterior, by
-an adversary on codes, on pairs or on both, or by two players that each fit what the other one draws. The table says
-what each is good for: some give likely data, some sharp reconstructions, some codes that look like the prior.
+Digits of 8 x 8 pixels in black and white get codes in the plane, where the evidence of an image can be had by
+quadrature. The decoder is the same everywhere. What differs is how the codes are learned: by a bound with this or that
+posterior, by an adversary on codes, on pairs or on both, or by two players that each fit what the other one draws. The
+table says what each is good for: some give likely data, some sharp reconstructions, some codes that look like the
+prior.
 
 Run it with ``python examples/16_objectives_compared.py``; ``--smoke`` makes it quick and meaningless.
 """

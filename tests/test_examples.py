@@ -36,8 +36,37 @@ ROWS = {
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
     "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
     "09_vae_in_pyro.py": {"exact log evidence", "posterior mean error", "posterior sd ratio"},
+    "10_four_points.py": {
+        "log likelihood",
+        "reconstruction error",
+        "ELBO",
+        "KL of the codes",
+        "optimum",
+    },
     "12_faces.py": {"AVB", "VAE"},
+    "16_objectives_compared.py": {
+        "VAE",
+        "VAE, IAF",
+        "IWAE, 8 weights",
+        "auxiliary VAE",
+        "AVB",
+        "AVB + AC",
+        "AVB, f-GAN",
+        "AAE",
+        "ALI",
+        "ALICE",
+        "AS-VAE",
+        "biadversarial",
+        "SEL",
+    },
     "15_symmetric_equilibrium.py": {"labels only", "ELBO", "SEL", "Bayes' rule"},
+    "13_asvae_mixture.py": {"VAE", "ASVAE", "MarginalASVAE", "ALI"},
+    "14_biadversarial_bimodal.py": {
+        "Gaussian decoder",
+        "ALI",
+        "biadversarial",
+        "biadversarial, f-GAN",
+    },
 }
 OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
 PICTURES = {
@@ -51,8 +80,12 @@ PICTURES = {
     "07_empirical_bayes.py": {"empirical_bayes.png"},
     "08_item_response.py": {"item_response.png"},
     "09_vae_in_pyro.py": {"vae_in_pyro.png"},
+    "10_four_points.py": {"four_points.png"},
     "12_faces.py": {"faces.png"},
+    "16_objectives_compared.py": {"objectives_compared.png"},
     "15_symmetric_equilibrium.py": {"symmetric_bars.png", "symmetric_chain.png"},
+    "13_asvae_mixture.py": {"asvae_mixture.png"},
+    "14_biadversarial_bimodal.py": {"biadversarial_bimodal.png"},
 }
 # A number that even a tiny run gets right: row, column, least and greatest value.
 BOUNDS = {
@@ -71,6 +104,8 @@ BOUNDS = {
     "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
     "12_faces.py": ("VAE", 0, 0.005, 0.12),  # a grey picture is not far off
     "15_symmetric_equilibrium.py": ("Bayes' rule", 0, 0.98, 1.0),  # 64 pixels tell the code
+    "13_asvae_mixture.py": ("VAE", 3, 0.5, 20.0),  # squared error, of data whose variance is 6.5
+    "14_biadversarial_bimodal.py": ("Gaussian decoder", 0, 0.3, 0.45),  # it blurs from the start
 }
 
 

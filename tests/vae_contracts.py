@@ -108,8 +108,8 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
     ),
     "ALICE": lambda: ALI(explicit_encoder(), decoder(), Z, of_pairs(), cycle=1.0),
     "ASVAE": lambda: ASVAE(explicit_encoder(), decoder(), prior_draws, of_pairs(), of_pairs()),
-    "ASVAE, penalty": lambda: ASVAE(
-        explicit_encoder(), straight_through_decoder(), Z, of_pairs(), of_pairs(), penalty=0.1
+    "ASVAE, binary": lambda: ASVAE(
+        explicit_encoder(), straight_through_decoder(), Z, of_pairs(), of_pairs()
     ),
     "MarginalASVAE": lambda: MarginalASVAE(explicit_encoder(), decoder(), Z, of_data()),
     "BiadversarialVAE": lambda: BiadversarialVAE(

@@ -7,14 +7,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from implicitvi.errors import check_at_least
 from implicitvi.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.likelihoods import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.networks import Architecture, ReadyMade
-from implicitvi.vae.pairs import codes, parted, rows, slope
+from implicitvi.vae.pairs import codes, parted, rows
 
 
 class ASVAE(ReadyMade, LatentModel):
@@ -28,16 +27,20 @@ class ASVAE(ReadyMade, LatentModel):
     ``E log q(z) - KL(p(x, z) ‖ q(x, z))`` over the prior. With the adversaries held fixed, as here, its gradient is
     that of the two divergences.
 
+    The form is reconstructed from what the publication and its reviews say of the objective.
+
+    Start from arrows that a `VAE` has trained for a while: a new system takes them as they are. From scratch the log
+    densities pull harder than adversaries that have learned little (docs/decisions/0003-second-divergence.md).
+
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.
         decoder: ``p(x | z)``: draws with gradients, and a density.
         prior: ``p(z)``, of which draws are enough; the number ``D`` for ``N(0, I)``.
         encoder_adversary: ``T_q(z, x)``: codes ``[..., N, D]`` and data ``[N, *x_shape]`` to scores ``[..., N]``.
         decoder_adversary: ``T_p(z, x)``, likewise.
-        penalty: Weight of the adversaries' squared slope on their own pairs.
 
     References:
-        Adversarial Symmetric Variational Autoencoder, Yunchen Pu et al., 2017, eq. 8.
+        Adversarial Symmetric Variational Autoencoder, Yunchen Pu et al., 2017.
     """
 
     needs = {
@@ -53,14 +56,10 @@ class ASVAE(ReadyMade, LatentModel):
         prior: Any,
         encoder_adversary: nn.Module,
         decoder_adversary: nn.Module,
-        *,
-        penalty: float = 0.0,
     ):
-        check_at_least("penalty", penalty, 0)
         super().__init__(encoder, decoder, prior)
         self.encoder_adversary = encoder_adversary
         self.decoder_adversary = decoder_adversary
-        self.penalty = penalty
         self.ratio = Logistic()
 
     @classmethod
@@ -71,7 +70,6 @@ class ASVAE(ReadyMade, LatentModel):
         *,
         likelihood: str | Likelihood = "straight_through",
         prior: Any = None,
-        penalty: float = 0.0,
     ) -> Self:
         """The system of ready-made networks.
 
@@ -80,7 +78,6 @@ class ASVAE(ReadyMade, LatentModel):
             z_dim: Dimension ``D`` of a code.
             likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
             prior: As for the class; ``None`` for ``N(0, I)``.
-            penalty: As for the class.
         """
         return cls(
             networks.encoder(z_dim),
@@ -88,7 +85,6 @@ class ASVAE(ReadyMade, LatentModel):
             z_dim if prior is None else prior,
             networks.adversary(z_dim),
             networks.adversary(z_dim),
-            penalty=penalty,
         )
 
     def players(self, batch: Batch) -> list[Player]:
@@ -126,8 +122,6 @@ class ASVAE(ReadyMade, LatentModel):
         t_q, t_p = self.encoder_adversary, self.decoder_adversary
         loss = self.ratio.loss(t_q(z_q, x), t_q(z_other, x_p))
         loss = loss + self.ratio.loss(t_p(z_p, x_p), t_p(parted(z_q), x))
-        if self.penalty:
-            loss = loss + 0.5 * self.penalty * (slope(t_q, z_q, x) + slope(t_p, z_p, x_p))
         return loss, {}
 
     def _model_pairs(self, like: Tensor) -> tuple[Tensor, Tensor]:

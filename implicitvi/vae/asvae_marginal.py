@@ -27,7 +27,7 @@ class MarginalASVAE(LatentModel):
     With explicit arrows `ASVAE` asks its adversaries for more than is unknown: of ``KL(p(x, z) ‖ q(x, z))`` only the
     density of the data is. Here one adversary learns it, against a contrast ``r(x)`` that follows the data, as in
     Adaptive Contrast. At the optimal adversary the objective is the evidence lower bound less
-    ``λ KL(p(x, z) ‖ q(x, z))``.
+    ``λ KL(p(x, z) ‖ q(x, z))``. As for `ASVAE`, start from arrows that a `VAE` has trained.
 
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.

@@ -14,11 +14,10 @@ from implicitvi.adversaries import InformedAdversary
 from implicitvi.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
-    GaussianContrast,
     PriorContrast,
 )
 from implicitvi.errors import ModelError, check_choice
-from implicitvi.framed import FramedContrast, MomentContrast
+from implicitvi.framed import MomentContrast
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
@@ -133,7 +132,7 @@ class AVB(ReadyMade, LatentModel):
         """
         alone = contrast == "prior"
         if posterior is None:
-            posterior = networks.noise if alone else "framed"
+            posterior = networks.noise if alone else "noise_basis"
         return cls(
             networks.encoder(z_dim, posterior, noise_dim=noise_dim, num_basis=num_basis),
             networks.decoder(z_dim, likelihood),
@@ -200,8 +199,6 @@ class AVB(ReadyMade, LatentModel):
         if contrast == "prior":
             return _DrawsOfPrior(self.prior)
         blank = self.encoder(torch.zeros(1, *self.x_shape, device=self.device))
-        if isinstance(blank, Encoded) and blank.has_frame:
-            return FramedContrast(GaussianContrast(), lambda x: self._draws.recall(x).frame())
         if isinstance(blank, Encoded) and blank.has_moments:
             return MomentContrast(lambda count, x: self._draws.recall(x).moments(count))
         return DiagonalGaussianContrast()

@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from implicitvi.errors import OptionError, check_at_least
 from implicitvi.networks import Injected
-from implicitvi.samplers import LOG_RANGE, EncodedSampler, NoiseBasisSampler, Sampler
+from implicitvi.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 
@@ -85,8 +85,7 @@ class ImplicitEncoder(nn.Module):
     """Features of a datum, then a `Sampler` of them: ``z = f(ε, h(x))``.
 
     The features are computed once for all draws of a datum. With a `NoiseBasisSampler` the distribution it returns
-    also has ``moments``, in closed form given ``x``, for Adaptive Contrast (Mescheder et al. 2017, section 4); with an
-    `EncodedSampler` it has a ``frame``, the place and scale of each datum.
+    also has ``moments``, in closed form given ``x``, for Adaptive Contrast (Mescheder et al. 2017, section 4).
 
     Args:
         sampler: Sampler whose context is the features.
@@ -131,16 +130,6 @@ class Encoded(Implicit):
         """Conditional mean ``[B, D]`` and covariance ``[B, D, D]``: `NoiseBasisSampler.moments`."""
         assert isinstance(self.sampler, NoiseBasisSampler)
         return self.sampler.moments(num_samples, self.features)
-
-    @property
-    def has_frame(self) -> bool:
-        """Whether every datum has a place and a scale of its own."""
-        return isinstance(self.sampler, EncodedSampler)
-
-    def frame(self) -> tuple[Tensor, Tensor]:
-        """Location ``[B, D]`` and lower triangular scale ``[B, D, D]``: `EncodedSampler.frame`."""
-        assert isinstance(self.sampler, EncodedSampler)
-        return self.sampler.frame(self.features)
 
     def _sample(self, shape: torch.Size) -> Tensor:
         z: Tensor = self.sampler(shape.numel(), self.features)

@@ -40,7 +40,7 @@ class LatentModel(nn.Module, ABC):
 
     Every arrow is a module that returns a distribution. Implementing a system: subclass this, say in ``needs`` what the
     three must be able to do, and return its `Player` s from ``players``; then join the list in
-    ``tests/test_vae_laws.py``.
+    ``tests/vae_contracts.py``.
 
     Args:
         encoder: Data ``[B, *x_shape]`` to a distribution over codes: batch shape ``[B]``, event shape ``[D]``.

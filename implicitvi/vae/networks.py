@@ -19,11 +19,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from implicitvi import samplers
 from implicitvi.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
 from implicitvi.networks import dense
-from implicitvi.samplers import EncodedSampler, GatedSampler, NoiseBasisSampler
+from implicitvi.samplers import GatedSampler, NoiseBasisSampler
 from implicitvi.vae.encoders import (
     BinaryEncoder,
     DeterministicEncoder,
@@ -100,7 +99,7 @@ class Architecture(ABC):
         check_at_least("z_dim", z_dim, 1)
         check_choice("posterior", posterior, POSTERIORS)
         for option, value, users in (
-            ("noise_dim", noise_dim, ("implicit", "injected", "framed", "noise_basis")),
+            ("noise_dim", noise_dim, ("implicit", "injected", "noise_basis")),
             ("num_basis", num_basis, ("noise_basis",)),
         ):
             if value is not None:
@@ -511,14 +510,6 @@ def _injected(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Modu
     )
 
 
-def _framed(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
-    features = nets.features()
-    size = size_of(nets, features)
-    inner = GatedSampler(z_dim, noise_dim=noise_dim, context_dim=size, width=128)
-    frame = samplers.GaussianEncoder(size, z_dim, hidden=())
-    return ImplicitEncoder(EncodedSampler(inner, frame), features)
-
-
 def _noise_basis(nets: Architecture, z_dim: int, noise_dim: int, num_basis: int) -> nn.Module:
     features = nets.features()
     sampler = NoiseBasisSampler(
@@ -539,7 +530,6 @@ POSTERIORS: dict[str, Posterior] = {
     "binary": _binary,
     "implicit": _implicit,
     "injected": _injected,
-    "framed": _framed,
     "noise_basis": _noise_basis,
     "deterministic": _deterministic,
 }
