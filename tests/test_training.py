@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from implicitvi import StopTraining
 from implicitvi.errors import NonFiniteError, OptionError
 from implicitvi.training import History, Player, RandomStream, Schedule, Stage, Trainer
+from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics
 
 
@@ -189,6 +190,48 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     made._optimisers["one"] = Spy(made.players[0].module.parameters())
     made.step()
     assert sizes == [pytest.approx(10.0)]
+
+
+def test_an_unusual_gradient_is_cut_to_a_multiple_of_the_usual_one() -> None:
+    """A gradient 10,000 times the usual one moves a weight no further than four usual ones would have."""
+    slopes = iter([1.0] * 50 + [1e4] + [1.0] * 49)
+    moved = unusual(lambda: next(slopes), None)
+    calm = iter([1.0] * 50 + [4.0] + [1.0] * 49)
+    assert moved == pytest.approx(unusual(lambda: next(calm), 10.0), rel=1e-5)
+    slopes = iter([1.0] * 50 + [1e4] + [1.0] * 49)
+    assert abs(unusual(lambda: next(slopes), 1e9) - moved) > 0.2  # it leaps, then Adam stands still
+
+
+def test_what_is_usual_has_no_units_and_can_grow() -> None:
+    small, large = Clip(None), Clip(None)
+    norms = torch.rand(200, generator=torch.Generator().manual_seed(0)) + 0.1
+    cut = [small.shrink(norm) for norm in norms]
+    assert cut == [large.shrink(1024 * norm) for norm in norms]
+    for _ in range(200):  # a new level is usual in the end
+        last = small.shrink(torch.tensor(50.0))
+    assert last == 1
+
+
+def test_norms_that_say_nothing_are_not_remembered() -> None:
+    clip = Clip(None)
+    for norm in (0.0, 2.0, torch.nan, torch.inf):
+        clip.shrink(torch.tensor(norm))
+    assert clip.usual is not None and clip.usual.isfinite() and clip.usual > 0
+    again = Clip(None)
+    again.load_state_dict(clip.state_dict(), torch.zeros(()))
+    assert again.shrink(torch.tensor(9.0)) == clip.shrink(torch.tensor(9.0)) < 1
+
+
+def unusual(slope: Callable[[], float], clip_norm: float | None) -> float:
+    """How far a weight moves down slopes of its loss."""
+    made = Trainer(
+        [player(lambda module: slope() * module.w)],
+        schedule=Schedule(num_steps=100, lr=0.01, tempering=None),
+        stream=RandomStream(0),
+        clip_norm=clip_norm,
+    )
+    made.run(100)
+    return 1.0 - made.players[0].module.w.item()  # type: ignore[union-attr, operator]
 
 
 def test_a_stream_is_private_and_reproducible() -> None:

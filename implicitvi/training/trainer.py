@@ -15,6 +15,7 @@ from torch import Tensor
 
 from implicitvi.errors import NonFiniteError
 from implicitvi.training.callbacks import Callback, StopTraining
+from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics, Player
 from implicitvi.training.rng import RandomStream
 from implicitvi.training.schedule import Schedule, Stage
@@ -108,7 +109,7 @@ class Trainer:
         players: Who takes turns, in this order.
         schedule: Settings of every step.
         stream: Source of random numbers.
-        clip_norm: Bound of the global norm of each player's gradient.
+        clip_norm: Bound of the global norm of each player's gradient; ``None`` for one by what is usual (`Clip`).
         max_skips: Skipped turns of one player in a row that end the fit.
         explain: Says, in words, what is not finite, for the error.
         betas: Adam's moment decays. A low first one suits a game, where yesterday's gradient answers
@@ -124,7 +125,7 @@ class Trainer:
         *,
         schedule: Schedule,
         stream: RandomStream,
-        clip_norm: float = 10.0,
+        clip_norm: float | None = 10.0,
         max_skips: int = 20,
         explain: Callable[[], str] = str,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -135,7 +136,7 @@ class Trainer:
         self.players = tuple(players)
         self.schedule = schedule
         self.stream = stream
-        self.clip_norm = clip_norm
+        self._clips = {player.name: Clip(clip_norm) for player in self.players}
         self.max_skips = max_skips
         self.step_count = 0
         self.history = History()
@@ -212,7 +213,7 @@ class Trainer:
         known = [g for g in gradients if g is not None]
         norm = torch.nn.utils.get_total_norm(known)
         finite = (loss + norm).isfinite()
-        shrink = (self.clip_norm / norm).clamp(max=1.0)
+        shrink = self._clips[player.name].shrink(norm)
         # the CPU looks first, and saves a pass over all gradients; not in place, as two of them may be one tensor
         if self._look_every > 1 or shrink != 1:
             known = list(torch._foreach_mul(known, shrink))
@@ -275,6 +276,7 @@ class Trainer:
             "skipped": self.skipped,
             "players": {p.name: _copy(p.state_dict()) for p in self.players},
             "optimisers": {name: _copy(o.state_dict()) for name, o in self._optimisers.items()},
+            "clips": {name: clip.state_dict() for name, clip in self._clips.items()},
             "stream": self.stream.state_dict(),
             "history": self.history.state_dict(),
         }
@@ -288,6 +290,9 @@ class Trainer:
             player.load_state_dict(state["players"][player.name])
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(_copy(state["optimisers"][name]))
+        for player in self.players:
+            clip = self._clips[player.name]
+            clip.load_state_dict(state["clips"][player.name], player.parameters()[0])
         self.stream.load_state_dict(state["stream"])
         self.history.load_state_dict(state["history"])
         self._good = None

@@ -113,7 +113,7 @@ class Fitting:
     precision: str
     compile: bool | str
     ema: float | None
-    clip_norm: float
+    clip_norm: float | None
     max_skips: int
     checkpoint: str | Path | None
     seed: int | None
@@ -130,7 +130,8 @@ class Fitting:
             for value in values:
                 if not (callable(value) or value is None):
                     raise OptionError(f"{option} cannot be called", got=repr(value))
-        check_positive("clip_norm", self.clip_norm)
+        if self.clip_norm is not None:
+            check_positive("clip_norm", self.clip_norm)
         check_choice("precision", self.precision, PRECISIONS)
         if not isinstance(self.compile, bool):
             check_choice("compile", self.compile, MODES)

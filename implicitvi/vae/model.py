@@ -96,7 +96,7 @@ class LatentModel(nn.Module, ABC):
         precision: str = "float32",
         compile: bool | str = False,
         ema: float | None = None,
-        clip_norm: float = 100.0,
+        clip_norm: float | None = None,
         max_skips: int = 20,
         checkpoint: str | Path | None = None,
         seed: int | None = None,
@@ -125,7 +125,7 @@ class LatentModel(nn.Module, ABC):
                 losses stay as they are.
             compile: Whether torch compiles encoder, decoder and adversaries for this fit, or the mode in which.
             ema: Share of a running average of all weights that outlives each step; `VAEFit.averaged` has it.
-            clip_norm: Bound of the global norm of each player's gradient.
+            clip_norm: Bound of the norm of each player's gradient; ``None`` for four times what is usual (`Clip`).
             max_skips: Turns in a row without a finite loss and gradient that end the fit.
             checkpoint: Folder that keeps the state after every epoch. Where it holds one already, the fit goes on from
                 it, with the numbers that an uninterrupted fit would have had. A loader's own randomness must come
