@@ -15,10 +15,10 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test accuracy conjugate bench bench-vae lint types format clean
+.PHONY: help .venv demo test accuracy accuracy-vae conjugate bench bench-vae lint types format clean
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(STAMP) ## Make the virtual environment, with the tested versions
 
@@ -39,6 +39,9 @@ test: lint types ## Check style and types, then run the tests, doctests and exam
 
 accuracy: $(STAMP) ## Measure the defaults on Eight Schools beside an IAF guide; writes docs/results (an hour)
 	$(BIN)/python tests/accuracy.py
+
+accuracy-vae: $(STAMP) ## Measure latent variable models on four points and MNIST; writes docs/results (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/vae_accuracy.py
 
 conjugate: $(STAMP) ## Measure the defaults where the posterior is known exactly; writes docs/results (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conjugate.py

@@ -31,7 +31,7 @@ parser.add_argument("--seed", type=int, default=0, help="the first seed")
 parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
 options = parser.parse_args()
 torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
-epochs = 20 if options.smoke else 3000
+epochs = 20 if options.smoke else 6000
 draws = 250 if options.smoke else 2500
 
 # %%

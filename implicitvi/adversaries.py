@@ -134,9 +134,10 @@ class InformedAdversary(nn.Module):
 
 
 class PairwiseAdversary(nn.Module):
-    """``⟨θ(x), s(z)⟩ + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder et al. 2017, section 5.2).
+    """``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder et al. 2017, section 5.2, but for the ``√K``).
 
-    A datum is looked at once for all codes that are paired with it. The last term takes a standard normal contrast
+    A datum is looked at once for all codes that are paired with it. Without the root, one step of Adam moves a product
+    of hundreds of terms by tens of nats. The last term takes a standard normal contrast
     out of what has to be learned, so that the networks learn ``log q`` alone; less ``D``, it is 0 on average over that
     contrast. It helps where ``q`` is much narrower than the contrast, and is only in the way of an Adaptive Contrast,
     whose Gaussian is near ``q`` from the start. Where the networks end in a linear layer, what they add to it is 0
@@ -166,7 +167,8 @@ class PairwiseAdversary(nn.Module):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
         of_x, of_z = self.x_net(x), self.z_net(z)
-        scores: Tensor = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) + of_x[..., -1] + of_z[..., -1]
+        product = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) / (of_z.shape[-1] - 1) ** 0.5
+        scores: Tensor = product + of_x[..., -1] + of_z[..., -1]
         return scores + _half_square(z) if self.square else scores
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
+from torch.nn.functional import elu
 
 from implicitvi import processes
 from implicitvi.errors import OptionError, ShapeError, check_at_least
@@ -245,11 +246,14 @@ class NoiseBasisSampler(Sampler):
         return v
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``h⁰ [(B,) D]`` and positive ``a [(B,) M, D]``; the ``a²`` sum to 1 at the start."""
+        """``h⁰ [(B,) D]`` and positive ``a [(B,) M, D]``; the ``a²`` sum to 1 at the start.
+
+        ``a`` grows linearly in what the network says, as in the paper's code: an exponential runs away.
+        """
         raw = self.offset
         if self.mix is not None:
             raw = raw + self.mix(x).unflatten(-1, raw.shape)
-        return raw[..., 0, :], raw[..., 1:, :].exp() / self.num_basis**0.5
+        return raw[..., 0, :], (elu(raw[..., 1:, :]) + 1) / self.num_basis**0.5
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         base, a = self.coefficients(x)

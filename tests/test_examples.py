@@ -43,6 +43,7 @@ ROWS = {
         "KL of the codes",
         "optimum",
     },
+    "11_mnist.py": {"VAE", "AVB + AC"},
     "12_faces.py": {"AVB", "VAE"},
     "16_objectives_compared.py": {
         "VAE",
@@ -81,6 +82,7 @@ PICTURES = {
     "08_item_response.py": {"item_response.png"},
     "09_vae_in_pyro.py": {"vae_in_pyro.png"},
     "10_four_points.py": {"four_points.png"},
+    "11_mnist.py": {"mnist.png"},
     "12_faces.py": {"faces.png"},
     "16_objectives_compared.py": {"objectives_compared.png"},
     "15_symmetric_equilibrium.py": {"symmetric_bars.png", "symmetric_chain.png"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,6 +275,10 @@ def test_schedule_follows_its_words() -> None:
         num_particles=5, adversary_steps=2, lr=0.1, adversary_lr=0.2, tempering=None
     )
     assert constant.at(0) == constant.at(constant.num_steps)
+    rising = replace(schedule, warm_up=0.1)
+    assert [rising.at(step).lr for step in (0, 4, 9, 30)] == pytest.approx([1e-3, 5e-3, 1e-2, 1e-2])
+    assert rising.at(4).adversary_lr == pytest.approx(5e-4)
+    assert rising.at(80) == late
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,7 @@ def test_schedule_follows_its_words() -> None:
         ("adversary_lr", (1e-3, -1.0)),
         ("tempering", 2.0),
         ("cool", -0.1),
+        ("warm_up", 1.5),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(option: str, value: object) -> None:

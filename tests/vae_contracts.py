@@ -32,6 +32,7 @@ from implicitvi.vae.likelihoods import (
     StraightThroughLikelihood,
 )
 from implicitvi.vae.model import LatentModel
+from implicitvi.vae.symmetric import SymmetricVAE
 
 X, Z, A = 4, 2, 3  # dimensions of data, codes and the auxiliary variable
 
@@ -120,6 +121,10 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
     ),
     "BiadversarialVAE, cycle": lambda: BiadversarialVAE(
         explicit_encoder(), decoder(), Z, of_pairs(), of_pairs(), cycle=1.0
+    ),
+    "SymmetricVAE": lambda: SymmetricVAE(explicit_encoder(), bernoulli_decoder(), prior_draws),
+    "AVB, informed": lambda: AVB(
+        implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), informed=True, averaging=0.5
     ),
 }
 

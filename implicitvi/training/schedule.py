@@ -43,6 +43,8 @@ class Schedule:
             ``tempered`` of the fit. ``None`` or 1 leaves the density alone.
         tempered: Share of the steps over which ``β`` rises.
         cool: Share of the steps that make up the cool end.
+        warm_up: Share of the steps over which both rates rise from 0, linearly; 0 for none. Adam's first steps are as
+            large as the rate in every weight at once, whatever the gradients.
 
     >>> schedule = Schedule(num_steps=100, lr=1e-3, num_particles=(256, 1024), tempering=None)
     >>> [schedule.at(step).num_particles for step in (0, 50, 100)]
@@ -57,6 +59,7 @@ class Schedule:
     tempering: float | None = 0.1
     tempered: float = 1 / 3
     cool: float = 2 / 3
+    warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least("num_steps", self.num_steps, 1)
@@ -67,7 +70,12 @@ class Schedule:
         for option in ("lr", "adversary_lr"):
             for rate in _pair(option, getattr(self, option)):
                 check_positive(option, rate)
-        shares = {"tempered": self.tempered, "cool": self.cool, "tempering": self.tempering or 1}
+        shares = {
+            "tempered": self.tempered,
+            "cool": self.cool,
+            "warm_up": self.warm_up,
+            "tempering": self.tempering or 1,
+        }
         for option, share in shares.items():
             if not 0 <= share <= 1:
                 raise OptionError(f"{option} is out of range", got=share, expected="0 to 1")
@@ -76,12 +84,13 @@ class Schedule:
         """The settings of step ``step``, counted from 0; beyond the horizon those of the last step."""
         done = min(step / self.num_steps, 1.0)
         cooled = max(0.0, (done - (1 - self.cool)) / self.cool) if self.cool else 0.0
+        risen = min(1.0, (step + 1) / (self.warm_up * self.num_steps)) if self.warm_up else 1.0
         few, many = _pair("adversary_steps", self.adversary_steps)
         return Stage(
             num_particles=round(_geometric(*_pair("num_particles", self.num_particles), cooled)),
             adversary_steps=round(few + (many - few) * cooled),
-            lr=_geometric(*_pair("lr", self.lr), cooled),
-            adversary_lr=_geometric(*_pair("adversary_lr", self.adversary_lr), cooled),
+            lr=risen * _geometric(*_pair("lr", self.lr), cooled),
+            adversary_lr=risen * _geometric(*_pair("adversary_lr", self.adversary_lr), cooled),
             beta=self._beta(done),
         )
 

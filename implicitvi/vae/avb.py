@@ -123,7 +123,7 @@ class AVB(ReadyMade, LatentModel):
                 noise basis under Adaptive Contrast, and the networks' own kind under the prior.
             likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
             prior: As for the class; ``None`` for ``N(0, I)``.
-            noise_dim: Dimension of the noise; ``None`` for ``2 D``.
+            noise_dim: Dimension of the noise; ``None`` for ``2 D``, and at least 8.
             num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
             ratio: As for the class.
             informed: As for the class.

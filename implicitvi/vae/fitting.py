@@ -42,6 +42,7 @@ from implicitvi.vae.batches import Batches, TensorBatches, Transform, batches_of
 if TYPE_CHECKING:
     from implicitvi.vae.model import LatentModel
 
+WARM_UP = 0.05  # share of the steps over which the rates rise from 0
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # options that decide the numbers of a fit: a checkpoint is taken up with the same ones only
@@ -148,6 +149,7 @@ class Fitting:
             lr=self.lr,
             adversary_lr=self.adversary_lr,
             tempering=None,
+            warm_up=WARM_UP,
         )
 
     def run(self, model: LatentModel, train: Any, validation: Any) -> VAEFit:

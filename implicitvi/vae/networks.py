@@ -93,7 +93,8 @@ class Architecture(ABC):
             posterior: With a density: ``"gaussian"``, the flows ``"iaf"`` and ``"planar"``, and ``"binary"``. With
                 draws only: ``"implicit"``, features and noise through one more network; ``"injected"``, noise added
                 after every layer; ``"noise_basis"``, whose moments given ``x`` are known; ``"deterministic"``.
-            noise_dim: Dimension of the noise, or of that of each network of a basis; ``None`` for ``2 D``.
+            noise_dim: Dimension of the noise, or of that of each network of a basis; ``None`` for ``2 D``, and at
+                least 8.
             num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
         """
         check_at_least("z_dim", z_dim, 1)
@@ -111,7 +112,7 @@ class Architecture(ABC):
                         expected=f"one of {', '.join(map(repr, users))}",
                     )
         return POSTERIORS[posterior](
-            self, z_dim, noise_dim or 2 * z_dim, num_basis or max(8, z_dim)
+            self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim)
         )
 
     def decoder(self, z_dim: int, likelihood: str | Likelihood = "bernoulli") -> Decoder:
