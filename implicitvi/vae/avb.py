@@ -86,9 +86,10 @@ class AVB(ReadyMade, LatentModel):
             )
         self.adversary = InformedAdversary(adversary) if informed else adversary
         self._draws = _Remembering(self.encoder)
+        self.contrast = self._contrast(contrast)
         self._objective = objectives.AVB(
             self._draws,  # type: ignore[arg-type]  # all it asks of a sampler is draws
-            self._contrast(contrast),
+            self.contrast,
             self.adversary,
             ratio=ratio,
             averaging=averaging,
@@ -166,10 +167,16 @@ class AVB(ReadyMade, LatentModel):
             losses,
             lr=lambda stage: stage.adversary_lr,
             follow=self._objective.keep_average,
-            followers=() if average is None else (average,),
+            followers=(self.contrast, *([] if average is None else [average])),
         )
         arrows = [self.encoder, self.decoder, self.prior]
-        return [adversary, self.player("model", arrows, self._loss, batch)]
+        players = [adversary, self.player("model", arrows, self._loss, batch)]
+        if any(p.requires_grad for p in self.contrast.parameters()):
+            fitted = self.player(
+                "contrast", [self.contrast], self._contrast_loss, batch, adversary=True
+            )
+            players.insert(0, fitted)
+        return players
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """The objective of each datum ``x [B, *x_shape]``: ``[num_samples, B]`` in nats, an estimate and no bound."""
@@ -193,6 +200,9 @@ class AVB(ReadyMade, LatentModel):
         elbo, dropped = self._objective.elbo(stage.num_particles, self._log_joint(x), x)
         return (-elbo.mean() if len(elbo) else None), {"dropped": dropped}
 
+    def _contrast_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+        return self._objective.contrast_loss(stage.num_particles, x), {}
+
     def _contrast(self, contrast: str | Contrast) -> Contrast:
         if isinstance(contrast, Contrast):
             return contrast
@@ -200,7 +210,9 @@ class AVB(ReadyMade, LatentModel):
             return _DrawsOfPrior(self.prior)
         blank = self.encoder(torch.zeros(1, *self.x_shape, device=self.device))
         if isinstance(blank, Encoded) and blank.has_moments:
-            return MomentContrast(lambda count, x: self._draws.recall(x).moments(count))
+            return MomentContrast(
+                self._draws.moments
+            )  # a method: a copy of the model takes its own
         return DiagonalGaussianContrast()
 
 
@@ -218,10 +230,12 @@ class _Remembering:
         z: Tensor = q.rsample(torch.Size([num_samples]))
         return z
 
-    def recall(self, x: Tensor) -> Encoded:
-        """``q(z | x)`` of the last draws, where they were of ``x``; it is forgotten."""
+    def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional moments given ``x``, of the last draws where they were of it; they are forgotten."""
         last, self._last = self._last, None
-        return last[1] if last is not None and last[0] is x else self._encoder(x)
+        q = last[1] if last is not None and last[0] is x else self._encoder(x)
+        mean, cov = q.moments(num_samples)
+        return mean, cov
 
 
 class _DrawsOfPrior(PriorContrast):
