@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch.nn.functional import pad
 
 from implicitvi.datasets import binarise, digits
 from implicitvi.evaluation import knn_kl
@@ -78,7 +79,7 @@ def row(model: LatentModel, seconds: float) -> list[float]:
     # an encoder without noise repeats its codes; a little of it makes them comparable
     codes = codes + 1e-3 * torch.randn_like(codes)
     return [
-        model.log_evidence(x_test, "quadrature", low=-8, high=8).mean().item(),
+        model.log_evidence(x_test[:100], "quadrature", points=200).mean().item(),
         likelihood.item(),
         knn_kl(codes, torch.randn_like(codes)),
         seconds,
@@ -114,8 +115,9 @@ for (above, below), (name, model) in zip(pairs, fitted.items(), strict=False):
     above.set(title=f"{name}\nlog p(x) = {rows[name][0]:.1f}", xlim=(-4, 4), ylim=(-4, 4))
     above.set(xticks=[-3, 0, 3], yticks=[-3, 0, 3], aspect="equal")
     torch.manual_seed(options.seed)
-    images = model.decode(torch.randn(25, 2)).reshape(5, 5, 8, 8)
-    below.imshow(images.permute(0, 2, 1, 3).reshape(40, 40).numpy(), cmap="gray_r", vmin=0, vmax=1)
+    images = pad(model.decode(torch.randn(25, 2)).reshape(5, 5, 8, 8), (1, 1, 1, 1))
+    mosaic = images.permute(0, 2, 1, 3).reshape(50, 50).numpy()
+    below.imshow(mosaic, cmap="gray_r", vmin=0, vmax=1)
     below.set(xticks=[], yticks=[])
 for unused in [ax for pair in pairs[len(fitted) :] for ax in pair]:
     unused.set_axis_off()

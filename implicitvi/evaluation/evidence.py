@@ -86,7 +86,7 @@ def quadrature(
     something out is refused, not believed.
 
     Args:
-        log_joint: ``z [S, B, D]`` to ``log p(x, z) [S, B]``.
+        log_joint: ``z [S, 1, D]`` to ``log p(x, z) [S, B]``.
         loc: Of the right shape ``[B, D]``; the values are not used.
         scale: Not used.
         low: Where the grid begins along each dimension.
@@ -110,7 +110,8 @@ def quadrature(
     edges = torch.linspace(low, high, points + 1, dtype=loc.dtype, device=loc.device)
     middle = (edges[1:] + edges[:-1]) / 2
     grid = torch.cartesian_prod(*[middle] * dim).reshape(-1, 1, dim)
-    parts = [log_joint(part.expand(-1, batch, -1)) for part in grid.split(max(1, chunk // batch))]
+    # the codes are the same for all data: [S, 1, D] is decoded once, and meets each datum in its score
+    parts = [log_joint(part).expand(-1, batch) for part in grid.split(max(1, chunk // batch))]
     log_p = torch.cat(parts).reshape(*[points] * dim, batch)
     total = log_p.flatten(0, -2).logsumexp(0)
     _check_grid(log_p, total)
