@@ -89,7 +89,7 @@ def table(result: dict[str, Any]) -> str:
     for data in EPOCHS:
         of_data = [r for r in result["rows"] if r["data"] == data]
         if not of_data:
-            lines += [f"{data}: left out, the data were not at hand.", ""]
+            lines += [f"{data}: left out of this run.", ""]
             continue
         names = list(of_data[0]["figures"])
         lines += [f"## {data}, {EPOCHS[data]} epochs", ""]
