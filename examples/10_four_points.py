@@ -101,7 +101,7 @@ for seed in range(options.seed, options.seed + options.seeds):
         runs.append({name: figures_of(model) for name, model in fitted.items()})
     print({name: round(run["log likelihood"], 4) for name, run in runs[-1].items()})
 
-print(f"\n{'':24}{'VAE':>10}{'paper':>10}{'AVB':>10}{'paper':>10}")
+print(f"\n{'figure':24}{'VAE':>10}{'paper':>10}{'AVB':>10}{'paper':>10}")
 for row in PAPER["VAE"]:
     line = f"{row:24}"
     for name in ("VAE", "AVB"):

@@ -19,7 +19,9 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitvi.datasets import digits, mnist
@@ -96,7 +98,9 @@ for name, system in (("VAE", VAE), ("AVB + AC", AVB)):
     rows[name] = [n.item() for n in numbers] + [fit.rows_per_second, fit.seconds]
     fitted[name] = model
 
-print(f"\n{'':10}{'log p(x)':>10}{'+-':>8}{'bound':>10}{'log p(x|z)':>12}{'images/s':>10}{'s':>8}")
+print(
+    f"\n{'system':10}{'log p(x)':>10}{'+-':>8}{'bound':>10}{'log p(x|z)':>12}{'images/s':>10}{'s':>8}"
+)
 for name, numbers in rows.items():
     head = "".join(f"{n:{w}.2f}" for n, w in zip(numbers[:4], (10, 8, 10, 12), strict=True))
     print(f"{name:10}{head}{numbers[4]:10.0f}{numbers[5]:8.1f}")
@@ -111,11 +115,11 @@ figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", width
 count = min(10, len(test))
 
 
-def mosaic(images: Tensor, columns: int) -> Tensor:
+def mosaic(images: Tensor, columns: int) -> NDArray[np.float32]:
     """Images ``[N, 1, H, W]`` as one picture."""
     *_, height, width = images.shape
     tiles = images.cpu().reshape(-1, columns, height, width).permute(0, 2, 1, 3)
-    return tiles.reshape(-1, columns * width)
+    return tiles.reshape(-1, columns * width).numpy()
 
 
 shown = test[:count]

@@ -96,7 +96,7 @@ for name, (system, arguments) in SYSTEMS.items():
     rows[name], fitted[name] = row(model, fit.seconds), model
     print(fit)
 
-print(f"\n{'':20}{'log p(x)':>12}{'log p(x|z)':>12}{'KL codes':>12}{'seconds':>12}")
+print(f"\n{'system':20}{'log p(x)':>12}{'log p(x|z)':>12}{'KL codes':>12}{'seconds':>12}")
 for name, numbers in rows.items():
     print(f"{name:20}" + "".join(f"{number:12.2f}" for number in numbers))
 print("\nnats an image never seen, exact; nats an image; nats between all codes and the prior\n")

@@ -206,7 +206,7 @@ OTHERS: dict[str, tuple[Callable[[], LatentModel], dict[str, Any], str]] = {
         r"weights; got encoder.network.0.weight: \[8, 6\], expected encoder.network.0.weight: \[12, 6\]",
     ),
     "epochs": (vae, {"epochs": 5}, "options; got epochs: 4, expected epochs: 5"),
-    "rate": (vae, {"lr": 0.01}, r"options; got lr: \(0.001, 1e-05\), expected lr: 0.01"),
+    "rate": (vae, {"lr": 0.01}, r"options; got lr: \(0.003, 0.0002\), expected lr: 0.01"),
     "average": (vae, {"ema": None}, "options; got ema: 0.9, expected ema: None"),
     "seed": (vae, {"seed": 1}, "options; got seed: 0, expected seed: 1"),
     "data": (vae, {"train": data(50)}, "steps of an epoch; got 2, expected 6"),
@@ -230,5 +230,5 @@ def test_what_belongs_to_another_fit_is_refused(case: str, tmp_path: Path) -> No
 def test_an_averaged_adversary_is_no_plain_one(tmp_path: Path) -> None:
     """What a player has besides the model's weights is part of the state."""
     resumable(avb(averaging=0.5), tmp_path, data)
-    with pytest.raises(CheckpointError, match="weights; got adversary: followers.0.weight"):
+    with pytest.raises(CheckpointError, match="weights; got adversary: followers.1.x_net.0.weight"):
         resumable(avb(), tmp_path, data)

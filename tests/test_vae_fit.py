@@ -248,7 +248,13 @@ def test_a_real_interrupt_while_it_validates_keeps_what_was_learned() -> None:
 
     torch.manual_seed(0)
     model = Interrupted(GaussianEncoder(dense([X, H, 2 * Z])), decoder(), Z)
-    done = fit(model, validation=data())
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background ignores it
+    try:
+        done = fit(model, validation=data())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.stop_reason, done.validation) == ("interrupted", {})
     assert len(done.history["model"]) == 2
 
