@@ -70,9 +70,7 @@ class AAE(ReadyMade, LatentModel):
             prior: As for the class; ``None`` for ``N(0, I)``.
         """
         return cls(
-            networks.encoder(z_dim, posterior),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(z_dim, posterior, likelihood, prior),
             GatedAdversary(z_dim),
         )
 

@@ -93,9 +93,7 @@ class ALI(ReadyMade, LatentModel):
             penalty: As for the class.
         """
         return cls(
-            networks.encoder(z_dim, posterior),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(z_dim, posterior, likelihood, prior),
             networks.adversary(z_dim),
             cycle=cycle,
             penalty=penalty,

@@ -80,9 +80,7 @@ class ASVAE(ReadyMade, LatentModel):
             prior: As for the class; ``None`` for ``N(0, I)``.
         """
         return cls(
-            networks.encoder(z_dim),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(z_dim, "gaussian", likelihood, prior),
             networks.adversary(z_dim),
             networks.adversary(z_dim),
         )

@@ -135,9 +135,9 @@ class AVB(ReadyMade, LatentModel):
         if posterior is None:
             posterior = networks.noise if alone else "noise_basis"
         return cls(
-            networks.encoder(z_dim, posterior, noise_dim=noise_dim, num_basis=num_basis),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(
+                z_dim, posterior, likelihood, prior, noise_dim=noise_dim, num_basis=num_basis
+            ),
             networks.adversary(z_dim, square=alone),
             contrast=contrast,
             ratio=ratio,

@@ -131,9 +131,7 @@ class BiadversarialVAE(ReadyMade, LatentModel):
             cycle: As for the class.
         """
         return cls(
-            networks.encoder(z_dim, posterior),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(z_dim, posterior, likelihood, prior),
             networks.adversary(z_dim),
             networks.adversary(z_dim),
             ratio=ratio,

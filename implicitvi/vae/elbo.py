@@ -89,9 +89,7 @@ class VAE(ReadyMade, LatentModel):
             num_importance: As for the class.
         """
         return cls(
-            networks.encoder(z_dim, posterior),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(z_dim, posterior, likelihood, prior),
             num_importance=num_importance,
         )
 

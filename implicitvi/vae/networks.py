@@ -132,6 +132,18 @@ class Architecture(ABC):
             )
         return Decoder(self.outputs(z_dim, made.size), made)
 
+    def arrows(
+        self,
+        z_dim: int,
+        posterior: str,
+        likelihood: str | Likelihood,
+        prior: Any,
+        **noise: int | None,
+    ) -> tuple[nn.Module, nn.Module, Any]:
+        """Encoder, decoder and prior of a system: `encoder`, `decoder`, and ``N(0, I)`` where the prior is ``None``."""
+        encoder = self.encoder(z_dim, posterior, **noise)
+        return encoder, self.decoder(z_dim, likelihood), z_dim if prior is None else prior
+
 
 class Dense(Architecture):
     """Multilayer perceptrons on the entries of a datum in one row.

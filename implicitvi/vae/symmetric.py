@@ -92,9 +92,7 @@ class SymmetricVAE(ReadyMade, LatentModel):
             prior: As for the class; ``None`` for ``N(0, I)``.
         """
         return cls(
-            networks.encoder(z_dim, posterior),
-            networks.decoder(z_dim, likelihood),
-            z_dim if prior is None else prior,
+            *networks.arrows(z_dim, posterior, likelihood, prior),
         )
 
     def players(self, batch: Batch) -> list[Player]:
