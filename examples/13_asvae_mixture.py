@@ -131,7 +131,7 @@ for name, rows in results.items():
 # ------------
 # Draws of each model, and the circles that hold 99 % of each Gaussian.
 
-figure, axes = plt.subplots(1, len(fitted), figsize=(13, 4), layout="constrained", sharey=True)
+figure, axes = plt.subplots(1, len(fitted), figsize=(13, 4.2), layout="constrained", sharey=True)
 for ax, (name, model) in zip(axes, fitted.items(), strict=True):
     draws = model.sample(3000)
     ax.scatter(*draws.T.numpy(), s=2, color="#0072B2", alpha=0.5, linewidths=0)
