@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, elu, softplus
 
 from implicitvi.adversaries import PairwiseAdversary
 from implicitvi.networks import dense
@@ -103,30 +103,20 @@ class VAEByHand(ByHand):
 
 
 class AVBByHand(ByHand):
-    """Adaptive Contrast with the closed-form moments of the noise basis, and an informed pairwise adversary."""
+    """Adaptive Contrast with the closed-form moments of the noise basis, and a pairwise adversary."""
 
     def step(self, x: Tensor) -> float:
         encoder, generator = self.model.encoder, self.model.decoder
-        adversary, theirs = self.model.adversary, list(self.model.adversary.parameters())
         with torch.no_grad():
             z, loc, root = self.encode(x)
-            eps = torch.randn_like(z)
-            standard = torch.stack([self.whiten(z, loc, root), eps])
-            both = torch.stack([z, loc + (root @ eps[..., None]).squeeze(-1)])
-            gap = self.log_joint(both, x) - self.log_contrast(standard, root)
-            middle = 0.9 * adversary.centre + 0.1 * gap[0].nanmedian()
-            adversary.centre.copy_(middle if middle.isfinite() else gap[0].nanmedian())
-            hint = (gap - adversary.centre).clamp(-20, 20)
-        t_q, t_r = self.pairwise(standard, x) + adversary.weight * hint
+            standard = torch.stack([self.whiten(z, loc, root), torch.randn_like(z)])
+        t_q, t_r = self.pairwise(standard, x)
+        theirs = list(self.model.adversary.parameters())
         self.descend("adversary", softplus(-t_q).mean() + softplus(t_r).mean(), theirs, 2e-3)
         z, loc, root = self.encode(x)
-        heard, a = z.view_as(z), adversary.weight.detach()
         standard = self.whiten(z, loc, root)
         log_r = self.log_contrast(standard, root)
-        heard.register_hook(lambda g: g * (1 - a * (hint.abs() < 20))[..., None])
-        log_p = self.log_joint(heard, x)
-        hint = (log_p.detach() - log_r - adversary.centre).clamp(-20, 20)
-        loss = -(log_p - log_r - self.pairwise(standard, x) - adversary.weight * hint).mean()
+        loss = -(self.log_joint(z, x) - log_r - self.pairwise(standard, x)).mean()
         ours = [*encoder.parameters(), *generator.parameters()]
         return self.descend("model", loss, ours, 1e-3)
 
@@ -135,22 +125,23 @@ class AVBByHand(ByHand):
         sampler = self.model.encoder.sampler
         h = self.model.encoder.features(x)
         raw = sampler.offset + sampler.mix(h).unflatten(-1, sampler.offset.shape)
-        base, a = raw[:, 0], raw[:, 1:].exp() / sampler.num_basis**0.5
+        base, a = raw[:, 0], (elu(raw[:, 1:]) + 1) / sampler.num_basis**0.5
         z = base + (a * self.basis(len(x))).sum(1)
         with torch.no_grad():
             v = self.basis(512)
             mean_v = v.mean(0)
             centred = v - mean_v
             cov_v = torch.einsum("smd,sme->mde", centred, centred) / 512
-            cov = torch.einsum("bmd,mde,bme->bde", a, cov_v, a)
+            cov = torch.zeros_like(cov_v[0])
+            for scale, each in zip(a.unbind(1), cov_v, strict=True):
+                cov = torch.addcmul(cov, scale[:, :, None] * scale[:, None, :], each)
             loc = base + (a * mean_v).sum(1)
             jitter = torch.diag_embed(1e-5 * cov.diagonal(dim1=-2, dim2=-1) + 1e-12)
             return z, loc, torch.linalg.cholesky(cov + jitter)
 
     def basis(self, count: int) -> Tensor:
-        noise = torch.randn(count, 8, D).unbind(1)
-        nets = self.model.encoder.sampler.basis
-        return torch.stack([v(e) for v, e in zip(nets, noise, strict=True)], 1)
+        v: Tensor = self.model.encoder.sampler.basis(torch.randn(count, 8, D))
+        return v
 
     def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
         logits = self.model.decoder.network(z)
@@ -159,10 +150,10 @@ class AVBByHand(ByHand):
         return likelihood + normal(z)
 
     def pairwise(self, z: Tensor, x: Tensor) -> Tensor:
-        pair = self.model.adversary.network
+        pair = self.model.adversary
         of_x, of_z = pair.x_net(x), pair.z_net(z)
-        inner = (of_x[..., :-1] * of_z[..., :-1]).sum(-1)
-        return inner + of_x[..., -1] + of_z[..., -1] + 0.5 * z.square().sum(-1)
+        inner = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) / H**0.5
+        return inner + of_x[..., -1] + of_z[..., -1] + 0.5 * (z.square() - 1).sum(-1)
 
     @staticmethod
     def whiten(z: Tensor, loc: Tensor, root: Tensor) -> Tensor:
