@@ -137,11 +137,10 @@ class PairwiseAdversary(nn.Module):
     """``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder et al. 2017, section 5.2, but for the ``√K``).
 
     A datum is looked at once for all codes that are paired with it. Without the root, one step of Adam moves a product
-    of hundreds of terms by tens of nats. The last term takes a standard normal contrast
-    out of what has to be learned, so that the networks learn ``log q`` alone; less ``D``, it is 0 on average over that
-    contrast. It helps where ``q`` is much narrower than the contrast, and is only in the way of an Adaptive Contrast,
-    whose Gaussian is near ``q`` from the start. Where the networks end in a linear layer, what they add to it is 0
-    at the start.
+    of hundreds of terms by tens of nats. The last term takes a standard normal contrast out of what has to be learned,
+    so that the networks learn ``log q`` alone; less ``D``, it is 0 on average over that contrast. It helps where ``q``
+    is much narrower than the contrast, and is only in the way of an Adaptive Contrast, whose Gaussian is near ``q``
+    from the start. Where the networks end in a linear layer, what they add to it is 0 at the start.
 
     Args:
         x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.

@@ -18,9 +18,10 @@ from torch import Tensor
 from implicitvi.amortized import AmortizedSampler
 from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB, finite_draws, tighten
-from implicitvi.problem import Arguments, Turn, follow_contrast
+from implicitvi.problem import Arguments
 from implicitvi.sources import Batch, Source
 from implicitvi.training import Player, Stage
+from implicitvi.training.opponents import Turn, follow_contrast
 from implicitvi.warm_start import descend, parameter_groups
 
 LEAST_DRAWS = 4  # of every datum, so that its own evidence can be taken out of the adversary's hint

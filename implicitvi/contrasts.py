@@ -117,20 +117,42 @@ class GaussianContrast(Contrast):
         return r.standardise(z)
 
 
+class Whitening:
+    """Standardises draws by a place and a scale for each context, the same draws once.
+
+    Args:
+        loc: ``m [..., D]``.
+        scale_tril: Lower triangular ``L [..., D, D]``.
+    """
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor):
+        self.loc = loc
+        self.scale_tril = scale_tril
+        self._last: tuple[Tensor, bool, Tensor] | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``L⁻¹ (z - m)`` of ``z [..., D]``, kept for the last ``z``: density and adversary ask for it in turn."""
+        tracked = torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not z or self._last[1] != tracked:
+            shape = torch.broadcast_shapes(z.shape, self.loc.shape)
+            rows = z.expand(shape).reshape(-1, *self.loc.shape)
+            standard = whiten(rows, self.loc, self.scale_tril).reshape(shape)
+            self._last = (z, tracked, standard)
+        return self._last[2]
+
+
 class Gaussian(MultivariateNormal):
     """`torch.distributions.MultivariateNormal` for many draws: made in one matrix product, standardised once."""
 
-    _last: tuple[Tensor, bool, Tensor] | None = None
+    _whitening: Whitening | None = None
 
     def standardise(self, value: Tensor) -> Tensor:
-        """``scale_tril⁻¹ (value - loc)``, kept for the last value: density and adversary ask for it in turn."""
-        tracked = torch.is_grad_enabled()
-        if self._last is None or self._last[0] is not value or self._last[1] != tracked:
-            shape = torch.broadcast_shapes(value.shape, self.loc.shape)
-            rows = value.expand(shape).reshape(-1, *self.loc.shape)
-            standard = whiten(rows, self.loc, self._unbroadcasted_scale_tril).reshape(shape)
-            self._last = (value, tracked, standard)
-        return self._last[2]
+        """``scale_tril⁻¹ (value - loc)`` of ``value [..., (B,) D]``."""
+        if (
+            self._whitening is None
+        ):  # torch makes one by its parameters, without __init__, in expand
+            self._whitening = Whitening(self.loc, self._unbroadcasted_scale_tril)
+        return self._whitening(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``value [..., (B,) D]`` in nats: ``[..., (B,)]``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 
-from implicitvi.contrasts import JITTER, Contrast, whiten
+from implicitvi.contrasts import JITTER, Contrast, Whitening
 from implicitvi.errors import check_at_least
 
 Frame = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -95,17 +95,11 @@ class Placed(Distribution):
         self.loc = loc
         self.scale_tril = scale_tril
         self.base = base
-        self._last: tuple[Tensor, bool, Tensor] | None = None
+        self._whitening = Whitening(loc, scale_tril)
 
     def standardise(self, z: Tensor) -> Tensor:
-        """``L⁻¹ (z - m)`` of ``z [..., D]``, kept for the last ``z``: density and adversary ask for it in turn."""
-        tracked = torch.is_grad_enabled()
-        if self._last is None or self._last[0] is not z or self._last[1] != tracked:
-            shape = torch.broadcast_shapes(z.shape, self.loc.shape)
-            rows = z.expand(shape).reshape(-1, *self.loc.shape)
-            standard = whiten(rows, self.loc, self.scale_tril).reshape(shape)
-            self._last = (z, tracked, standard)
-        return self._last[2]
+        """``L⁻¹ (z - m)`` of ``z [..., D]``."""
+        return self._whitening(z)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Independent draws ``[*sample_shape, *batch_shape, D]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, nan
 from typing import Any
@@ -14,11 +14,9 @@ from torch.utils._pytree import tree_leaves
 from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
+from implicitvi.training.opponents import Turn, follow_contrast
 
 Model = Callable[..., Any]
-Turn = Iterator[tuple[Tensor | None, Metrics]]
-Losses = Callable[[Stage], Turn]
 
 
 @dataclass(frozen=True)
@@ -109,21 +107,3 @@ class Problem:
     def log_q(self, u: Tensor) -> Tensor:
         """The learned ``log q(u)`` of draws ``[S, D]`` in nats, at the arguments of the set-up."""
         return self.avb.log_q(u, self.scorer(self.arguments))
-
-
-def follow_contrast(
-    name: str, avb: AVB, contrast_losses: Losses, adversary_losses: Losses
-) -> list[Player]:
-    """The adversary of an objective as a player, after its contrast where that has parameters of its own."""
-
-    def rate(stage: Stage) -> float:
-        return stage.adversary_lr
-
-    followers = (avb.contrast, *([] if avb.average is None else [avb.average]))
-    adversary = Player(
-        name, avb.adversary, adversary_losses, rate, follow=avb.keep_average, followers=followers
-    )
-    if not list(avb.contrast.parameters()):
-        return [adversary]
-    contrast = "contrast" if name == "adversary" else f"{name} contrast"
-    return [Player(contrast, avb.contrast, contrast_losses, rate), adversary]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -20,6 +19,7 @@ from implicitvi.errors import ModelError, check_choice
 from implicitvi.framed import MomentContrast
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.training import Player, Stage
+from implicitvi.training.opponents import Turn, follow_contrast
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit, has_density
 from implicitvi.vae.encoders import Encoded
@@ -152,31 +152,22 @@ class AVB(ReadyMade, LatentModel):
         return super().faces(z_dim, contrast=contrast, **options)
 
     def players(self, batch: Batch) -> list[Player]:
-        def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
+        objective = self._objective
+
+        def contrast_losses(stage: Stage) -> Turn:
+            for _ in range(stage.adversary_steps):
+                yield objective.contrast_loss(stage.num_particles, batch()), {}
+
+        def adversary_losses(stage: Stage) -> Turn:
             x = batch()
-            log_joint = self._log_joint(x)
-            for loss in self._objective.adversary_losses(
-                stage.num_particles, stage.adversary_steps, log_joint, x
+            for loss in objective.adversary_losses(
+                stage.num_particles, stage.adversary_steps, self._log_joint(x), x
             ):
                 yield loss, {}
 
-        average = self._objective.average
-        adversary = Player(
-            "adversary",
-            self.adversary,
-            losses,
-            lr=lambda stage: stage.adversary_lr,
-            follow=self._objective.keep_average,
-            followers=(self.contrast, *([] if average is None else [average])),
-        )
         arrows = [self.encoder, self.decoder, self.prior]
-        players = [adversary, self.player("model", arrows, self._loss, batch)]
-        if any(p.requires_grad for p in self.contrast.parameters()):
-            fitted = self.player(
-                "contrast", [self.contrast], self._contrast_loss, batch, adversary=True
-            )
-            players.insert(0, fitted)
-        return players
+        opponents = follow_contrast("adversary", objective, contrast_losses, adversary_losses)
+        return [*opponents, self.player("model", arrows, self._loss, batch)]
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """The objective of each datum ``x [B, *x_shape]``: ``[num_samples, B]`` in nats, an estimate and no bound."""
@@ -199,9 +190,6 @@ class AVB(ReadyMade, LatentModel):
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor | None, Metrics]:
         elbo, dropped = self._objective.elbo(stage.num_particles, self._log_joint(x), x)
         return (-elbo.mean() if len(elbo) else None), {"dropped": dropped}
-
-    def _contrast_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
-        return self._objective.contrast_loss(stage.num_particles, x), {}
 
     def _contrast(self, contrast: str | Contrast) -> Contrast:
         if isinstance(contrast, Contrast):
