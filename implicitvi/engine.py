@@ -22,7 +22,7 @@ class Engine:
         tempering: Of the schedule, or ``"auto"``: as the schedule has it for one posterior, none where more is
             estimated.
         moves_sampler: Whether the sampler is one of the trainer's players; else somebody else moves it.
-        clip_norm: Bound of the global norm of each player's gradient.
+        clip_norm: Bound of the global norm of each player's gradient; ``None`` for one by what is usual.
         max_skips: Non-finite turns in a row that end the fit.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
 
@@ -37,11 +37,12 @@ class Engine:
         *,
         tempering: float | str | None,
         moves_sampler: bool,
-        clip_norm: float,
+        clip_norm: float | None,
         max_skips: int,
         seed: int | None,
     ):
-        check_positive("clip_norm", clip_norm)
+        if clip_norm is not None:
+            check_positive("clip_norm", clip_norm)
         check_at_least("max_skips", max_skips, 1)
         check_at_least(
             "num_particles",

@@ -35,9 +35,19 @@ def player(
     return Player(name, module, losses, lambda stage: stage.lr)
 
 
-def trainer(*players: Player, max_skips: int = 3, num_steps: int = 100) -> Trainer:
-    schedule = Schedule(num_steps=num_steps, lr=0.1, tempering=None)
-    return Trainer(players, schedule=schedule, stream=RandomStream(0), max_skips=max_skips)
+def trainer(
+    *players: Player,
+    max_skips: int = 3,
+    num_steps: int = 100,
+    clip_norm: float | None = None,
+) -> Trainer:
+    return Trainer(
+        players,
+        schedule=Schedule(num_steps=num_steps, lr=0.1, tempering=None),
+        stream=RandomStream(0),
+        max_skips=max_skips,
+        clip_norm=clip_norm,
+    )
 
 
 def noisy_square(module: Weight) -> Tensor:
@@ -187,7 +197,7 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
         def step(self, closure: object = None) -> None:  # type: ignore[override]
             sizes.append(self.param_groups[0]["params"][0].grad.abs().item())
 
-    made = trainer(player(lambda m: 1e6 * m.w))
+    made = trainer(player(lambda m: 1e6 * m.w), clip_norm=10.0)
     made._optimisers["one"] = Spy(made.players[0].module.parameters())
     made.step()
     assert sizes == [pytest.approx(10.0)]

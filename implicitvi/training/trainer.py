@@ -125,7 +125,7 @@ class Trainer:
         *,
         schedule: Schedule,
         stream: RandomStream,
-        clip_norm: float | None = 10.0,
+        clip_norm: float | None = None,
         max_skips: int = 20,
         explain: Callable[[], str] = str,
         betas: tuple[float, float] = (0.5, 0.999),
