@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from torch.distributions import (
 from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.networks import dense
-from implicitvi.training import Schedule, Stage
+from implicitvi.training import Schedule, Stage, StopTraining, Trainer
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 from implicitvi.vae.elbo import VAE
 from implicitvi.vae.encoders import BinaryEncoder
+from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.ladder import (
     LadderEncoder,
     LadderPrior,
@@ -460,6 +462,29 @@ def test_pairs_that_do_not_match_are_refused_before_the_first_step(
 def test_a_misspelt_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="epoch"):
         bars().fit(X, pairs=(X, Z), epoch=1)
+
+
+def test_a_fit_with_pairs_stops_and_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+    """More pairs than rows of a batch: those of every turn are drawn anew, and come from the fit's own stream."""
+    rows, _ = or_bars(40, generator=torch.Generator().manual_seed(1))
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.step_count == 12:
+            raise StopTraining
+
+    def fit(model: SymmetricVAE, folder: Path | None, pairs: Any = (X, Z), **more: Any) -> VAEFit:
+        options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "seed": 0, "progress": False}
+        return model.fit(rows, pairs=pairs, checkpoint=folder, **options, device="cpu", **more)
+
+    whole, stopped, other = bars(), bars(), bars(seed=1)
+    fit(whole, None)
+    fit(stopped, tmp_path, callbacks=[stop])
+    assert fit(other, tmp_path).resumed == 2
+    for mine, theirs in zip(whole.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    without = bars()
+    fit(without, None, pairs=None)
+    assert not torch.equal(next(without.parameters()), next(whole.parameters()))
 
 
 def test_pairs_are_forgotten_after_the_fit() -> None:
