@@ -184,9 +184,9 @@ def faults(rows: Sequence[Row]) -> list[str]:
     if not any("figures" in row for row in rows):
         return ["no draws"]
     checks = {
-        "C2ST": (median(rows, "c2st") or 0) <= C2ST,
-        "mean": (median(rows, "mean_error") or 0) <= MEAN,
-        "sd": LOW <= (median(rows, "sd_low") or 1) and (median(rows, "sd_high") or 1) <= HIGH,
+        "C2ST": median(rows, "c2st") <= C2ST,
+        "mean": median(rows, "mean_error") <= MEAN,
+        "sd": LOW <= median(rows, "sd_low") and median(rows, "sd_high") <= HIGH,
         "modes": max(values(rows, "mode_error"), default=0.0) <= MODES,
     }
     return [name for name, holds in checks.items() if not holds]

@@ -7,6 +7,7 @@ takes a few steps only, to see that it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,10 @@ def autoguide(
     loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(target.model, guide, optimiser, loss=loss)
     for _ in range(steps):
-        svi.step(*target.args)
+        with suppress(
+            torch.linalg.LinAlgError
+        ):  # a particle so far out that a kernel has no factor
+            svi.step(*target.args)
     with torch.no_grad(), pyro.plate("draws", target.num_draws, dim=-2):
         sites = guide(*target.args)
     pyro.clear_param_store()
