@@ -35,7 +35,7 @@ from implicitvi.parameters import model_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import Sampler
-from implicitvi.scoring import first_line, sites_without_density
+from implicitvi.scoring import first_line, flat_sites, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
 from implicitvi.warm_start import gaussian_fit, starting_point
 
@@ -244,7 +244,7 @@ class ProblemOptions:
     def _check_prior(
         self, model: Model, values: dict[str, Tensor], arguments: Arguments
     ) -> tuple[str, ...]:
-        """Names of the latent sites that can only be drawn; refused unless the prior is the contrast."""
+        """Names of sites that can only be drawn: refused unless the prior is the contrast, flat ones if it is."""
         implicit = sites_without_density(model, values, *arguments.args, **arguments.kwargs)
         if implicit and self.contrast != "prior":
             raise ModelError(
@@ -253,6 +253,14 @@ class ProblemOptions:
                 got=f"contrast={self.contrast!r}",
                 do="Use contrast='prior': the ratio of posterior to prior is learned from draws of both.",
             )
+        if self.contrast == "prior":
+            flat = flat_sites(model, values, *arguments.args, **arguments.kwargs)
+            if flat:
+                raise ModelError(
+                    f"the prior of {', '.join(map(repr, flat))} is flat, masked by False: there are no draws of it",
+                    got="contrast='prior'",
+                    do="Use contrast='mixture', or give every latent site a proper prior.",
+                )
         return implicit
 
 

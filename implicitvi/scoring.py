@@ -75,6 +75,21 @@ def sites_without_density(
     return tuple(implicit)
 
 
+def flat_sites(
+    model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any
+) -> tuple[str, ...]:
+    """Names of the latent sites, of those in ``values``, with a flat prior: masked by a plain ``False``."""
+    nodes = run_at(model, values, *args, **kwargs).nodes
+    return tuple(name for name in values if _is_flat(nodes[name]))
+
+
+def _is_flat(node: Any) -> bool:
+    fn = _unmasked(node["fn"])
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return node["mask"] is False or isinstance(fn, MaskedDistribution)
+
+
 def is_scored(node: Any) -> bool:
     """Whether a node of a trace has a log density that counts: not a parameter, minibatch or `pyro.deterministic`."""
     return (

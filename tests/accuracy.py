@@ -1,8 +1,15 @@
-"""How good the defaults are on Eight Schools: `make accuracy` runs this and writes ``docs/results/accuracy.json``.
+"""How good the defaults are, on posteriors whose draws are known: `make accuracy` runs this, for many hours.
 
-Three posteriors, one configuration. The paper's data have two modes, and exact draws; the two forms of
-posteriordb's have a reference of 10 000 draws, which is looked for in ``$IMPLICITVI_DATA/posteriors`` and
-otherwise in a ``shared/data/posteriors`` beside the checkout. Without it that part is left out, and said to be.
+One configuration of this package on every target, ``AVBSVI(model, ImplicitGuide(model), seed=seed)``, beside peers and,
+by name, variants of itself. Each row is written to ``docs/results/accuracy.json`` as it is measured, the table and the
+picture after each target; what is there is not measured again (``--again``), so that a run that was stopped goes on.
+
+Targets of posteriordb need its data and reference draws in ``$IMPLICITVI_DATA/posteriors``; without them they are left
+out, and said to be. Some of what can be asked::
+
+    python tests/accuracy.py --only banana kidiq --methods implicit iaf --seeds 3
+    python tests/accuracy.py --methods contrast=gaussian contrast=flow --output ablation.json
+    python tests/accuracy.py --quick --output quick.json --picture quick.png
 """
 
 from __future__ import annotations
@@ -13,242 +20,306 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoIAFNormal
-from torch import Tensor
 
-from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.datasets import eight_schools
-from implicitvi.evaluation import c2st, knn_kl, mean_error, sd_ratio, whiten
+from implicitvi.errors import ImplicitVIError
+from suite.measure import measure, of_method, of_truth
+from suite.methods import METHODS, OURS, PEERS
+from suite.target import Missing, Target
+from suite.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
-NAME = "eight_schools-eight_schools_noncentered"
+OUTPUT = ROOT / "docs" / "results" / "accuracy.json"
+PICTURE = ROOT / "docs" / "images" / "accuracy.png"
+PACKAGES = ("implicitvi", "torch", "pyro-ppl", "zuko", "scikit-learn")
+EXACT = "exact draws"
 Row = dict[str, Any]
 
-
-def centred(sigma: Tensor, y: Tensor) -> None:
-    """Posteriordb's Eight Schools with θ drawn around μ: a funnel."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("obs", dist.Normal(theta, sigma), obs=y)
-
-
-def noncentred(sigma: Tensor, y: Tensor) -> None:
-    """The same posterior, with θ = μ + τ η."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(y)):
-        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * eta)
-        pyro.sample("obs", dist.Normal(theta, sigma), obs=y)
-
-
-def fit(model: Callable[..., Any], *args: Any, seed: int, **options: Any) -> tuple[Any, float]:
-    """Draws function and seconds of a fit with the defaults, or with ``options``."""
-    pyro.set_rng_seed(seed)
-    guide = ImplicitGuide(model)
-    result = AVBSVI(model, guide, seed=seed, progress=False, **options).run(*args)
-    return guide, result.seconds
-
-
-def fit_iaf(model: Callable[..., Any], *args: Any, seed: int) -> tuple[Any, float]:
-    """The peer to beat: Pyro's AutoIAFNormal, four transforms, 4 000 steps of 64 particles."""
-    pyro.set_rng_seed(seed)
-    pyro.clear_param_store()
-    began = time.perf_counter()
-    guide = AutoIAFNormal(model, hidden_dim=[64, 64], num_transforms=4)
-    optim = pyro.optim.ClippedAdam({"lr": 2e-3, "lrd": 0.01 ** (1 / 4000)})
-    elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, optim, loss=elbo)
-    for _ in range(4000):
-        svi.step(*args)
-    return guide, time.perf_counter() - began
-
-
-def draw(guide: Any, num_samples: int, *args: Any) -> dict[str, Tensor]:
-    """``{site: [S, ...]}`` from a guide of ours or of Pyro's."""
-    if isinstance(guide, ImplicitGuide):
-        return guide.sample(num_samples)
-    with torch.no_grad(), pyro.plate("draws", num_samples, dim=-2):
-        sites = guide(*args)
-    return {name: value.reshape(num_samples, -1).squeeze(-1) for name, value in sites.items()}
-
-
-def flat(draws: dict[str, Tensor]) -> Tensor:
-    """All sites side by side, ``[S, D]`` in float64."""
-    return torch.cat([value.double().reshape(len(value), -1) for value in draws.values()], 1)
-
-
-def methods(contrast: str | None) -> dict[str, Callable[..., tuple[Any, float]]]:
-    """What is compared: the defaults and the IAF guide, or one contrast alone."""
-    if contrast is None:
-        return {"implicit": fit, "iaf": fit_iaf}
-    return {contrast: partial(fit, contrast=contrast)}
-
-
-def paper(seed: int, num_samples: int, contrast: str | None) -> list[Row]:
-    """The paper's data against exact draws."""
-    schools = eight_schools()
-    exact = flat(schools.exact_draws(num_samples, generator=torch.Generator().manual_seed(10**6)))
-    rows = []
-    for method, run in methods(contrast).items():
-        guide, seconds = run(schools.model, schools.sigma, schools.y, seed=seed)
-        torch.manual_seed(seed)
-        draws = draw(guide, num_samples, schools.sigma, schools.y)
-        draws = {name: draws[name] for name in ("mu", "tau", "eta")}
-        rows.append(
-            {
-                "posterior": "paper",
-                "method": method,
-                "seed": seed,
-                "seconds": seconds,
-                "kl_qp": knn_kl(flat(draws), exact),
-                "kl_pq": knn_kl(exact, flat(draws)),
-                "p_tau_positive": (draws["tau"] > 0).double().mean().item(),
-            }
-        )
-    return rows
-
-
-def posteriordb(
-    name: str, seed: int, folder: Path, num_samples: int, contrast: str | None
-) -> list[Row]:
-    """One of the two forms of posteriordb's Eight Schools against its reference draws."""
-    data = json.loads((folder / f"{NAME}.data.json").read_text())
-    sigma, y = (torch.tensor(data[key], dtype=torch.get_default_dtype()) for key in ("sigma", "y"))
-    file = np.load(folder / f"{NAME}.npz")
-    columns = dict(
-        zip(file["names"], torch.tensor(file["draws"], dtype=torch.float64).T, strict=True)
-    )
-    theta = torch.stack([columns[f"theta[{i}]"] for i in range(1, 9)], 1)
-    reference = flat({"mu": columns["mu"], "tau": columns["tau"].log(), "theta": theta})
-    reference = reference[
-        torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
-    ]
-    model = centred if name == "centred" else noncentred
-    rows = []
-    for method, run in methods(contrast).items():
-        guide, seconds = run(model, sigma, y, seed=seed)
-        torch.manual_seed(seed)
-        draws = draw(guide, num_samples, sigma, y)
-        theta = draws.get(
-            "theta", draws["mu"][:, None] + draws["tau"][:, None] * draws.get("eta", 0)
-        )
-        found = flat({"mu": draws["mu"], "tau": draws["tau"].log(), "theta": theta})
-        half = reference[:num_samples]
-        rows.append(
-            {
-                "posterior": name,
-                "method": method,
-                "seed": seed,
-                "seconds": seconds,
-                "c2st": c2st(found, half),
-                "mean_error": mean_error(found, reference),
-                "sd_ratio": sd_ratio(found, reference),
-                "kl_qp": knn_kl(whiten(found, reference), whiten(half, reference)),
-                "kl_pq": knn_kl(whiten(half, reference), whiten(found, reference)),
-            }
-        )
-    return rows
-
-
-def floors(num_samples: int) -> Row:
-    """The estimator's own error: exact draws against other exact draws."""
-    schools = eight_schools()
-    a, b = (
-        flat(schools.exact_draws(num_samples, generator=torch.Generator().manual_seed(s)))
-        for s in (1, 2)
-    )
-    return {"posterior": "paper", "method": "exact", "kl_qp": knn_kl(a, b), "kl_pq": knn_kl(b, a)}
-
-
-def reference_folder() -> Path | None:
-    """Where the reference draws are, if they are anywhere."""
-    places = [ROOT.parent / "shared" / "data"]
-    if "IMPLICITVI_DATA" in os.environ:
-        places.insert(0, Path(os.environ["IMPLICITVI_DATA"]))
-    found = [place / "posteriors" for place in places if (place / "posteriors").is_dir()]
-    return found[0] if found else None
-
-
-FIGURES = {
-    "seconds": "seconds",
-    "kl_qp": "KL(q‖p)",
-    "kl_pq": "KL(p‖q)",
-    "p_tau_positive": "P(τ > 0)",
+HEADINGS = {
     "c2st": "C2ST",
     "mean_error": "mean error (sd)",
+    "sd_low": "lowest sd ratio",
+    "sd_high": "highest sd ratio",
+    "kl_qp": "KL(q‖p)",
+    "kl_pq": "KL(p‖q)",
+    "sliced_w2": "sliced W2 (sd)",
+    "mode_error": "mode error",
+    "seconds": "seconds",
 }
-POSTERIORS = {
-    "paper": "the AVB paper's, two modes",
-    "centred": "posteriordb's, centred (a funnel)",
-    "noncentred": "posteriordb's, noncentred",
-}
+# What is accepted, by the median over seeds
+C2ST, MEAN, LOW, HIGH, MODES = 0.55, 0.1, 0.9, 1.1, 0.1
+NOISE = {
+    "c2st": 0.01,
+    "kl_qp": 0.03,
+    "kl_pq": 0.03,
+}  # two of their standard deviations for equal distributions
+
+
+class Results:
+    """Rows in a file, one for each target, method and seed, written whole after each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def has(self, *key: Any) -> bool:
+        """Whether the row of this target, method and seed has been measured, or has nothing to be measured."""
+        return any(of(row) == key for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        self.rows = [each for each in self.rows if of(each) != of(row)] + [row]
+        order = {name: i for i, name in enumerate([EXACT, *METHODS])}
+        targets = list(TARGETS)
+        self.rows.sort(
+            key=lambda row: (targets.index(row["target"]), order[row["method"]], row["seed"])
+        )
+        write_whole(self.path, json.dumps(self.whole(), indent=1) + "\n")
+
+    def whole(self) -> Row:
+        return {
+            "date": datetime.date.today().isoformat(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "rows": self.rows,
+        }
+
+
+def of(row: Row) -> tuple[Any, ...]:
+    return row["target"], row["method"], row["seed"]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def row_of(target: Target, method: str, seed: int, *, quick: bool) -> Row:
+    """Fit, draw and measure; a method that cannot be had for this target says why."""
+    row: Row = {"target": target.name, "method": method, "seed": seed}
+    if method == EXACT:
+        return {**row, "figures": measure(of_truth(target))}
+    began = time.perf_counter()
+    try:
+        sites = METHODS[method](target, seed=seed, quick=quick)
+    except (ImplicitVIError, RuntimeError, ValueError) as error:
+        return {**row, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    seconds = time.perf_counter() - began
+    found = target.compare(sites)
+    finite = found.isfinite().all(1)
+    if not finite.all():
+        return {**row, "failed": f"{int((~finite).sum())} of {len(found)} draws are not finite"}
+    return {**row, "seconds": seconds, "figures": measure(of_method(target, found))}
+
+
+def groups(result: Row) -> dict[str, dict[str, list[Row]]]:
+    """Rows by target and method."""
+    grouped: dict[str, dict[str, list[Row]]] = {}
+    for row in result["rows"]:
+        grouped.setdefault(row["target"], {}).setdefault(row["method"], []).append(row)
+    return grouped
+
+
+def values(rows: Sequence[Row], figure: str) -> list[float]:
+    """A figure of every row that has it, in order."""
+    each = (row if figure == "seconds" else row.get("figures", {}) for row in rows)
+    return sorted(value[figure] for value in each if value.get(figure) is not None)
+
+
+def median(rows: Sequence[Row], figure: str) -> float | None:
+    """Of a figure over the seeds, ``None`` where it was not measured."""
+    some = values(rows, figure)
+    return statistics.median(some) if some else None
 
 
 def table(result: Row) -> str:
-    """The result as a Markdown table: medians over the seeds, with the range."""
-    head = ["posterior", "method", "seeds", *FIGURES.values()]
+    """The result in Markdown: medians over the seeds, with the range, and what of it is accepted."""
+    head = ["target", "method", "seeds", *HEADINGS.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["posterior"], row["method"]), []).append(row)
-    for (posterior, method), rows in groups.items():
-        cells = [POSTERIORS[posterior], method, str(len(rows))]
-        for key in FIGURES:
-            values = sorted(row[key] for row in rows if key in row)
-            digits = 1 if key == "seconds" else 3
-            spread = f" ({values[0]:.{digits}f}–{values[-1]:.{digits}f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
-        lines.append("| " + " | ".join(cells) + " |")
+    notes = []
+    for target, methods in groups(result).items():
+        for method, rows in methods.items():
+            lines.append("| " + " | ".join([target, method, *cells(rows)]) + " |")
+            notes += [
+                f"- {target}, {method}, seed {row['seed']}: {row['failed']}"
+                for row in rows
+                if "failed" in row
+            ]
+    if notes:
+        lines += ["", "Not to be had:", "", *notes]
+    lines += ["", *summary(result)]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines += ["", f"{result['date']}, Python {result['python']}, {versions}, one thread."]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run everything and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--contrast", help="measure this contrast instead of the defaults")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "accuracy.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
-    rows = [floors(20_000)]
-    for seed in range(options.seeds):
-        rows += paper(seed, 20_000, options.contrast)
-        print(table({"rows": rows}), flush=True)
-    folder = reference_folder()
-    if folder is None:
-        print(
-            "posteriordb's Eight Schools left out: no reference draws in $IMPLICITVI_DATA/posteriors"
-        )
-    else:
-        for seed in range(min(options.seeds, 3)):
-            for name in ("centred", "noncentred"):
-                rows += posteriordb(name, seed, folder, 5000, options.contrast)
-                print(table({"rows": rows}), flush=True)
-    packages = ("implicitvi", "torch", "pyro-ppl", "zuko", "scikit-learn")
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "rows": rows,
+def cells(rows: Sequence[Row]) -> list[str]:
+    """Seeds that gave draws, then each figure."""
+    shown = [str(sum("figures" in row for row in rows))]
+    for figure in HEADINGS:
+        some = values(rows, figure)
+        digits = 0 if figure == "seconds" else 3
+        spread = f" ({some[0]:.{digits}f}–{some[-1]:.{digits}f})" if len(some) > 1 else ""
+        shown.append(f"{statistics.median(some):.{digits}f}{spread}" if some else "")
+    return shown
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """Which of the limits the medians over seeds miss, in words; the modes by the worst seed."""
+    if not any("figures" in row for row in rows):
+        return ["no draws"]
+    checks = {
+        "C2ST": median(rows, "c2st") <= C2ST,
+        "mean": median(rows, "mean_error") <= MEAN,
+        "sd": LOW <= median(rows, "sd_low") and median(rows, "sd_high") <= HIGH,
+        "modes": max(values(rows, "mode_error"), default=0.0) <= MODES,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(result))
+    return [name for name, holds in checks.items() if not holds]
+
+
+def behind(methods: dict[str, list[Row]], ours: str) -> list[str] | None:
+    """Figures by which the best variational peer is ahead of ours by more than noise; ``None`` without one."""
+    peers = [methods[name] for name in PEERS if name != "nuts" and name in methods]
+    lost = []
+    compared = False
+    for figure, noise in NOISE.items():
+        theirs = [m for rows in peers if (m := median(rows, figure)) is not None]
+        mine = median(methods[ours], figure)
+        if theirs and mine is not None:
+            compared = True
+            # an estimate below zero is noise and no better than zero
+            level = min(theirs) if figure == "c2st" else max(min(theirs), 0.0)
+            level = max(level, 0.5) if figure == "c2st" else level
+            if mine > level + noise:
+                lost.append(HEADINGS[figure])
+    return lost if compared else None
+
+
+def summary(result: Row) -> list[str]:
+    """On how many targets the defaults, and the variants beside them, are accepted, and where they are not."""
+    lines = [
+        f"Accepted: C2ST ≤ {C2ST}, mean error ≤ {MEAN} sd, sd ratios within {LOW}–{HIGH}, shares of modes within "
+        f"{MODES} on every seed; the others by the median over seeds.",
+        "",
+    ]
+    grouped = groups(result)
+    for method in [EXACT, *METHODS]:
+        measured = {t: faults(m[method]) for t, m in grouped.items() if method in m}
+        if measured:
+            good = sum(not missed for missed in measured.values())
+            missed = ", ".join(f"{t} ({' '.join(f)})" for t, f in measured.items() if f)
+            where = f"; not on {missed}" if missed else ""
+            lines.append(f"- {method}: {good} of {len(measured)}{where}.")
+    (ours,) = OURS
+    lost = {t: behind(m, ours) for t, m in grouped.items() if ours in m}
+    compared = {t: each for t, each in lost.items() if each is not None}
+    if compared:
+        good = sum(not each for each in compared.values())
+        where = ", ".join(f"{t} ({', '.join(each)})" for t, each in compared.items() if each)
+        lines += [
+            "",
+            f"Better than the best variational peer of each figure, or within noise of it: {good} of {len(compared)}"
+            + (f"; not on {where}." if where else "."),
+        ]
+    return lines
+
+
+def picture(result: Row, path: Path) -> None:
+    """C2ST and both divergences of every method, target by target."""
+    import matplotlib.pyplot as plt
+
+    grouped = groups(result)
+    shown = [name for name in [EXACT, *OURS, *PEERS] if any(name in m for m in grouped.values())]
+    fig, axes = plt.subplots(
+        1, 3, figsize=(12, 1.2 + 0.32 * len(grouped)), sharey=True, layout="constrained"
+    )
+    panels = {"c2st": "C2ST (0.5 is perfect)", "kl_qp": "KL(q‖p), nats", "kl_pq": "KL(p‖q), nats"}
+    for ax, (figure, label) in zip(axes, panels.items(), strict=True):
+        for method in shown:
+            points = [
+                (value, place)
+                for place, methods in enumerate(grouped.values())
+                for value in values(methods.get(method, []), figure)
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                style = {"marker": "|", "s": 90, "color": "0.6"} if method == EXACT else {"s": 22}
+                x = x if figure == "c2st" else [max(value, 1e-3) for value in x]
+                ax.scatter(x, y, label=method, zorder=3 if method in OURS else 2, **style)
+        if figure == "c2st":
+            ax.axvline(C2ST, color="0.8", zorder=0)
+        else:
+            ax.set_xscale("log")
+        ax.set_xlabel(label)
+        ax.grid(axis="y", color="0.93", zorder=0)
+    axes[0].set_yticks(range(len(grouped)), list(grouped))
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shown))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def main() -> None:
+    """Run what is asked for, and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=TARGETS, metavar="TARGET", default=[*TARGETS])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        default=[*OURS, *PEERS],
+        help=", ".join(METHODS),
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that all runs")
+    parser.add_argument("--again", action="store_true", help="measure anew what has a row")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args()
+    if options.quick and options.output == OUTPUT:
+        parser.error("--quick measures nothing: give it an --output (and a --picture) of its own")
+    torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
+    results = Results(options.output)
+    for name in options.only:
+        try:
+            target = TARGETS[name]()
+        except Missing as missing:
+            print(f"{name} left out: {missing}", flush=True)
+            continue
+        if options.quick:
+            target = replace(target, num_draws=500, num_reference=2000)
+        wanted = [(EXACT, 0), *((m, s) for m in options.methods for s in range(options.seeds))]
+        for method, seed in wanted:
+            if results.has(name, method, seed) and not options.again:
+                continue
+            row = row_of(target, method, seed, quick=options.quick)
+            results.add(row)
+            short = {
+                k: None if v is None else round(v, 3) for k, v in row.get("figures", {}).items()
+            }
+            print(name, method, seed, row.get("failed", short), flush=True)
+        if any(row["target"] == name for row in results.rows):
+            write_whole(options.output.with_suffix(".md"), table(results.whole()))
+            picture(results.whole(), options.picture)
 
 
 if __name__ == "__main__":

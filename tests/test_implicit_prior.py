@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -66,6 +68,31 @@ def test_no_density_is_asked_for(informed: bool) -> None:
 def test_adaptive_contrasts_are_refused_with_the_reason(contrast: str) -> None:
     with pytest.raises(ModelError, match="'mu' can be drawn from but has no density.*'prior'"):
         AVBSVI(model, ImplicitGuide(model), contrast=contrast, **SMALL).run(Y)
+
+
+def flat(y: Tensor) -> None:
+    pyro.sample("mu", dist.Normal(0.0, 1.0).mask(False))
+
+
+def flat_vector(y: Tensor) -> None:
+    pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1))
+
+
+def flat_by_a_handler(y: Tensor) -> None:
+    with poutine.mask(mask=False):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("prior", [flat, flat_vector, flat_by_a_handler])
+def test_a_flat_prior_is_no_contrast(prior: Callable[[Tensor], None]) -> None:
+    """Its site can be drawn, from the distribution that was masked: the posterior would have that for a prior."""
+
+    def model(y: Tensor) -> None:
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        prior(y)
+
+    with pytest.raises(ModelError, match="the prior of 'mu' is flat.*mixture"):
+        AVBSVI(model, ImplicitGuide(model), contrast="prior", **SMALL).run(Y)
 
 
 def test_export_leaves_out_what_needs_the_density() -> None:

@@ -1,5 +1,13 @@
 """Judging draws of a fit against draws of a reference."""
 
-from implicitvi.evaluation.divergences import c2st, knn_kl, mean_error, mmd, sd_ratio, whiten
+from implicitvi.evaluation.divergences import (
+    c2st,
+    knn_kl,
+    mean_error,
+    mmd,
+    sd_ratio,
+    sliced_wasserstein,
+    whiten,
+)
 
-__all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "whiten"]
+__all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]

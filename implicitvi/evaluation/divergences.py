@@ -22,7 +22,7 @@ from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
 
-__all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "whiten"]
+__all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]
 
 Draws = Tensor | NDArray[np.floating]
 
@@ -223,6 +223,48 @@ def sd_ratio(draws: Draws, reference: Draws) -> tuple[float, float]:
     draws, reference = _pair(draws, reference, least_rows=2)
     ratios = draws.std(0) / _spread(reference)
     return float(ratios.min()), float(ratios.max())
+
+
+def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance, in the units of the draws.
+
+    ``sqrt(E_θ W₂²(θᵀx, θᵀy))`` over directions ``θ`` drawn evenly from the unit sphere. On a line ``W₂²`` is the mean
+    squared distance between the sorted draws, so the longer set is cut to the length of the shorter. Symmetric. A shift
+    by ``δ`` alone gives ``|δ| / sqrt(D)``.
+
+    Args:
+        x: Draws, ``[N, D]``, in random order.
+        y: Draws, ``[M, D]``, in random order.
+        num_projections: Number of directions; their choice is the same in both orders of the sets.
+        seed: Of the directions; the result is a function of the draws and the seed.
+
+    Returns:
+        The distance, 0 or more; for equal distributions 0.019 ± 0.001 for 20 000 draws of a 10-D normal
+            each, 0.036 ± 0.003 for 5 000.
+
+    Raises:
+        ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
+        OptionError: A value is not finite, or ``num_projections`` is below 1.
+
+    >>> import torch
+    >>> x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    >>> abs(sliced_wasserstein(x, x + 1) - 1) < 0.1
+    True
+
+    References:
+        Wasserstein barycenter and its application to texture mixing (Rabin, Peyré, Delon, Bernot, 2011), definition 1.
+    """
+    check_at_least("num_projections", num_projections, 1)
+    x, y = _pair(x, y, least_rows=2)
+    rows = min(len(x), len(y))
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(x.shape[1], num_projections, generator=generator, dtype=torch.float64)
+    directions /= directions.norm(dim=0)
+    total = 0.0
+    for some in directions.split(50, 1):
+        gaps = (x[:rows] @ some).sort(0).values - (y[:rows] @ some).sort(0).values
+        total += float(gaps.square().mean(0).sum())
+    return math.sqrt(total / num_projections)
 
 
 def whiten(draws: Draws, reference: Draws) -> Tensor:

@@ -1,0 +1,147 @@
+"""What is compared: the defaults of this package, variants with one choice changed, and peers.
+
+A method is ``method(target, seed=…, quick=…) -> {site: [S, ...]}``, as many draws as the target asks for; ``quick``
+takes a few steps only, to see that it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+
+from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi.contrasts import zuko_imported
+from implicitvi.log_joint import LogJoint
+from suite.target import Sites, Target
+
+Method = Callable[..., Sites]
+STEPS, PARTICLES = 4000, 32  # of every variational peer
+QUICK_STEPS = 20
+
+
+def implicit(target: Target, *, seed: int, quick: bool, **options: Any) -> Sites:
+    """This package with its defaults, or with ``options``."""
+    if quick:
+        options |= {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS}
+    pyro.set_rng_seed(seed)
+    guide = ImplicitGuide(target.model)
+    AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
+    return guide.sample(target.num_draws)
+
+
+class NoAdversary(nn.Module):
+    """Says nothing to the sampler, which follows the slope of a score: this one has none. The contrast stands alone."""
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.weight * z.detach().sum(-1)
+
+
+def autoguide(
+    target: Target, *, seed: int, quick: bool, make: Callable[[Any], Any], rate: float = 5e-3
+) -> Sites:
+    """A guide of Pyro's, by Adam with a rate that falls a hundredfold."""
+    pyro.set_rng_seed(seed)
+    pyro.clear_param_store()
+    steps = QUICK_STEPS if quick else STEPS
+    guide = make(target.model)
+    optimiser = pyro.optim.ClippedAdam({"lr": rate, "lrd": 0.01 ** (1 / steps)})
+    # the particles stand to the left of the one plate that a model here has
+    loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(target.model, guide, optimiser, loss=loss)
+    for _ in range(steps):
+        with suppress(
+            torch.linalg.LinAlgError
+        ):  # a particle so far out that a kernel has no factor
+            svi.step(*target.args)
+    with torch.no_grad(), pyro.plate("draws", target.num_draws, dim=-2):
+        sites = guide(*target.args)
+    pyro.clear_param_store()
+    return {
+        site.name: sites[site.name].reshape(target.num_draws, *site.shape)
+        for site in target.layout.sites
+    }
+
+
+def spline(target: Target, *, seed: int, quick: bool) -> Sites:
+    """A neural spline flow of zuko in its inverse autoregressive direction, in an affine frame that is learned too."""
+    torch.manual_seed(seed)
+    steps = QUICK_STEPS if quick else STEPS
+    layout = target.layout
+    log_joint = LogJoint(target.model, layout)
+    with zuko_imported() as zuko:
+        flow = zuko.flows.NSF(
+            layout.dim, transforms=4, hidden_features=(64, 64), randperm=layout.dim > 1
+        )
+    loc = torch.zeros(layout.dim, requires_grad=True)
+    log_scale = torch.full((layout.dim,), -2.0, requires_grad=True)
+    parameters = [*flow.parameters(), loc, log_scale]
+    optimiser = torch.optim.Adam(parameters, lr=5e-3)
+    cooling = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.01 ** (1 / steps))
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        eps = torch.randn(count, layout.dim)
+        x, log_det = flow.transform().call_and_ladj(eps)
+        entropy = 0.5 * eps.square().sum(-1) + log_det + log_scale.sum()
+        return loc + log_scale.exp() * x, entropy
+
+    for _ in range(steps):
+        u, entropy = draw(PARTICLES)
+        loss = -(log_joint(u, *target.args) + entropy).mean()
+        optimiser.zero_grad()
+        if loss.isfinite():
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 10.0)
+            optimiser.step()
+        cooling.step()
+    with torch.no_grad():
+        return layout.unpack(draw(target.num_draws)[0])[0]
+
+
+def nuts(target: Target, *, seed: int, quick: bool) -> Sites:
+    """The No-U-Turn sampler, one chain, 500 draws of warm-up and 2 000 to keep."""
+    pyro.set_rng_seed(seed)
+    warm_up, keep = (10, 60) if quick else (500, 2000)
+    kernel = NUTS(target.model, max_tree_depth=3 if quick else 10)
+    chain = MCMC(kernel, num_samples=keep, warmup_steps=warm_up, disable_progbar=True)
+    chain.run(*target.args)
+    draws: Sites = chain.get_samples()
+    return draws
+
+
+PEERS: dict[str, Method] = {
+    "meanfield": partial(autoguide, make=AutoNormal),
+    "gaussian": partial(autoguide, make=AutoMultivariateNormal),
+    "iaf": partial(
+        autoguide,
+        make=partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=4),
+        rate=2e-3,
+    ),
+    "spline": spline,
+    "nuts": nuts,
+}
+ABLATIONS: dict[str, Method] = {
+    **{
+        f"contrast={name}": partial(implicit, contrast=name)
+        for name in ("prior", "diagonal", "gaussian", "flow")
+    },
+    "uninformed": partial(implicit, informed=False),
+    "untempered": partial(implicit, tempering=None),
+    "uncooled": partial(implicit, lr=1e-3, adversary_lr=4e-3),
+    "mixture alone": partial(implicit, adversary=NoAdversary, informed=False),
+    "flow alone": partial(implicit, contrast="flow", adversary=NoAdversary, informed=False),
+    "more adversary late": partial(implicit, adversary_steps=(3, 6), num_particles=(448, 2048)),
+}
+OURS: dict[str, Method] = {"implicit": implicit}
+METHODS: dict[str, Method] = {**OURS, **PEERS, **ABLATIONS}
