@@ -36,7 +36,7 @@ from implicitvi.training import (
     Trainer,
     derived_seed,
 )
-from implicitvi.training.checkpoint import STATE, load_state, save_state
+from implicitvi.training.checkpoint import holds_checkpoint, load_state, save_state
 from implicitvi.vae.batches import Batches, TensorBatches, Transform, batches_of
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ class _Run:
     def _resume(self) -> int:
         """Take up the checkpoint, if there is one; returns its epoch."""
         epoch, folder = 0, self.options.checkpoint
-        if folder is not None and (Path(folder) / STATE).exists():
+        if folder is not None and holds_checkpoint(Path(folder)):
             state = load_state(Path(folder), like=self._config())
             self.model.load_state_dict(state["model"])
             self.trainer.load_state_dict(state["trainer"])
