@@ -4,7 +4,18 @@ from implicitvi.export import to_arviz
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.svi import AVB_ELBO, AVBSVI
-from implicitvi.training import StopTraining
+from implicitvi.training import Checkpoint, EarlyStop, StopTraining, TensorBoard, Tracker
 
-__all__ = ["AVB_ELBO", "AVBSVI", "Fit", "ImplicitGuide", "StopTraining", "to_arviz"]
+__all__ = [
+    "AVB_ELBO",
+    "AVBSVI",
+    "Checkpoint",
+    "EarlyStop",
+    "Fit",
+    "ImplicitGuide",
+    "StopTraining",
+    "TensorBoard",
+    "Tracker",
+    "to_arviz",
+]
 __version__ = "0.1.0"

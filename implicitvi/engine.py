@@ -60,6 +60,11 @@ class Engine:
         self._made: tuple[Problem | AmortizedProblem, Trainer] | None = None
 
     @property
+    def is_set_up(self) -> bool:
+        """Whether the model's arguments have been seen."""
+        return self._made is not None
+
+    @property
     def problem(self) -> Problem | AmortizedProblem:
         """The objective and the log joint."""
         return self._require()[0]

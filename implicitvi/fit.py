@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitvi.errors import SetupError
 from implicitvi.guide import ImplicitGuide
 from implicitvi.training import History
 
@@ -28,6 +31,7 @@ class Fit:
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
+        write: Writes the fit into a folder; see `save`.
     """
 
     guide: ImplicitGuide
@@ -39,6 +43,22 @@ class Fit:
     skipped: int
     log_joint: str
     parameters: dict[str, Tensor]
+    write: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything that training and drawing need into a folder; `AVBSVI.load` reads it.
+
+        The state is the present one: of a guide that has been trained further it is the later one.
+
+        Raises:
+            SetupError: The fit was not made by `AVBSVI`.
+        """
+        if self.write is None:
+            raise SetupError(
+                "only fits made by AVBSVI can be saved",
+                do="Save the guide's state_dict(), or write fit = AVBSVI(...).run(...).",
+            )
+        self.write(Path(folder))
 
     @property
     def losses(self) -> NDArray[np.float64]:

@@ -134,7 +134,9 @@ class ImplicitGuide(AutoContinuous):
         self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
         self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.amortization = None if amortize is None else Amortization.parse(amortize)
-        self._learned: tuple[Callable[[Tensor], Tensor]] | None = None  # a tuple: no submodule
+        # tuples, so that what they hold is no submodule
+        self._learned: tuple[Callable[[Tensor], Tensor]] | None = None
+        self._restore: tuple[Callable[[ImplicitGuide], None]] | None = None
 
     _prototype_hide_fn = staticmethod(is_hidden)
 
@@ -164,7 +166,26 @@ class ImplicitGuide(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         return self
 
+    def restore_with(self, restore: Callable[[ImplicitGuide], None]) -> None:
+        """Call a function with this guide as soon as it has its networks; now, if it has them."""
+        self._restore = (restore,)
+        if self.is_set_up:
+            self._restore_now()
+
+    def _restore_now(self) -> None:
+        if self._restore is not None:
+            self._restore[0](self)
+            self._restore = None
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self._build(*args, **kwargs)
+        try:
+            self._restore_now()
+        except Exception:
+            self.prototype_trace = None  # not the guide that was to be restored, so none at all
+            raise
+
+    def _build(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             trace = latent_trace(self.model, *args, **kwargs)
         check_latents(trace, amortized=self.plate)

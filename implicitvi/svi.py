@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -25,13 +26,18 @@ from implicitvi.options import ProblemOptions, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
+from implicitvi.saved import OF_GUIDE, SavedFit, as_written, belongings, decisive, save
 from implicitvi.training import (
     Callback,
+    Checkpoint,
     History,
     Progress,
     Schedule,
     Trainer,
 )
+from implicitvi.training.checkpoint import check_same, holds_checkpoint
+
+UNFINISHED: dict[str, Any] = {"seconds": 0.0, "setup_seconds": 0.0, "stop_reason": "unfinished"}
 
 
 class AVBSVI:
@@ -147,6 +153,21 @@ class AVBSVI:
         )
         self.progress = progress
         self.callbacks = tuple(callbacks)
+        self._options = as_written(
+            guide,
+            num_steps=num_steps,
+            num_particles=num_particles,
+            adversary_steps=adversary_steps,
+            lr=lr,
+            adversary_lr=adversary_lr,
+            tempering=tempering,
+            **vars(options),
+            clip_norm=clip_norm,
+            max_skips=max_skips,
+            seed=seed,
+        )
+        self._saved: SavedFit | None = None  # to be taken up
+        self._record: dict[str, Any] = dict(UNFINISHED)
         self._engine = Engine(
             schedule,
             options,
@@ -162,8 +183,15 @@ class AVBSVI:
 
         Raises:
             ModelError: The model cannot be fitted by this guide.
+            CheckpointError: What `load` has read belongs to another model or other options.
         """
         self._engine.setup(self.model, self.guide, Arguments(args, kwargs))
+        self.trainer.write = self._write
+        if self._saved is not None:
+            check_same(self._saved.config, belongings(self.guide, self.trainer))
+            self.trainer.load_state_dict(self._saved.state["fit"])
+            self._record = self._saved.state["record"]
+            self._saved = None
         return self
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -175,35 +203,181 @@ class AVBSVI:
         self.setup(*args, **kwargs)
         return float(self.trainer.step()["sampler"])
 
-    def run(self, *args: Any, **kwargs: Any) -> Fit:
+    def run(
+        self,
+        *args: Any,
+        checkpoint: str | Path | None = None,
+        every: int | None = None,
+        **kwargs: Any,
+    ) -> Fit:
         """Train to the horizon with the model's arguments; an interrupt keeps what has been learned.
 
         A run that was cut short is continued by the next one. A run after the horizon takes ``num_steps`` more steps
         with the settings of the last.
+
+        With ``checkpoint`` that holds across processes too: where the folder has a later state of this fit than this
+        object, the run goes on from there, bit for bit on the CPU as if it had never stopped; where that state is at
+        the horizon, it is returned. So a script may simply be started again.
+
+        Args:
+            *args: The model's arguments.
+            checkpoint: Folder that keeps the state; made where there is none.
+            every: Steps between two states that are kept, the last always is; ``None`` for a twentieth of the fit.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            ModelError: The model cannot be fitted by this guide.
+            CheckpointError: The folder has a checkpoint that is damaged, or of another model or other options.
         """
         began = time.perf_counter()
+        keeper = self._keeper(checkpoint, every)
+        resumed = checkpoint is not None and self._take_up_later(Path(checkpoint))
         self.setup(*args, **kwargs)
         setup_seconds = time.perf_counter() - began
         trainer = self.trainer
         num_steps = self.schedule.num_steps
         ahead = num_steps - trainer.step_count if trainer.step_count < num_steps else num_steps
+        if resumed and trainer.step_count >= num_steps:
+            return self.fit
+        self._record = UNFINISHED | {"setup_seconds": setup_seconds}
         bar = Progress(ahead, {"elbo": "elbo", "adversary": "adversary"}) if self.progress else None
-        watchers = self.callbacks if bar is None else (bar, *self.callbacks)
+        watchers = [c for c in (bar, *self.callbacks, keeper) if c is not None]
         try:
             stop_reason = trainer.run(ahead, watchers)
         finally:
             if bar is not None:
                 bar.close()
+        self._record = {
+            "seconds": time.perf_counter() - began,
+            "setup_seconds": setup_seconds,
+            "stop_reason": stop_reason,
+        }
+        if checkpoint is not None:
+            self.save(checkpoint)
+        return self.fit
+
+    @property
+    def fit(self) -> Fit:
+        """The fit as it stands: what the last `run` returned, here or before it was saved."""
+        trainer = self.trainer
         return Fit(
             guide=self.guide,
             history=trainer.history,
             num_steps=trainer.step_count,
-            seconds=time.perf_counter() - began,
-            setup_seconds=setup_seconds,
-            stop_reason=stop_reason,
             skipped=trainer.skipped,
             log_joint=self.problem.how(),
             parameters=parameter_values(self.problem.parameters),
+            write=self.save,
+            **self._record,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything that training and drawing need into a folder, whole or not at all.
+
+        Raises:
+            SetupError: The fit has not seen its model yet.
+        """
+        self.trainer.save(folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        model: Model,
+        *,
+        guide: ImplicitGuide | None = None,
+        contrast: Callable[[int], Contrast] | None = None,
+        adversary: Callable[..., nn.Module] | None = None,
+        ratio: RatioLoss | None = None,
+        progress: bool = True,
+        callbacks: Iterable[Callback] = (),
+    ) -> AVBSVI:
+        """Make a fit again that `Fit.save` or `run` wrote; nothing in the folder is executed.
+
+        The guide draws as soon as it is given the model's arguments, ``svi.guide.sample(1000, *args)``. With `setup`
+        or `run`, which take them too, training can go on.
+
+        Args:
+            folder: Where the fit was saved.
+            model: The model of the fit.
+            guide: The guide, where it was made with a sampler or features of your own: such functions have to be
+                passed again.
+            contrast: Likewise.
+            adversary: Likewise.
+            ratio: Likewise.
+            progress: As in `AVBSVI`.
+            callbacks: As in `AVBSVI`.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, renamed, of a newer version, or needs functions that were not
+                passed. That it belongs to another model is found out when the guide sees the model's arguments.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, tempfile, torch
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(y)):
+            ...         pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+            >>> svi = AVBSVI(model, ImplicitGuide(model), num_steps=20, progress=False, seed=0)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     svi.run(torch.ones(3)).save(folder)
+            ...     again = AVBSVI.load(folder, model)
+            >>> again.guide.sample(5, torch.ones(3))["mu"].shape
+            torch.Size([5])
+        """
+        saved = SavedFit.read(Path(folder))
+        given = {"contrast": contrast, "adversary": adversary, "ratio": ratio}
+        options = saved.options_with(given | dict.fromkeys(OF_GUIDE, guide))
+        made_by = {name: options.pop(name) for name in OF_GUIDE}
+        if options["adversary"] == "gated":
+            del options["adversary"]
+        guide = ImplicitGuide(model, **made_by) if guide is None else guide
+        svi = cls(model, guide, **options, progress=progress, callbacks=callbacks)
+        svi._take_up(saved)
+        return svi
+
+    def _keeper(self, checkpoint: str | Path | None, every: int | None) -> Checkpoint | None:
+        if checkpoint is None:
+            if every is None:
+                return None
+            raise OptionError(
+                "every is given without a checkpoint",
+                got=repr(every),
+                do="Pass checkpoint=folder too; an argument of the model that is called so has to be passed by "
+                "position.",
+            )
+        default = max(1, self.schedule.num_steps // 20)
+        return Checkpoint(checkpoint, every=default if every is None else every)
+
+    def _take_up_later(self, folder: Path) -> bool:
+        """Take up the state in a folder if it is later than the present one."""
+        if not holds_checkpoint(folder):
+            return False
+        saved = SavedFit.read(folder)
+        present = 0
+        if self._saved is not None:
+            present = self._saved.step
+        elif self._engine.is_set_up:
+            present = self.trainer.step_count
+        if saved.step <= present:
+            return False
+        self._take_up(saved)
+        return True
+
+    def _take_up(self, saved: SavedFit) -> None:
+        """Let the guide, and at the set-up the trainer, go on from a state."""
+        check_same({"options": decisive(saved.options)}, {"options": decisive(self._options)})
+        self._saved = saved
+        self.guide.restore_with(saved.restore)
+
+    def _write(self, folder: Path, notes: dict[str, Any]) -> None:
+        save(
+            folder,
+            options=self._options,
+            guide=self.guide,
+            trainer=self.trainer,
+            record=self._record,
+            notes=notes,
         )
 
     @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from implicitvi import StopTraining
 from implicitvi.errors import CheckpointError
 from implicitvi.training import Trainer
-from implicitvi.training.checkpoint import CONFIG, STATE, load_state, save_state
+from implicitvi.training.checkpoint import CONFIG, STATE, holds_checkpoint, load_state, save_state
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
 from test_vae_fit import SYSTEMS, Rows, avb, data, fit, same, same_weights, shuffled, vae, weights
@@ -74,13 +77,25 @@ def malicious(path: Path) -> None:
     torch.save({"format": 1, "config": {}, "state": Malicious(path.with_name("ran"))}, path)
 
 
+def flip(path: Path) -> None:
+    """One bit of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no checkpoint"),
     "torn": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "another file of torch's": partial(torch.save, torch.zeros(3)),
-    "without a state": partial(torch.save, {"format": 1, "config": {}}),
+    "without a state": partial(save_file, {}),
+    "of another program": partial(save_file, {"a": torch.ones(2)}, metadata={"format": "pt"}),
+    "one bit": flip,
     "malicious": malicious,
+    "maliciously pickled": lambda path: path.write_bytes(
+        pickle.dumps(Malicious(path.with_name("ran")))
+    ),
 }
 
 
@@ -88,16 +103,40 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(damage: str, tmp_path: Path) -> None:
     save_state(tmp_path, STATE_OF_A_FIT, config={})
     DAMAGE[damage](tmp_path / STATE)
-    with pytest.raises(CheckpointError, match=r"cannot be read; got .*state\.pt: .*an older copy"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read; got .*state\.safetensors: .*an older copy"
+    ):
         load_state(tmp_path, like={})
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_malicious_file_would_have_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["malicious", "maliciously pickled"])
+def test_the_malicious_file_would_have_run(damage: str, tmp_path: Path) -> None:
     """The test above is not passed by a file that does no harm."""
-    malicious(tmp_path / STATE)
-    torch.load(tmp_path / STATE, weights_only=False)
+    DAMAGE[damage](tmp_path / STATE)
+    content = (tmp_path / STATE).read_bytes()
+    if damage == "malicious":
+        torch.load(io.BytesIO(content), weights_only=False)
+    else:
+        pickle.loads(content)  # noqa: S301
     assert (tmp_path / "ran").exists()
+
+
+def test_a_state_without_its_name_is_missed(tmp_path: Path) -> None:
+    """A fit does not begin anew where one has been, and says what it found instead."""
+    save_state(tmp_path, STATE_OF_A_FIT, config={})
+    (tmp_path / STATE).rename(tmp_path / "old.safetensors")
+    with pytest.raises(CheckpointError, match=f"no checkpoint; got .*old.safetensors.*{STATE}"):
+        holds_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_state(tmp_path / "elsewhere", like={})
+    assert not holds_checkpoint(tmp_path / "elsewhere")
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="cannot hold the .*Path at /state/a/0"):
+        save_state(tmp_path, {"a": [Path()]}, config={})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

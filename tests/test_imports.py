@@ -30,7 +30,7 @@ LAYERS = (
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
-    {"engine"},
+    {"engine", "saved"},
     {"svi"},
     {"export", "plots"},
 )

@@ -1,6 +1,14 @@
 """The one training loop: players that take turns, on a schedule, guarded and watched."""
 
-from implicitvi.training.callbacks import Callback, Progress, StopTraining
+from implicitvi.training.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStop,
+    Progress,
+    StopTraining,
+    TensorBoard,
+    Tracker,
+)
 from implicitvi.training.player import Player
 from implicitvi.training.rng import RandomStream, derived_seed
 from implicitvi.training.schedule import Schedule, Stage
@@ -8,6 +16,8 @@ from implicitvi.training.trainer import History, Trainer
 
 __all__ = [
     "Callback",
+    "Checkpoint",
+    "EarlyStop",
     "History",
     "Player",
     "Progress",
@@ -15,6 +25,8 @@ __all__ = [
     "Schedule",
     "Stage",
     "StopTraining",
+    "TensorBoard",
+    "Tracker",
     "Trainer",
     "derived_seed",
 ]

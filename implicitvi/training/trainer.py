@@ -6,6 +6,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from implicitvi.errors import NonFiniteError
 from implicitvi.training.callbacks import Callback, StopTraining
+from implicitvi.training.checkpoint import save_state
 from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics, Player
 from implicitvi.training.rng import RandomStream
@@ -117,6 +119,9 @@ class Trainer:
         prepare: Called before the players of each step, inside the stream: where a batch is taken.
         average: Means of the loss and gradients of a turn over several processes, ``None`` for a process by itself.
         agree: A reason to stop, or ``None``, to what all processes make of it: all of them stop at the same step.
+
+    Attributes:
+        write: Writes the whole fit into a folder, with notes; see `save`.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class Trainer:
         self.prepare = prepare
         self.average = average
         self.agree = agree
+        self.write = self._write
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._optimisers = {
@@ -201,6 +207,16 @@ class Trainer:
             if reason is not None:
                 return reason
         return "finished"
+
+    def save(self, folder: str | Path, **notes: Any) -> None:
+        """Write the fit that this loop belongs to into a folder, whole or not at all, with notes about it.
+
+        What is written is up to whoever made the loop and set ``write``; by itself it writes its `state_dict`.
+        """
+        self.write(Path(folder), notes)
+
+    def _write(self, folder: Path, notes: dict[str, Any]) -> None:
+        save_state(folder, self.state_dict(), config={"kind": "Trainer", "notes": notes})
 
     def _descend(self, player: Player, loss: Tensor | None, stage: Stage) -> float | Tensor:
         """One gradient step of one player on a loss; returns it, or NaN where the step was skipped."""

@@ -36,7 +36,7 @@ from implicitvi.training import (
     Trainer,
     derived_seed,
 )
-from implicitvi.training.checkpoint import STATE, load_state, save_state
+from implicitvi.training.checkpoint import holds_checkpoint, load_state, save_state
 from implicitvi.vae.batches import Batches, TensorBatches, Transform, batches_of
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ class _Run:
             average=processes.average if several else None,
             agree=processes.agree if several else None,
         )
+        self.trainer.write = self._write
         processes.share(list(self._tensors().values()))
         self.average = options.ema and AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)
@@ -303,8 +304,14 @@ class _Run:
     def _resume(self) -> int:
         """Take up the checkpoint, if there is one; returns its epoch."""
         epoch, folder = 0, self.options.checkpoint
-        if folder is not None and (Path(folder) / STATE).exists():
+        if folder is not None and holds_checkpoint(Path(folder)):
             state = load_state(Path(folder), like=self._config())
+            if state["epoch"] is None:
+                raise CheckpointError(
+                    "the checkpoint was written in the middle of an epoch, from which no fit can go on",
+                    got=str(folder),
+                    do="Resume from the folder that fit(checkpoint=...) kept; this one has weights to look at.",
+                )
             self.model.load_state_dict(state["model"])
             self.trainer.load_state_dict(state["trainer"])
             self.train.load_state_dict(state["batches"])
@@ -321,7 +328,12 @@ class _Run:
         return epoch
 
     def _save(self, epoch: int) -> None:
-        if self.options.checkpoint is None or processes.rank():
+        if self.options.checkpoint is not None:
+            self._write(Path(self.options.checkpoint), {}, epoch)
+
+    def _write(self, folder: Path, notes: dict[str, Any], epoch: int | None = None) -> None:
+        """The state after an epoch; ``None`` in the middle of one, whose weights can be used and no more."""
+        if processes.rank():
             return
         state = {
             "model": self.model.state_dict(),
@@ -332,7 +344,7 @@ class _Run:
             "seed": self.seed,
             "epoch": epoch,
         }
-        save_state(Path(self.options.checkpoint), state, config=self._config())
+        save_state(folder, state, config={**self._config(), "notes": notes})
 
     def _config(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the fit that takes it up."""
