@@ -19,8 +19,7 @@ class Engine:
     Args:
         schedule: Settings of every step.
         options: What the objective is made of.
-        tempering: Of the schedule, or ``"auto"``: as the schedule has it for one posterior, none where more is
-            estimated.
+        tempering: Of the schedule, or ``"auto"``: as the schedule has it where the problem `tempers`, else none.
         moves_sampler: Whether the sampler is one of the trainer's players; else somebody else moves it.
         clip_norm: Bound of the global norm of each player's gradient; ``None`` for one by what is usual.
         max_skips: Non-finite turns in a row that end the fit.
@@ -83,7 +82,7 @@ class Engine:
         self._first = arguments
         with self.stream:
             problem = self.options.build(model, guide, arguments, num_steps=self.schedule.num_steps)
-        if self._tempering == "auto" and problem.is_estimating:
+        if self._tempering == "auto" and not problem.tempers:
             self.schedule = replace(self.schedule, tempering=None)
         now: Callable[[], Arguments] = lambda: self.arguments  # noqa: E731
         players = problem.opponents(now)

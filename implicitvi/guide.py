@@ -21,7 +21,8 @@ from implicitvi.errors import ModelError, SetupError, check_at_least, check_choi
 from implicitvi.latents import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.layout import SiteLayout
 from implicitvi.local import PlateRun, read_plate
-from implicitvi.samplers import SAMPLERS, Sampler
+from implicitvi.modes import Mode
+from implicitvi.samplers import SAMPLERS, MixtureSampler, Sampler
 
 _instances = itertools.count(1)
 
@@ -201,6 +202,28 @@ class ImplicitGuide(AutoContinuous):
         self.sampler.local.loc.copy_(z.mean((0, 1)))
         self._layout = run.layout.all
 
+    def split(self, modes: Sequence[Mode]) -> Sampler:
+        """Give each of several far modes a sampler of its own; returns the sampler, now a `MixtureSampler`.
+
+        The only mode of a list is where the one sampler is placed.
+        """
+        if len(modes) > 1:
+            samplers = [self._make_sampler(self.latent_dim).to(mode.loc) for mode in modes]
+            weights = modes[0].loc.new_tensor([mode.weight for mode in modes])
+            self.sampler = MixtureSampler(samplers, weights).to(modes[0].loc)
+        else:
+            samplers = [self.sampler]
+        for each, mode in zip(samplers, modes, strict=True):
+            each.set_frame(mode.loc, mode.scale_tril)
+        sampler: Sampler = self.sampler
+        return sampler
+
+    @property
+    def num_modes(self) -> int:
+        """Far modes that have a sampler of their own; 1 where one sampler makes all draws."""
+        sampler = getattr(self, "sampler", None)
+        return len(sampler.weights) if isinstance(sampler, MixtureSampler) else 1
+
     @property
     def plate(self) -> str | None:
         """The plate that the guide is amortized over; ``None`` where it is not, or over datasets."""
@@ -349,6 +372,10 @@ class ImplicitGuide(AutoContinuous):
     ) -> Any:
         """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
         self._require_setup()
+        weights = state_dict.get("sampler.weights")
+        if weights is not None and len(weights) != self.num_modes:
+            place = self.sampler.loc, self.sampler.scale_tril
+            self.split([Mode(weight, *place) for weight in weights.tolist()])
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:

@@ -51,7 +51,8 @@ class AVBSVI:
         adversary_lr: Rate of the adversary and of a flow contrast.
         tempering: Power of the log joint at the first step, rising to 1; ``None`` for none. It balances modes
             that one Gaussian start would not. ``"auto"`` is 0.1 for one posterior, and none where the guide is
-            amortized or the model has parameters: those would climb the tempered bound, which is another.
+            amortized or the model has parameters: those would climb the tempered bound, which is another. There is none
+            either where far modes are found: it would run them together.
         contrast: ``"mixture"`` (of Gaussians that follow the draws), ``"gaussian"`` (adaptive contrast, full
             covariance), ``"diagonal"`` (as in the paper), ``"flow"``, ``"prior"`` (plain AVB; it needs no density of
             the prior), or a function of the latent dimension that returns a `Contrast`. For an amortized guide all but
@@ -64,6 +65,9 @@ class AVBSVI:
         averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
             sampler is shown the average. 0 for the current weights.
         warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
+        max_modes: Far modes to look for after the warm start (`find_modes`); each that is found gets a place and scale
+            of its own (`MixtureSampler`). 1 looks for none. Nothing is looked for without a warm start, where the model
+            has parameters, is scored in a loop or sees minibatches, or where the contrast is the prior.
         num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
             model has parameters or the guide is amortized; for a posterior alone they do not.
         mode: How the model is scored: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"`` (`LogJoint`).
@@ -114,6 +118,7 @@ class AVBSVI:
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        max_modes: int = ProblemOptions.max_modes,
         num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         compile: str | None = ProblemOptions.compile,
@@ -141,6 +146,7 @@ class AVBSVI:
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            max_modes=max_modes,
             num_importance=num_importance,
             mode=mode,
             compile=compile,
@@ -267,6 +273,7 @@ class AVB_ELBO(ELBO):
         ratio: As in `AVBSVI`.
         averaging: As in `AVBSVI`.
         warm_start: As in `AVBSVI`.
+        max_modes: As in `AVBSVI`.
         num_importance: As in `AVBSVI`.
         mode: As in `AVBSVI`.
         compile: As in `AVBSVI`.
@@ -301,6 +308,7 @@ class AVB_ELBO(ELBO):
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        max_modes: int = ProblemOptions.max_modes,
         num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         compile: str | None = ProblemOptions.compile,
@@ -323,6 +331,7 @@ class AVB_ELBO(ELBO):
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            max_modes=max_modes,
             num_importance=num_importance,
             mode=mode,
             compile=compile,

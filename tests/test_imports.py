@@ -23,7 +23,7 @@ LAYERS = (
     {"training"},
     {"vae"},
     {"layout", "parameters", "warm_start", "scoring", "minibatch"},
-    {"enumeration", "compiled"},
+    {"enumeration", "compiled", "modes"},
     {"local", "latents"},
     {"log_joint", "amortized"},
     {"model_prior", "guide", "sources"},
