@@ -42,6 +42,7 @@ ERRORS_ONLY = {
     "evaluation.evidence",
     "evaluation.frechet",
     "evaluation.latent",
+    "evaluation.sbc",
 }
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
