@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 from implicitvi.amortized_problem import AmortizedProblem
@@ -11,6 +12,7 @@ from implicitvi.guide import ImplicitGuide
 from implicitvi.options import ProblemOptions, check_devices, check_guide
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.training import RandomStream, Schedule, Trainer
+from implicitvi.training.rng import derived_seed
 
 
 class Engine:
@@ -51,6 +53,7 @@ class Engine:
         self.schedule = schedule
         self.options = options
         self.stream = RandomStream(seed)
+        self._seed = seed
         self.arguments = self._first = Arguments((), {})
         self._tempering = tempering
         self._moves_sampler = moves_sampler
@@ -67,6 +70,12 @@ class Engine:
     def trainer(self) -> Trainer:
         """The loop, with its players, step count and history."""
         return self._require()[1]
+
+    def twin(self, key: int) -> Engine:
+        """An engine of the same options, not set up, with random numbers of its own: the same ones for one key."""
+        other = copy(self)
+        other.stream = RandomStream(None if self._seed is None else derived_seed(self._seed, key))
+        return other
 
     def setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
         """Make everything that precedes the first step; the next time only take the arguments.

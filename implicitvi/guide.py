@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyro
@@ -129,6 +130,9 @@ class ImplicitGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
+        self._make = partial(
+            type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn
+        )
         super().__init__(Readable()(model), init_loc_fn=init_loc_fn)
         if isinstance(sampler, str):
             check_choice("sampler", sampler, SAMPLERS)
@@ -201,6 +205,10 @@ class ImplicitGuide(AutoContinuous):
             shared.loc.copy_(g[0])
         self.sampler.local.loc.copy_(z.mean((0, 1)))
         self._layout = run.layout.all
+
+    def twin(self) -> ImplicitGuide:
+        """Another guide of the same model with the same options, not set up and with networks of its own."""
+        return self._make()
 
     def split(self, modes: Sequence[Mode]) -> Sampler:
         """Give each of several far modes a sampler of its own; returns the sampler, now a `MixtureSampler`.

@@ -397,6 +397,16 @@ class MixtureSampler(Sampler):
         samplers = self._samplers()
         return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
 
+    def owners(self, z: Tensor) -> Tensor:
+        """The sampler in whose frame each of ``z [..., D]`` is densest, as a Gaussian's: ``[...]``."""
+        scores = []
+        for sampler in self._samplers():
+            off = torch.linalg.solve_triangular(
+                sampler.scale_tril.mT, (z - sampler.loc).flatten(0, -2), upper=True, left=False
+            )
+            scores.append(-0.5 * off.square().sum(-1) - sampler.scale_tril.diagonal().log().sum())
+        return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
+
     def _samplers(self) -> list[Sampler]:
         return list(self.samplers)  # type: ignore[arg-type]
 

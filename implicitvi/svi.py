@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import replace
 from math import nan
 from typing import Any
 
@@ -17,7 +19,7 @@ from implicitvi.adversaries import GatedAdversary
 from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.contrasts import Contrast
 from implicitvi.engine import Engine, start_of
-from implicitvi.errors import OptionError
+from implicitvi.errors import ModelError, OptionError, check_at_least
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
@@ -25,6 +27,7 @@ from implicitvi.options import ProblemOptions, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
+from implicitvi.restarts import agreement, warn_of_disagreement
 from implicitvi.training import (
     Callback,
     History,
@@ -78,6 +81,8 @@ class AVBSVI:
         clip_norm: Bound of the global norm of each player's gradient; ``None`` for four times what is usual. A bound
             that cuts most gradients biases the fit: it cuts where the posterior pulls hardest.
         max_skips: Non-finite turns in a row that end the fit.
+        restarts: Independent fits that `run` makes, one after the other, to see whether they agree (`Fit.agreement`).
+            ``guide`` is the first one's; the others have twins of it, and seeds that follow from ``seed``.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
             ``pyro.set_rng_seed`` decides.
         progress: Whether `run` shows a bar.
@@ -124,6 +129,7 @@ class AVBSVI:
         compile: str | None = ProblemOptions.compile,
         clip_norm: float | None = None,
         max_skips: int = 20,
+        restarts: int = 1,
         seed: int | None = None,
         progress: bool = True,
         callbacks: Iterable[Callback] = (),
@@ -162,6 +168,8 @@ class AVBSVI:
             max_skips=max_skips,
             seed=seed,
         )
+        check_at_least("restarts", restarts, 1)
+        self._twins = [self._twin(key) for key in range(1, restarts)]
 
     def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:
         """Everything that precedes the first step, the warm start included; does nothing the second time.
@@ -170,6 +178,12 @@ class AVBSVI:
             ModelError: The model cannot be fitted by this guide.
         """
         self._engine.setup(self.model, self.guide, Arguments(args, kwargs))
+        if self._twins and self.problem.parameters:
+            raise ModelError(
+                "restarts of a model with parameters would share them",
+                got=", ".join(map(repr, self.problem.parameters)),
+                do="Use restarts=1, or fit copies of the model.",
+            )
         return self
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -178,6 +192,10 @@ class AVBSVI:
         The loss is the negative learned ELBO. It is an estimate and no bound: an adversary that lags makes it look
         better than it is.
         """
+        if self._twins:
+            raise OptionError(
+                "a step is taken by one fit", got=f"restarts={1 + len(self._twins)}", do="Call run."
+            )
         self.setup(*args, **kwargs)
         return float(self.trainer.step()["sampler"])
 
@@ -187,6 +205,31 @@ class AVBSVI:
         A run that was cut short is continued by the next one. A run after the horizon takes ``num_steps`` more steps
         with the settings of the last.
         """
+        fit = self._run(*args, **kwargs)
+        others: list[Fit] = []
+        for twin in self._twins:
+            if (others or [fit])[-1].stop_reason == "interrupted":
+                break
+            others.append(twin.run(*args, **kwargs))
+        if not others:
+            return fit
+        found = None
+        if self.guide.amortization is None:
+            with self._engine.stream:
+                found = agreement([self.guide, *(other.guide for other in others)])
+            warn_of_disagreement(found)
+        return replace(fit, restarts=tuple(others), agreement=found)
+
+    def _twin(self, key: int) -> AVBSVI:
+        """The same options around another guide and other random numbers."""
+        other = copy(self)
+        other.guide = self.guide.twin()
+        other._engine = self._engine.twin(key)
+        other._twins = []
+        return other
+
+    def _run(self, *args: Any, **kwargs: Any) -> Fit:
+        """`run` of this fit alone."""
         began = time.perf_counter()
         self.setup(*args, **kwargs)
         setup_seconds = time.perf_counter() - began

@@ -27,6 +27,7 @@ LAYERS = (
     {"local", "latents"},
     {"log_joint", "amortized"},
     {"model_prior", "guide", "sources"},
+    {"restarts"},
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
