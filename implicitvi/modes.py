@@ -112,9 +112,9 @@ def find_modes(
 
 
 def wide_starts(loc: Tensor, scale_tril: Tensor, count: int) -> Tensor:
-    """Points ``[count, D]`` around a Gaussian, 2 to 50 times as far out as its own draws."""
+    """Points ``[count, D]`` around a Gaussian, 2 to 200 times as far out as its own draws."""
     unit = torch.randn(count, len(loc), dtype=loc.dtype, device=loc.device)
-    reach = 2 * 25 ** torch.rand(count, 1, dtype=loc.dtype, device=loc.device)
+    reach = 2 * 100 ** torch.rand(count, 1, dtype=loc.dtype, device=loc.device)
     return loc + reach * unit @ scale_tril.mT
 
 

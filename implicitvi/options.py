@@ -38,7 +38,7 @@ from implicitvi.parameters import model_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import MixtureSampler, Sampler
-from implicitvi.scoring import first_line, sites_without_density
+from implicitvi.scoring import PARTICLE_ERRORS, first_line, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
 from implicitvi.warm_start import gaussian_fit, starting_point
 
@@ -243,7 +243,7 @@ class ProblemOptions:
             torch.random.fork_rng()
         ):  # the fit's own numbers do not depend on whether modes were looked for
             starts = wide_starts(place.loc, place.scale_tril, STARTS)
-            with suppress(ImplicitVIError, NotImplementedError), warnings.catch_warnings():
+            with suppress(RuntimeError, *PARTICLE_ERRORS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 prior = ModelPrior(log_joint, args, kwargs, place.loc)
                 starts = torch.cat([starts, prior.sample((STARTS,))])
