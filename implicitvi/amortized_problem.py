@@ -183,9 +183,9 @@ class AmortizedProblem:
             shared.set_frame(loc.detach(), scale_tril().detach())
 
     @property
-    def is_estimating(self) -> bool:
-        """Whether more is learned than one posterior; always."""
-        return True
+    def tempers(self) -> bool:
+        """Whether a tempered start is of use; never, where more is learned than one posterior."""
+        return False
 
     def how(self) -> str:
         """How the model is scored, and why."""

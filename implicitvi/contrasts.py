@@ -16,7 +16,7 @@ parameters that are fitted to the draws, ``observe`` where it remembers them; th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import log, pi
 from typing import Any
@@ -31,6 +31,7 @@ from torch.distributions import (
     TransformedDistribution,
     constraints,
 )
+from torch.nn.functional import one_hot
 
 from implicitvi import processes
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
@@ -42,6 +43,8 @@ JITTER = (
 
 class Contrast(nn.Module, ABC):
     """An explicit distribution made from, or fitted to, the draws of ``q``."""
+
+    marks = 0  # coordinates that `standardise` adds to those of a draw
 
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
@@ -335,6 +338,112 @@ class GaussianMixture(Distribution):
         draws = torch.empty_like(noise)
         draws[which.argsort()] = torch.cat([part @ scale.mT for part, scale in parts])
         return (draws + self.shifts[which] + self.centre).reshape(shape + self.event_shape)
+
+
+class ModalContrast(Contrast):
+    """A contrast for each of several far modes, and coordinates in which each mode has its own place and scale.
+
+    In the units of the whole, modes that lie ``d`` standard deviations apart are spikes of width ``2 / d``, which no
+    network resolves. Here a draw belongs to the mode whose Gaussian is densest at it, stands in the coordinates of that
+    mode's contrast, and is marked with the mode: ``standardise`` gives ``[S, D + K]``.
+
+    Args:
+        contrasts: Contrasts without context, one for each of ``K`` modes.
+        weights: Weights of the modes ``[K]`` at the start; they follow the draws.
+        locs: Locations of the modes' Gaussians ``[K, D]``.
+        scale_trils: Their lower triangular scales ``[K, D, D]``.
+        rate: Share of the current batch in the weights.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    scale_trils: Tensor
+
+    def __init__(
+        self,
+        contrasts: Sequence[Contrast],
+        weights: Tensor,
+        locs: Tensor,
+        scale_trils: Tensor,
+        *,
+        rate: float = 0.25,
+    ):
+        super().__init__()
+        self.contrasts = nn.ModuleList(contrasts)
+        self.marks = len(contrasts)
+        self.rate = rate
+        self.register_buffer("weights", weights.clone())
+        self.register_buffer("locs", locs.clone())
+        self.register_buffer("scale_trils", scale_trils.clone())
+
+    def modes(self, z: Tensor) -> Tensor:
+        """The mode that each of ``z [..., D]`` belongs to: ``[...]``."""
+        return GaussianMixture(self.weights, self.locs, self.scale_trils).log_joint(z).argmax(-1)
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        _refuse_context(x)
+        modes = self.modes(z.detach())
+        parts = [part(self._share(z, modes, k)) for k, part in enumerate(self._parts())]
+        return Assembly(self.weights.clone(), parts)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, Assembly)
+        own = one_hot(self.modes(z.detach()), self.marks).to(z)
+        each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
+        return torch.cat([(torch.stack(each, -1) * own[..., None, :]).sum(-1), own], -1)
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, r: Distribution) -> None:
+        assert isinstance(r, Assembly)
+        modes = self.modes(z)
+        for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
+            contrast.observe(self._share(z, modes, k), part)
+        found = one_hot(_everyones(modes[:, None])[:, 0], self.marks).to(z).mean(0)
+        weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
+        self.weights.copy_(weights / weights.sum())
+
+    def _share(self, z: Tensor, modes: Tensor, k: int) -> Tensor:
+        """The draws of mode ``k``; too few to show its shape get ``2 D`` points with its Gaussian's moments."""
+        own, dim = z[modes == k], z.shape[-1]
+        if len(own) >= 4 * dim:
+            return own
+        steps = dim**0.5 * self.scale_trils[k].mT
+        return torch.cat([own, self.locs[k] + steps, self.locs[k] - steps])
+
+    def _parts(self) -> list[Contrast]:
+        return list(self.contrasts)  # type: ignore[arg-type]
+
+
+class Assembly(Distribution):
+    """A mixture of any distributions with event shape ``[D]``.
+
+    Args:
+        weights: Weights ``[K]``, summing to 1.
+        parts: The ``K`` distributions.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+
+    def __init__(self, weights: Tensor, parts: Sequence[Distribution]):
+        super().__init__(event_shape=parts[0].event_shape, validate_args=False)
+        self.weights = weights
+        self.parts = parts
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of ``value [..., D]``: ``[...]`` in nats."""
+        each = [part.log_prob(value) for part in self.parts]
+        return (torch.stack(each, -1) + self.weights.log()).logsumexp(-1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Independent draws ``[*sample_shape, D]``."""
+        shape = torch.Size(sample_shape)
+        which = torch.multinomial(self.weights, shape.numel(), replacement=True)
+        counts = which.bincount(minlength=len(self.parts)).tolist()
+        draws = [part.sample((n,)) for part, n in zip(self.parts, counts, strict=True)]
+        ordered = torch.cat(draws)[which.argsort().argsort()]
+        return ordered.reshape(shape + self.event_shape)
 
 
 class FlowContrast(Contrast):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 from implicitvi.amortized_problem import AmortizedProblem
@@ -11,6 +12,7 @@ from implicitvi.guide import ImplicitGuide
 from implicitvi.options import ProblemOptions, check_devices, check_guide
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.training import RandomStream, Schedule, Trainer
+from implicitvi.training.rng import derived_seed
 
 
 class Engine:
@@ -19,8 +21,7 @@ class Engine:
     Args:
         schedule: Settings of every step.
         options: What the objective is made of.
-        tempering: Of the schedule, or ``"auto"``: as the schedule has it for one posterior, none where more is
-            estimated.
+        tempering: Of the schedule, or ``"auto"``: as the schedule has it where the problem `tempers`, else none.
         moves_sampler: Whether the sampler is one of the trainer's players; else somebody else moves it.
         clip_norm: Bound of the global norm of each player's gradient; ``None`` for one by what is usual.
         max_skips: Non-finite turns in a row that end the fit.
@@ -52,6 +53,7 @@ class Engine:
         self.schedule = schedule
         self.options = options
         self.stream = RandomStream(seed)
+        self._seed = seed
         self.arguments = self._first = Arguments((), {})
         self._tempering = tempering
         self._moves_sampler = moves_sampler
@@ -74,6 +76,12 @@ class Engine:
         """The loop, with its players, step count and history."""
         return self._require()[1]
 
+    def twin(self, key: int) -> Engine:
+        """An engine of the same options, not set up, with random numbers of its own: the same ones for one key."""
+        other = copy(self)
+        other.stream = RandomStream(None if self._seed is None else derived_seed(self._seed, key))
+        return other
+
     def setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
         """Make everything that precedes the first step; the next time only take the arguments.
 
@@ -88,7 +96,7 @@ class Engine:
         self._first = arguments
         with self.stream:
             problem = self.options.build(model, guide, arguments, num_steps=self.schedule.num_steps)
-        if self._tempering == "auto" and problem.is_estimating:
+        if self._tempering == "auto" and not problem.tempers:
             self.schedule = replace(self.schedule, tempering=None)
         now: Callable[[], Arguments] = lambda: self.arguments  # noqa: E731
         players = problem.opponents(now)

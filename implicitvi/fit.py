@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitvi.errors import SetupError
+from implicitvi.errors import OptionError, SetupError
 from implicitvi.guide import ImplicitGuide
+from implicitvi.restarts import Agreement
+from implicitvi.samplers import MixtureSampler
 from implicitvi.training import History
 
 
@@ -31,6 +35,8 @@ class Fit:
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
+        restarts: The other fits of a run with ``restarts``, each with a guide of its own.
+        agreement: How far they all are from each other; ``None`` without restarts, and of amortized guides.
         write: Writes the fit into a folder; see `save`.
     """
 
@@ -43,6 +49,8 @@ class Fit:
     skipped: int
     log_joint: str
     parameters: dict[str, Tensor]
+    restarts: tuple[Fit, ...] = ()
+    agreement: Agreement | None = None
     write: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def save(self, folder: str | Path) -> None:
@@ -70,6 +78,43 @@ class Fit:
         """Draws dropped because the model gave them no finite log density."""
         return int(self.history["dropped"].sum())
 
+    @property
+    def fits(self) -> tuple[Fit, ...]:
+        """This fit and its restarts."""
+        return self, *self.restarts
+
+    def best(self, criterion: Callable[[Fit], float]) -> Fit:
+        """The one of `fits` whose ``criterion`` is lowest, such as a discrepancy of its draws; never take the loss.
+
+        A fit that has collapsed can have the best loss of all. One whose criterion is not finite is not chosen.
+
+        Raises:
+            OptionError: The criterion is not finite for any of the fits.
+        """
+        values = [float(criterion(fit)) for fit in self.fits]
+        if not any(map(isfinite, values)):
+            raise OptionError("the criterion is not finite for any of the fits", got=values)
+        return self.fits[
+            min(range(len(values)), key=lambda i: (not isfinite(values[i]), values[i]))
+        ]
+
+    def mixture(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
+        """A guide that draws from all of `fits`, each as often as any other; it has no learned density.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            SetupError: The guide is amortized.
+        """
+        if self.guide.amortization is not None:
+            raise SetupError("amortized guides have no mixture", do="Use one of fit.fits.")
+        guide = self.guide.twin().setup(*args, **kwargs)
+        samplers = [fit.guide.sampler for fit in self.fits]
+        guide.sampler = MixtureSampler(samplers, torch.ones(len(samplers))).to(samplers[0].loc)
+        return guide
+
     def summary(self, num_samples: int = 4000) -> str:
         """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
         rows = [f"{'':16}{'mean':>10}{'sd':>10}{'5%':>10}{'50%':>10}{'95%':>10}"]
@@ -84,8 +129,9 @@ class Fit:
 
     def __str__(self) -> str:
         loss = self.history.last("sampler", 100)
+        agreed = "" if self.agreement is None else f"; {self.agreement}"
         return (
             f"{self.stop_reason} after {self.num_steps} steps, {self.seconds:.1f} s of which "
             f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, no bound); "
-            f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}"
+            f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}{agreed}"
         )

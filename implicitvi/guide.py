@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyro
@@ -21,7 +22,8 @@ from implicitvi.errors import ModelError, SetupError, check_at_least, check_choi
 from implicitvi.latents import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.layout import SiteLayout
 from implicitvi.local import PlateRun, read_plate
-from implicitvi.samplers import SAMPLERS, Sampler
+from implicitvi.modes import Mode
+from implicitvi.samplers import SAMPLERS, MixtureSampler, Sampler
 
 _instances = itertools.count(1)
 
@@ -128,6 +130,9 @@ class ImplicitGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
+        self._make = partial(
+            type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn
+        )
         super().__init__(Readable()(model), init_loc_fn=init_loc_fn)
         if isinstance(sampler, str):
             check_choice("sampler", sampler, SAMPLERS)
@@ -221,6 +226,32 @@ class ImplicitGuide(AutoContinuous):
             shared.loc.copy_(g[0])
         self.sampler.local.loc.copy_(z.mean((0, 1)))
         self._layout = run.layout.all
+
+    def twin(self) -> ImplicitGuide:
+        """Another guide of the same model with the same options, not set up and with networks of its own."""
+        return self._make()
+
+    def split(self, modes: Sequence[Mode]) -> Sampler:
+        """Give each of several far modes a sampler of its own; returns the sampler, now a `MixtureSampler`.
+
+        The only mode of a list is where the one sampler is placed.
+        """
+        if len(modes) > 1:
+            samplers = [self._make_sampler(self.latent_dim).to(mode.loc) for mode in modes]
+            weights = modes[0].loc.new_tensor([mode.weight for mode in modes])
+            self.sampler = MixtureSampler(samplers, weights).to(modes[0].loc)
+        else:
+            samplers = [self.sampler]
+        for each, mode in zip(samplers, modes, strict=True):
+            each.set_frame(mode.loc, mode.scale_tril)
+        sampler: Sampler = self.sampler
+        return sampler
+
+    @property
+    def num_modes(self) -> int:
+        """Far modes that have a sampler of their own; 1 where one sampler makes all draws."""
+        sampler = getattr(self, "sampler", None)
+        return len(sampler.weights) if isinstance(sampler, MixtureSampler) else 1
 
     @property
     def plate(self) -> str | None:
@@ -370,6 +401,10 @@ class ImplicitGuide(AutoContinuous):
     ) -> Any:
         """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
         self._require_setup()
+        weights = state_dict.get("sampler.weights")
+        if weights is not None and len(weights) != self.num_modes:
+            place = self.sampler.loc, self.sampler.scale_tril
+            self.split([Mode(weight, *place) for weight in weights.tolist()])
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:

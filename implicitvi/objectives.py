@@ -162,6 +162,10 @@ class AVB:
             z = z[kept]
             log_p = log_joint(self.hear(z)) if len(z) else log_p[kept]
         scores = self.score(z, r, log_p, x)
+        if scores.requires_grad:
+            observed = scores.new_full((len(kept), *scores.shape[1:]), torch.nan)
+            observed[kept] = scores.detach()
+            self.sampler.observe(observed)
         return tighten(scores, z, self.num_importance), num_samples - len(z)
 
     def hear(self, z: Tensor) -> Tensor:

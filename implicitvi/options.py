@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from implicitvi.contrasts import (
     FlowContrast,
     GaussianContrast,
     MixtureContrast,
+    ModalContrast,
     PriorContrast,
     moments,
 )
@@ -30,15 +32,17 @@ from implicitvi.latents import check_latents, latent_trace
 from implicitvi.layout import plate_names
 from implicitvi.log_joint import LogJoint
 from implicitvi.model_prior import ModelPrior
+from implicitvi.modes import Mode, find_modes, wide_starts
 from implicitvi.objectives import AVB
 from implicitvi.parameters import model_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RATIOS, RatioLoss
-from implicitvi.samplers import Sampler
-from implicitvi.scoring import first_line, flat_sites, sites_without_density
+from implicitvi.samplers import MixtureSampler, Sampler
+from implicitvi.scoring import PARTICLE_ERRORS, first_line, flat_sites, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
 from implicitvi.warm_start import gaussian_fit, starting_point
 
+STARTS = 32  # of each kind, from which far modes are looked for
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is read
 CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "moments", "prior")
 
@@ -53,6 +57,7 @@ class ProblemOptions:
     ratio: str | RatioLoss = "logistic"
     averaging: float = 0.9
     warm_start: int = 600
+    max_modes: int = 8
     num_importance: int = 1
     mode: str = "auto"
     compile: str | None = None
@@ -63,6 +68,7 @@ class ProblemOptions:
         if isinstance(self.ratio, str):
             check_choice("ratio", self.ratio, RATIOS)
         check_at_least("warm_start", self.warm_start, 0)
+        check_at_least("max_modes", self.max_modes, 1)
         check_at_least("num_importance", self.num_importance, 1)
         check_compile(self.compile)
         if not 0 <= self.averaging < 1:
@@ -136,8 +142,11 @@ class ProblemOptions:
                 sampler.set_frame(
                     *gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
                 )
-        contrast = self._contrast(layout.dim) if prior is None else _prior_contrast(prior)
-        avb = self._avb(sampler, contrast, self.adversary(layout.dim), informed=self.informed)
+                if not leaves and prior is None:
+                    sampler = guide.split(self._modes(log_joint, sampler, arguments))
+        contrast = self._contrast_of(sampler) if prior is None else _prior_contrast(prior)
+        network = self.adversary(layout.dim + contrast.marks)
+        avb = self._avb(sampler, contrast, network, informed=self.informed)
         problem = Problem(log_joint, avb, arguments, parameters)
         guide.set_log_density(problem.log_q)
         return problem
@@ -222,6 +231,37 @@ class ProblemOptions:
         if self.compile == "inductor" and sampler.loc.is_cuda:
             compile_networks(sampler, avb.adversary, avb.average)  # on the CPU this gains nothing
         return avb
+
+    def _modes(self, log_joint: LogJoint, sampler: Sampler, arguments: Arguments) -> list[Mode]:
+        """The far modes of a posterior whose sampler has been placed by a Gaussian fit."""
+        place = Mode(1.0, sampler.loc, sampler.scale_tril)
+        args, kwargs = arguments.args, arguments.kwargs
+        # one particle at a time it would take minutes; of a minibatch every look sees another landscape
+        if self.max_modes == 1 or log_joint.mode == "loop" or log_joint.minibatches:
+            return [place]
+        with (
+            torch.random.fork_rng()
+        ):  # the fit's own numbers do not depend on whether modes were looked for
+            starts = wide_starts(place.loc, place.scale_tril, STARTS)
+            with suppress(RuntimeError, *PARTICLE_ERRORS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                prior = ModelPrior(log_joint, args, kwargs, place.loc)
+                starts = torch.cat([starts, prior.sample((STARTS,))])
+            return find_modes(
+                lambda u: log_joint(u, *args, **kwargs),
+                place.loc,
+                place.scale_tril,
+                starts,
+                max_modes=self.max_modes,
+                num_steps=self.warm_start // 2,
+            )
+
+    def _contrast_of(self, sampler: Sampler) -> Contrast:
+        """The contrast beside a sampler: one for each of its far modes."""
+        if not isinstance(sampler, MixtureSampler):
+            return self._contrast(sampler.latent_dim)
+        parts = [self._contrast(sampler.latent_dim) for _ in sampler.samplers]
+        return ModalContrast(parts, sampler.weights, *sampler.frames())
 
     def _contrast(self, dim: int) -> Contrast:
         """The contrast beside ``dim`` latents."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB
+from implicitvi.samplers import MixtureSampler
 from implicitvi.training import Player, Stage
 from implicitvi.training.opponents import Turn, follow_contrast
 
@@ -90,9 +91,9 @@ class Problem:
         return (-elbo.mean() if len(elbo) else None), dropped
 
     @property
-    def is_estimating(self) -> bool:
-        """Whether more is learned than one posterior: parameters of the model."""
-        return bool(self.parameters)
+    def tempers(self) -> bool:
+        """Whether a tempered start is of use: parameters would climb another bound, far modes run together."""
+        return not (self.parameters or isinstance(self.avb.sampler, MixtureSampler))
 
     def how(self) -> str:
         """How the model is scored, and why."""

@@ -90,6 +90,9 @@ class Sampler(nn.Module, ABC):
         """Map ``h [..., D]`` from the frame's coordinates to ``z [..., D]``."""
         return self.loc + h @ self.scale_tril.mT
 
+    def observe(self, elbo: Tensor) -> None:
+        """Learn from the objective ``[S, (B,)]`` of the last draws, NaN where it has none; for samplers that do."""
+
     @abstractmethod
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         """Noise ``eps [S, (B,) noise_dim]`` to ``h [S, (B,) D]`` in the frame's coordinates."""
@@ -326,6 +329,86 @@ class SemiImplicitSampler(Sampler):
     def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
         """``q(h | ε, x)`` in the frame's coordinates, an explicit Gaussian with event dimension ``D``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
+
+
+class MixtureSampler(Sampler):
+    """Samplers with frames of their own, one of which makes each draw: for modes that lie far apart.
+
+    One more noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to within one
+    draw. Between modes nothing can move mass but the weights, whose natural gradient is known without a score function:
+
+        ∂ELBO / ∂log w_k, in the metric of the simplex = E_{q_k}[elbo] - E_q[elbo]
+
+    It vanishes where ``w_k ∝ Z_k exp(-KL(q_k‖p_k))`` with the evidence ``Z_k`` of a mode.
+
+    Args:
+        samplers: Samplers without context of one latent dimension ``D``, as many as there are modes.
+        weights: Where their weights ``[K]`` start.
+        rate: Step size of the logarithms of the weights; 0 leaves them alone.
+
+    >>> MixtureSampler([DenseSampler(3), DenseSampler(3)], torch.tensor([0.3, 0.7]))(5).shape
+    torch.Size([5, 3])
+    """
+
+    weights: Tensor
+
+    def __init__(self, samplers: Sequence[Sampler], weights: Tensor, *, rate: float = 0.02):
+        latent_dim, noise_dim = samplers[0].latent_dim, max(s.noise_dim for s in samplers)
+        super().__init__(latent_dim, noise_dim=noise_dim + 1)
+        self.samplers = nn.ModuleList(samplers)
+        self.rate = rate
+        self.register_buffer("weights", weights / weights.sum())
+        self.placed.fill_(True)
+        self._chosen: Tensor | None = None
+
+    def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
+        eps = super().noise(num_samples, x)
+        strata = torch.randperm(num_samples, device=eps.device).to(eps.dtype)
+        share = (strata + torch.rand_like(strata)) / num_samples
+        return torch.cat([eps[:, :-1], torch.special.ndtri(share)[:, None]], -1)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        share = torch.special.ndtr(eps[:, -1])
+        inner = self.weights.cumsum(0)[:-1].to(eps)
+        chosen = self._chosen = torch.searchsorted(inner, share)
+        order = chosen.argsort()
+        counts = chosen.bincount(minlength=len(self.samplers)).tolist()
+        parts = [
+            sampler.place(sampler.transform(part[:, : sampler.noise_dim]))
+            for sampler, part in zip(self._samplers(), eps[order].split(counts), strict=True)
+        ]
+        return torch.cat(parts)[order.argsort()]
+
+    @torch.no_grad()
+    def observe(self, elbo: Tensor) -> None:
+        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws."""
+        assert self._chosen is not None
+        whole = elbo.nanmean()
+        each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])
+        gain = (each - whole).nan_to_num(0.0).clamp(-5.0, 5.0)
+        # a weight of 0 could not come back: its sampler would not be asked
+        weights = (
+            (self.weights.log() + self.rate * gain.to(self.weights)).softmax(0).clamp(min=1e-3)
+        )
+        self.weights.copy_(weights / weights.sum())
+
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """Locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
+        samplers = self._samplers()
+        return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
+
+    def owners(self, z: Tensor) -> Tensor:
+        """The sampler in whose frame each of ``z [..., D]`` is densest, as a Gaussian's: ``[...]``."""
+        scores = []
+        for sampler in self._samplers():
+            off = torch.linalg.solve_triangular(
+                sampler.scale_tril.mT, (z - sampler.loc).flatten(0, -2), upper=True, left=False
+            )
+            scores.append(-0.5 * off.square().sum(-1) - sampler.scale_tril.diagonal().log().sum())
+        return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
+
+    def _samplers(self) -> list[Sampler]:
+        return list(self.samplers)  # type: ignore[arg-type]
 
 
 class EncodedSampler(Sampler):

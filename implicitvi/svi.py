@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from implicitvi.adversaries import GatedAdversary
 from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.contrasts import Contrast
 from implicitvi.engine import Engine, start_of
-from implicitvi.errors import OptionError
+from implicitvi.errors import ModelError, OptionError, check_at_least
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
@@ -26,6 +28,7 @@ from implicitvi.options import ProblemOptions, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
+from implicitvi.restarts import agreement, warn_of_disagreement
 from implicitvi.saved import OF_GUIDE, SavedFit, as_written, belongings, decisive, save
 from implicitvi.training import (
     Callback,
@@ -57,7 +60,8 @@ class AVBSVI:
         adversary_lr: Rate of the adversary and of a flow contrast.
         tempering: Power of the log joint at the first step, rising to 1; ``None`` for none. It balances modes
             that one Gaussian start would not. ``"auto"`` is 0.1 for one posterior, and none where the guide is
-            amortized or the model has parameters: those would climb the tempered bound, which is another.
+            amortized or the model has parameters: those would climb the tempered bound, which is another. There is none
+            either where far modes are found: it would run them together.
         contrast: ``"mixture"`` (of Gaussians that follow the draws), ``"gaussian"`` (adaptive contrast, full
             covariance), ``"diagonal"`` (as in the paper), ``"flow"``, ``"prior"`` (plain AVB; it needs no density of
             the prior), or a function of the latent dimension that returns a `Contrast`. For an amortized guide all but
@@ -70,6 +74,9 @@ class AVBSVI:
         averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
             sampler is shown the average. 0 for the current weights.
         warm_start: Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.
+        max_modes: Far modes to look for after the warm start (`find_modes`); each that is found gets a place and scale
+            of its own (`MixtureSampler`). 1 looks for none. Nothing is looked for without a warm start, where the model
+            has parameters, is scored in a loop or sees minibatches, or where the contrast is the prior.
         num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
             model has parameters or the guide is amortized; for a posterior alone they do not.
         mode: How the model is scored: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"`` (`LogJoint`).
@@ -80,6 +87,8 @@ class AVBSVI:
         clip_norm: Bound of the global norm of each player's gradient; ``None`` for four times what is usual. A bound
             that cuts most gradients biases the fit: it cuts where the posterior pulls hardest.
         max_skips: Non-finite turns in a row that end the fit.
+        restarts: Independent fits that `run` makes, one after the other, to see whether they agree (`Fit.agreement`).
+            ``guide`` is the first one's; the others have twins of it, and seeds that follow from ``seed``.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
             ``pyro.set_rng_seed`` decides.
         progress: Whether `run` shows a bar.
@@ -120,11 +129,13 @@ class AVBSVI:
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        max_modes: int = ProblemOptions.max_modes,
         num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         compile: str | None = ProblemOptions.compile,
         clip_norm: float | None = None,
         max_skips: int = 20,
+        restarts: int = 1,
         seed: int | None = None,
         progress: bool = True,
         callbacks: Iterable[Callback] = (),
@@ -147,6 +158,7 @@ class AVBSVI:
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            max_modes=max_modes,
             num_importance=num_importance,
             mode=mode,
             compile=compile,
@@ -177,6 +189,8 @@ class AVBSVI:
             max_skips=max_skips,
             seed=seed,
         )
+        check_at_least("restarts", restarts, 1)
+        self._twins = [self._twin(key) for key in range(1, restarts)]
 
     def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:
         """Everything that precedes the first step, the warm start included; does nothing the second time.
@@ -186,6 +200,12 @@ class AVBSVI:
             CheckpointError: What `load` has read belongs to another model or other options.
         """
         self._engine.setup(self.model, self.guide, Arguments(args, kwargs))
+        if self._twins and self.problem.parameters:
+            raise ModelError(
+                "restarts of a model with parameters would share them",
+                got=", ".join(map(repr, self.problem.parameters)),
+                do="Use restarts=1, or fit copies of the model.",
+            )
         self.trainer.write = self._write
         if self._saved is not None:
             check_same(self._saved.config, belongings(self.guide, self.trainer))
@@ -200,6 +220,10 @@ class AVBSVI:
         The loss is the negative learned ELBO. It is an estimate and no bound: an adversary that lags makes it look
         better than it is.
         """
+        if self._twins:
+            raise OptionError(
+                "a step is taken by one fit", got=f"restarts={1 + len(self._twins)}", do="Call run."
+            )
         self.setup(*args, **kwargs)
         return float(self.trainer.step()["sampler"])
 
@@ -221,7 +245,8 @@ class AVBSVI:
 
         Args:
             *args: The model's arguments.
-            checkpoint: Folder that keeps the state; made where there is none.
+            checkpoint: Folder that keeps the state, each restart's in a folder of its own inside; made where there is
+                none.
             every: Steps between two states that are kept, the last always is; ``None`` for a twentieth of the fit.
             **kwargs: The model's keyword arguments.
 
@@ -229,6 +254,38 @@ class AVBSVI:
             ModelError: The model cannot be fitted by this guide.
             CheckpointError: The folder has a checkpoint that is damaged, or of another model or other options.
         """
+        fit = self._run(args, kwargs, checkpoint, every)
+        others: list[Fit] = []
+        for key, twin in enumerate(self._twins, 1):
+            if (others or [fit])[-1].stop_reason == "interrupted":
+                break
+            folder = None if checkpoint is None else Path(checkpoint) / f"restart-{key}"
+            others.append(twin._run(args, kwargs, folder, every))
+        if not others:
+            return fit
+        found = None
+        if self.guide.amortization is None:
+            with self._engine.stream:
+                found = agreement([self.guide, *(other.guide for other in others)])
+            warn_of_disagreement(found)
+        return replace(fit, restarts=tuple(others), agreement=found)
+
+    def _twin(self, key: int) -> AVBSVI:
+        """The same options around another guide and other random numbers."""
+        other = copy(self)
+        other.guide = self.guide.twin()
+        other._engine = self._engine.twin(key)
+        other._twins = []
+        return other
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        checkpoint: str | Path | None,
+        every: int | None,
+    ) -> Fit:
+        """`run` of this fit alone."""
         began = time.perf_counter()
         keeper = self._keeper(checkpoint, every)
         resumed = checkpoint is not None and self._take_up_later(Path(checkpoint))
@@ -441,6 +498,7 @@ class AVB_ELBO(ELBO):
         ratio: As in `AVBSVI`.
         averaging: As in `AVBSVI`.
         warm_start: As in `AVBSVI`.
+        max_modes: As in `AVBSVI`.
         num_importance: As in `AVBSVI`.
         mode: As in `AVBSVI`.
         compile: As in `AVBSVI`.
@@ -475,6 +533,7 @@ class AVB_ELBO(ELBO):
         ratio: str | RatioLoss = ProblemOptions.ratio,
         averaging: float = ProblemOptions.averaging,
         warm_start: int = ProblemOptions.warm_start,
+        max_modes: int = ProblemOptions.max_modes,
         num_importance: int = ProblemOptions.num_importance,
         mode: str = ProblemOptions.mode,
         compile: str | None = ProblemOptions.compile,
@@ -497,6 +556,7 @@ class AVB_ELBO(ELBO):
             ratio=ratio,
             averaging=averaging,
             warm_start=warm_start,
+            max_modes=max_modes,
             num_importance=num_importance,
             mode=mode,
             compile=compile,

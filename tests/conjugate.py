@@ -16,25 +16,23 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi.evaluation.sbc import band_share
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "conjugate.json"
 DRAWS = 200_000  # a standard error of 0.0022 sd in a mean, and of 0.16 % in the sd of a Gaussian
 GROUP_DRAWS = 20_000  # of every group: 0.0071 sd, and 0.5 %
 RANKED = 99  # draws behind each rank: 100 ranks
-SHARES = torch.arange(1, RANKED + 1).double() / (RANKED + 1)  # of uniform ranks below 1, 2, …, 99
 Row = dict[str, Any]
 Figures = dict[str, float]
 
@@ -319,7 +317,7 @@ def datasets(seed: int, num_datasets: int = 500) -> Row:
             places.append(place)
             scales.append(scale)
         figures = {
-            BAND.format(quantity): band_share(column)
+            BAND.format(quantity): band_share(column, RANKED)
             for quantity, column in zip(QUANTITIES, torch.stack(ranks, 1), strict=True)
         }
         figures["mean error of a dataset's mean (sd)"] = torch.stack(places).abs().mean().item()
@@ -334,43 +332,6 @@ def datasets(seed: int, num_datasets: int = 500) -> Row:
         amortize=lambda y: y.mean(-2),
     )
     return {**row, "exact": judge(lambda j: posteriors[j].sample((4000,)))}
-
-
-def band_share(ranks: Tensor) -> float:
-    """Largest deviation of the ranks' ECDF from uniform, as a share of the `band`'s half-width: at most 1 is inside.
-
-    Args:
-        ranks: Ranks from 0 to `RANKED`, ``[N]``.
-    """
-    lower, upper = band(len(ranks))
-    off = ecdf(ranks) - len(ranks) * SHARES
-    return (torch.where(off > 0, off / upper, off / lower)).max().item()
-
-
-def ecdf(ranks: Tensor) -> Tensor:
-    """How many of ``ranks [..., N]`` are below 1, 2, …, `RANKED`."""
-    cells = torch.zeros(*ranks.shape[:-1], RANKED + 1, dtype=torch.long)
-    return cells.scatter_add_(-1, ranks, torch.ones_like(ranks)).cumsum(-1)[..., :-1]
-
-
-@cache
-def band(count: int, num_simulations: int = 10_000) -> tuple[Tensor, Tensor]:
-    """Lower and upper deviation of the ECDF of ``count`` ranks in a simultaneous band of 95 %.
-
-    The band has the same pointwise level at every rank, the level at which 95 % of the ECDFs of uniform ranks stay
-    inside from end to end.
-
-    References:
-        Graphical Test for Discrete Uniformity and Its Applications in Goodness-of-Fit Evaluation and Multiple Sample
-        Comparison, Teemu Säilynoja, Paul-Christian Bürkner, Aki Vehtari, 2022.
-    """
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.randint(RANKED + 1, (num_simulations, count), generator=generator)
-    simulated, binomial = ecdf(uniform).numpy(), binom(count, SHARES.numpy())
-    tails = np.minimum(binomial.cdf(simulated), binomial.sf(simulated - 1))
-    level = np.quantile(tails.min(-1), 0.05)
-    lower, upper = (torch.from_numpy(binomial.ppf(q)) - count * SHARES for q in (level, 1 - level))
-    return lower, upper
 
 
 CHECKS: dict[str, Callable[[int], Row]] = {

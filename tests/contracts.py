@@ -18,6 +18,7 @@ from implicitvi.contrasts import (
     FlowContrast,
     GaussianContrast,
     MixtureContrast,
+    ModalContrast,
     PriorContrast,
 )
 from implicitvi.ratios import FGanKL, LeastSquares, Logistic, RatioLoss
@@ -45,6 +46,12 @@ CONTRASTS: dict[str, Callable[[], Contrast]] = {
     "gaussian": GaussianContrast,
     "mixture": lambda: MixtureContrast(D, components=3),
     "flow": lambda: FlowContrast(D, hidden=(16,)),
+    "modal": lambda: ModalContrast(
+        [GaussianContrast(), MixtureContrast(D, components=2)],
+        torch.tensor([0.5, 0.5]),
+        torch.tensor([[0.0] * D, [3.0] * D]),
+        torch.eye(D).repeat(2, 1, 1),
+    ),
 }
 ADVERSARIES: dict[str, Callable[..., nn.Module]] = {
     "gated": lambda dim, context_dim=0: GatedAdversary(dim, context_dim=context_dim, width=16),

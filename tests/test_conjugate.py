@@ -15,13 +15,13 @@ from conjugate import (
     RANKED,
     Conjugate,
     ExactHierarchy,
-    band_share,
     conjugates,
     errors,
     pair_posterior,
     rank,
     simulate,
 )
+from implicitvi.evaluation.sbc import band_share
 
 Posterior = dist.MultivariateNormal
 Spoil = Callable[[Posterior], Posterior]
@@ -55,7 +55,7 @@ def shares(spoil: Spoil, seed: int = 3) -> list[float]:
         rank(truth, spoil(pair_posterior(y)).sample((RANKED,)), y)
         for truth, y in zip(truths, data, strict=True)
     ]
-    return [band_share(column) for column in torch.stack(ranks, 1)]
+    return [band_share(column, RANKED) for column in torch.stack(ranks, 1)]
 
 
 def test_exact_posteriors_are_inside_the_band() -> None:
@@ -87,7 +87,7 @@ def test_uniform_ranks_leave_the_band_at_its_level() -> None:
     """5 % of 400, at five standard errors."""
     generator = torch.Generator().manual_seed(0)
     ranks = torch.randint(RANKED + 1, (400, 500), generator=generator)
-    rejected = torch.tensor([band_share(r) > 1 for r in ranks])
+    rejected = torch.tensor([band_share(r, RANKED) > 1 for r in ranks])
     assert abs(rejected.double().mean() - 0.05) < 5 * (0.05 * 0.95 / 400) ** 0.5
 
 

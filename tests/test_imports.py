@@ -23,10 +23,11 @@ LAYERS = (
     {"training"},
     {"vae"},
     {"layout", "parameters", "warm_start", "scoring", "minibatch"},
-    {"enumeration", "compiled"},
+    {"enumeration", "compiled", "modes"},
     {"local", "latents"},
     {"log_joint", "amortized"},
     {"model_prior", "guide", "sources"},
+    {"restarts"},
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
@@ -42,6 +43,7 @@ ERRORS_ONLY = {
     "evaluation.evidence",
     "evaluation.frechet",
     "evaluation.latent",
+    "evaluation.sbc",
 }
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

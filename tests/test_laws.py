@@ -140,10 +140,9 @@ class Negated(nn.Module):
 def trained(sampler: str, contrast: str, adversary: str = "gated") -> AVB:
     """All parts real, their zero layers filled so that every parameter matters."""
     torch.manual_seed(0)
-    informed = InformedAdversary(ADVERSARIES[adversary](D)).double()
-    avb = AVB(
-        SAMPLERS[sampler](D).double(), CONTRASTS[contrast]().double(), informed, averaging=0.5
-    )
+    made = CONTRASTS[contrast]().double()
+    informed = InformedAdversary(ADVERSARIES[adversary](D + made.marks)).double()
+    avb = AVB(SAMPLERS[sampler](D).double(), made, informed, averaging=0.5)
     with torch.no_grad():
         for module in (avb.sampler, avb.adversary):
             for parameter in module.parameters():
