@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from implicitvi.adversaries import InformedAdversary
 from implicitvi.contrasts import Contrast
 from implicitvi.ratios import Logistic, RatioLoss
-from implicitvi.samplers import Sampler
+from implicitvi.samplers import MixtureSampler, Sampler
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -162,7 +162,7 @@ class AVB:
             z = z[kept]
             log_p = log_joint(self.hear(z)) if len(z) else log_p[kept]
         scores = self.score(z, r, log_p, x)
-        if scores.requires_grad:
+        if isinstance(self.sampler, MixtureSampler) and scores.requires_grad:
             observed = scores.new_full((len(kept), *scores.shape[1:]), torch.nan)
             observed[kept] = scores.detach()
             self.sampler.observe(observed)

@@ -90,9 +90,6 @@ class Sampler(nn.Module, ABC):
         """Map ``h [..., D]`` from the frame's coordinates to ``z [..., D]``."""
         return self.loc + h @ self.scale_tril.mT
 
-    def observe(self, elbo: Tensor) -> None:
-        """Learn from the objective ``[S, (B,)]`` of the last draws, NaN where it has none; for samplers that do."""
-
     @abstractmethod
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         """Noise ``eps [S, (B,) noise_dim]`` to ``h [S, (B,) D]`` in the frame's coordinates."""
@@ -381,7 +378,7 @@ class MixtureSampler(Sampler):
 
     @torch.no_grad()
     def observe(self, elbo: Tensor) -> None:
-        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws."""
+        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN: dropped."""
         assert self._chosen is not None
         whole = elbo.nanmean()
         each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])

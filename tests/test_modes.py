@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from contracts import ExplicitSampler, gaussian
-from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
 from implicitvi.contrasts import Assembly, GaussianContrast, MixtureContrast, ModalContrast
 from implicitvi.modes import BARRIER, barriers, bent_barriers, evenly, find_modes, wide_starts
 from implicitvi.samplers import DenseSampler, MixtureSampler, Sampler
@@ -224,3 +224,17 @@ def test_samplers_of_a_mixture_may_be_of_any_kind() -> None:
     assert sampler(7).shape == (7, 3)
     gradients = torch.autograd.grad(sampler(50).square().sum(), list(sampler.parameters()))
     assert all(g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.uses_param_store
+def test_pyros_own_loop_trains_a_split_guide() -> None:
+    """The weights move too, and a loss that trains nothing leaves them alone."""
+    guide = ImplicitGuide(mirrored)
+    loss = AVB_ELBO(num_steps=3, warm_start=200, seed=0)
+    svi = pyro.infer.SVI(mirrored, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+    svi.step(torch.zeros(()))
+    before = guide.sampler.weights.clone()
+    svi.evaluate_loss(torch.zeros(()))
+    assert torch.equal(guide.sampler.weights, before)
+    svi.step(torch.zeros(()))
+    assert guide.num_modes == 2 and not torch.equal(guide.sampler.weights, before)

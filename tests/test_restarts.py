@@ -112,6 +112,7 @@ def with_parameter(y: Tensor) -> None:
     pyro.sample("obs", dist.Normal(mu, scale.exp()).expand([len(y)]).to_event(1), obs=y)
 
 
+@pytest.mark.uses_param_store
 def test_misuse_is_named() -> None:
     guide = ImplicitGuide(with_parameter)
     with pytest.raises(OptionError, match="restarts is out of range"):
@@ -121,4 +122,3 @@ def test_misuse_is_named() -> None:
         svi.step(DATA)
     with pytest.raises(ModelError, match="'restarts_scale'"):
         svi.run(DATA)
-    pyro.get_param_store().clear()
