@@ -247,6 +247,12 @@ class ImplicitGuide(AutoContinuous):
         sampler: Sampler = self.sampler
         return sampler
 
+    def split_as(self, weights: Tensor | None) -> None:
+        """Have as many samplers as the state of another guide with these weights of modes; ``None``: one."""
+        if weights is not None and len(weights) != self.num_modes:
+            place = self.sampler.loc, self.sampler.scale_tril
+            self.split([Mode(weight, *place) for weight in weights.tolist()])
+
     @property
     def num_modes(self) -> int:
         """Far modes that have a sampler of their own; 1 where one sampler makes all draws."""
@@ -401,10 +407,7 @@ class ImplicitGuide(AutoContinuous):
     ) -> Any:
         """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
         self._require_setup()
-        weights = state_dict.get("sampler.weights")
-        if weights is not None and len(weights) != self.num_modes:
-            place = self.sampler.loc, self.sampler.scale_tril
-            self.split([Mode(weight, *place) for weight in weights.tolist()])
+        self.split_as(state_dict.get("sampler.weights"))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:

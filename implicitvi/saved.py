@@ -89,6 +89,7 @@ class SavedFit:
         prefix = "module."
         modules = self.state["fit"]["players"]["sampler"]["modules"]
         weights = {k.removeprefix(prefix): v for k, v in modules.items() if k.startswith(prefix)}
+        guide.split_as(weights.get("weights"))
         check_same({"sampler": _shapes(weights)}, {"sampler": _shapes(guide.sampler.state_dict())})
         guide.sampler.load_state_dict(weights)
         for sampler, probe in zip(_parts(guide.sampler), self.state["probe"], strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -238,3 +240,15 @@ def test_pyros_own_loop_trains_a_split_guide() -> None:
     assert torch.equal(guide.sampler.weights, before)
     svi.step(torch.zeros(()))
     assert guide.num_modes == 2 and not torch.equal(guide.sampler.weights, before)
+
+
+def test_a_split_fit_is_saved_and_resumed(tmp_path: Path) -> None:
+    """The guide that takes it up has one sampler until it reads how many there are."""
+    y = torch.tensor([10.0])
+    options: dict[str, Any] = {"num_steps": 12, "progress": False, "seed": 0}
+    guide, again = ImplicitGuide(mirrored), ImplicitGuide(mirrored)
+    AVBSVI(mirrored, guide, **options).run(y, checkpoint=tmp_path)
+    assert guide.num_modes == 2
+    AVBSVI(mirrored, again, **options).run(y, checkpoint=tmp_path)
+    for mine, theirs in zip(guide.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
