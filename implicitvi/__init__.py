@@ -1,10 +1,11 @@
 """Variational inference with implicit posteriors: any network that can be sampled is a variational family."""
 
+from implicitvi.diagnosis import diagnose
 from implicitvi.export import to_arviz
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.svi import AVB_ELBO, AVBSVI
 from implicitvi.training import StopTraining
 
-__all__ = ["AVB_ELBO", "AVBSVI", "Fit", "ImplicitGuide", "StopTraining", "to_arviz"]
+__all__ = ["AVB_ELBO", "AVBSVI", "Fit", "ImplicitGuide", "StopTraining", "diagnose", "to_arviz"]
 __version__ = "0.1.0"

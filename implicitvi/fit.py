@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitvi.diagnosis import diagnose
+from implicitvi.evaluation.report import Report
 from implicitvi.guide import ImplicitGuide
 from implicitvi.training import History
 
@@ -28,6 +33,9 @@ class Fit:
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
+        model: The model that was fitted.
+        args: Its arguments in the run.
+        kwargs: Its keyword arguments.
     """
 
     guide: ImplicitGuide
@@ -39,6 +47,9 @@ class Fit:
     skipped: int
     log_joint: str
     parameters: dict[str, Tensor]
+    model: Callable[..., Any] = field(repr=False)
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
 
     @property
     def losses(self) -> NDArray[np.float64]:
@@ -61,6 +72,20 @@ class Fit:
                 numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
                 rows.append(f"{label:16}" + "".join(f"{number:10.3f}" for number in numbers))
         return "\n".join([str(self), *rows])
+
+    def diagnose(self, *, num_samples: int = 2000, seed: int = 0) -> Report:
+        """Say whether the fit can be trusted, and what to do where not: `implicitvi.diagnose` with the run's arguments.
+
+        Args:
+            num_samples: Draws that are looked at.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+            ModelError: The model looked at minibatches of its data.
+        """
+        with_options: Callable[..., Report] = partial(diagnose, num_samples=num_samples, seed=seed)
+        return with_options(self, self.model, *self.args, **self.kwargs)
 
     def __str__(self) -> str:
         loss = self.history.last("sampler", 100)

@@ -204,6 +204,9 @@ class AVBSVI:
             skipped=trainer.skipped,
             log_joint=self.problem.how(),
             parameters=parameter_values(self.problem.parameters),
+            model=self.model,
+            args=args,
+            kwargs=kwargs,
         )
 
     @torch.no_grad()

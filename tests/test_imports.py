@@ -27,7 +27,8 @@ LAYERS = (
     {"local", "latents"},
     {"log_joint", "amortized"},
     {"model_prior", "guide", "sources"},
-    {"problem", "fit"},
+    {"problem", "diagnosis"},
+    {"fit"},
     {"amortized_problem"},
     {"options"},
     {"engine"},
@@ -38,10 +39,14 @@ LAYERS = (
 ERRORS_ONLY = {
     "datasets",
     "evaluation.ais",
+    "evaluation.audit",
     "evaluation.divergences",
     "evaluation.evidence",
     "evaluation.frechet",
     "evaluation.latent",
+    "evaluation.moves",
+    "evaluation.report",
+    "evaluation.stein",
 }
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
