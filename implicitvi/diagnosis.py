@@ -47,14 +47,14 @@ SCORE_ERROR = 0.15  # sd; see KernelStein.score_error
 MEAN_ERROR = 0.2  # sd
 SD_ERROR = 0.2  # of log sd: 0.82 to 1.22
 TAIL_SHARE = 0.03
-FAR_SHARE = 0.02
+FAR_SHARE = 0.04
 SITE_ERROR = 0.25
 BAD_STEPS = 0.01
 LEARNED_AUC = 0.6
 LEARNED_GAP = 0.35  # nats
 FRESH_AUC, FRESH_MASS, FRESH_DOUBT = 0.15, 0.2, 3.0
 KL = 0.35  # nats
-PARETO_K = 0.7
+PARETO_K, FLAT_WEIGHTS = 0.7, 0.15
 SIGNIFICANT = 4.0  # standard errors
 
 TRAIN = "Train longer (num_steps), with a larger batch (num_particles), or with a wider adversary."
@@ -168,7 +168,8 @@ class _Target:
             implicit = sites_without_density(model, values, *args, **kwargs)
         if implicit:
             raise ModelError(
-                f"the prior of {', '.join(map(repr, implicit))} has no density, so there is no posterior density to hold "
+                f"the prior of {', '.join(map(repr, implicit))} has no density, so there is no posterior density to "
+                "hold "
                 "draws against",
                 do="Compare with draws of a reference: implicitvi.evaluation.c2st.",
             )
@@ -212,11 +213,10 @@ class _Target:
                     expected=f"[S, {', '.join(map(str, site.shape))}]" if site.shape else "[S]",
                     do="Put the draws of all chains behind each other along the first axis.",
                 )
-            inside = node["fn"].support.check(value) & value.isfinite().flatten(1).all(1).reshape(
-                -1, *[1] * site.batch_dim
-            )
+            valid = (node["fn"].support.check(value), value.isfinite())
+            inside = torch.stack([v.reshape(len(value), -1).all(1) for v in valid]).all(0)
             if not inside.all():
-                outside = int((~inside).reshape(len(value), -1).any(1).sum())
+                outside = int((~inside).sum())
                 raise ModelError(
                     f"draws of site {site.name!r} lie outside its support",
                     got=f"{outside} of {len(value)}",
@@ -266,9 +266,7 @@ class _Target:
         ratio = change.sd[j].item()
         wide = "narrow" if ratio > 1 else "wide"
         excess = change.tail - TAIL_SHARE
-        seen = elsewhere(
-            self, u, self.prior_draws(u[0], seed), num_chains=CHAINS, seed=seed
-        )
+        seen = elsewhere(self, u, self.prior_draws(u[0], seed), num_chains=CHAINS, seed=seed)
         ends = self.layout.unpack(seen.ends[seen.is_far][:1])[0] if seen.is_far.any() else {}
         return [
             Check.of(
@@ -294,7 +292,8 @@ class _Target:
                 TAIL_SHARE,
                 f"{change.tail:.1%} of the draws move to the outermost {TAIL:.0%}",
                 failed=excess > 0 and change.tail - TAIL > SIGNIFICANT * change.tail_error,
-                advice="The draws leave out the posterior's tails: intervals are too short. Try contrast='flow', or more "
+                advice="The draws leave out the posterior's tails: intervals are too short. Try contrast='flow', or "
+                "more "
                 "noise dimensions in the sampler.",
             ),
             Check.of(
@@ -303,7 +302,8 @@ class _Target:
                 FAR_SHARE,
                 f"{int(seen.is_far.sum())} of {seen.arrived} chains end far away",
                 failed=seen.share > FAR_SHARE and int(seen.is_far.sum()) > 1,
-                advice="Chains from afar end at a density as high as that of the draws, where there are no draws: the fit "
+                advice="Chains from afar end at a density as high as that of the draws, where there are no draws: "
+                "the fit "
                 f"has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
                 "seed) with stronger tempering (tempering=0.02), or order the sites that can change places.",
             ),
@@ -346,7 +346,8 @@ class _Target:
         extreme = min(shares, key=lambda key: min(shares[key], 1 - shares[key]))
         least = min(shares[extreme], 1 - shares[extreme])
         advice = (
-            f"Of data made by the model, {shares[extreme]:.1%} have a {extreme} above that of the data. That is a matter of "
+            f"Of data made by the model, {shares[extreme]:.1%} have a {extreme} above that of the data. That is a "
+            "matter of "
             "the model, not of the fit."
             if least < 0.01
             else ""
@@ -394,7 +395,8 @@ def _check_run(fit: Trained) -> Check:
         BAD_STEPS,
         f"{fit.stop_reason}; {fit.skipped} turns skipped, draws dropped in {dropped} of {fit.num_steps} steps",
         failed=bad > BAD_STEPS,
-        advice="Losses, gradients or log densities were not finite, and what was left out may be where the posterior is. "
+        advice="Losses, gradients or log densities were not finite, and what was left out may be where the "
+        "posterior is. "
         "Look for overflow in the model, priors that exclude the data, and supports that depend on other sites.",
     )
 
@@ -407,7 +409,8 @@ def _check_density(finite: Tensor) -> Check:
         0.0,
         f"{share:.1%} of the draws have none",
         failed=share > 0,
-        advice="The model gives some draws no finite log density or gradient, so they are not draws of its posterior. The "
+        advice="The model gives some draws no finite log density or gradient, so they are not draws of its "
+        "posterior. The "
         "other checks leave them out.",
     )
 
@@ -451,7 +454,8 @@ def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> lis
             SITE_ERROR,
             f"{what} identity of {names[worst]} off by {value:+.2f} ({z[kind, worst]:.0f} standard errors)",
             failed=any(counts.values()),
-            advice=f"Off are, with the number of their entries: {off}. A Stein identity of the spread below 0 is too narrow a "
+            advice=f"Off are, with the number of their entries: {off}. A Stein identity of the spread below 0 is "
+            "too narrow a "
             "posterior, above 0 too wide a one. If draws come from elsewhere, look at transforms, their Jacobians "
             "and the order of the sites.",
         ),
@@ -479,8 +483,10 @@ def _check_sampler(
         why = f"It would rest on a learned density, and the check {name!r} failed."
         held = [Check.left_out(name, why) for name in ("divergence", "Pareto k")]
         return [learned, fresh, *held, _check_evidence(guide, target, found, None, seed)]
-    k, _ = pareto_k(found.log_weights)
-    log_mean = (found.log_weights.logsumexp(0) - log(len(pool))).item()
+    k = pareto_k(found.log_weights)
+    # truncated: a few draws in tails that the fresh density does not know must not decide
+    cap = found.log_weights.median() + log(len(pool)) / 2
+    log_mean = (found.log_weights.clamp(max=cap).logsumexp(0) - log(len(pool))).item()
     kl = log_mean - found.log_weights.mean().item()
     limit = min(1 - 1 / log(len(pool), 10), PARETO_K)
     return [
@@ -498,8 +504,9 @@ def _check_sampler(
             "Pareto k",
             k,
             limit,
-            f"{k:.2f}, through the fresh adversary",
-            failed=k > limit,
+            f"{k:.2f}, through the fresh adversary"
+            + (", of weights that hardly differ" if kl < FLAT_WEIGHTS else ""),
+            failed=k > limit and kl >= FLAT_WEIGHTS,
             advice="A few draws have nearly all the importance weight: the draws miss mass that they should have.",
         ),
         _check_evidence(guide, target, found, log_mean, seed),
@@ -520,7 +527,8 @@ def _check_learned(guide: ImplicitGuide, found: Audit, pool: Tensor) -> Check:
         failed=abs(seen.auc - 0.5) > LEARNED_AUC - 0.5
         or not abs(seen.log_mass) < LEARNED_GAP
         or abs(seen.kl_gap) > LEARNED_GAP,
-        advice="The fit's adversary and a fresh one do not agree on log q, so its loss means nothing and the sampler followed a "
+        advice="The fit's adversary and a fresh one do not agree on log q, so its loss means nothing and the "
+        "sampler followed a "
         "wrong gradient. Give it more steps (adversary_steps), a higher rate (adversary_lr), or a better contrast.",
     )
 
@@ -535,7 +543,8 @@ def _check_fresh(found: Audit) -> Check:
     if good:
         return Check.of("fresh adversary", off, FRESH_AUC, words, failed=False, advice="")
     why = (
-        "A density learned from the draws alone is not good enough to weigh them by. That is no fault of the fit: tails "
+        "A density learned from the draws alone is not good enough to weigh them by. That is no fault of the fit: "
+        "tails "
         "and many dimensions are hard to learn."
     )
     return Check.left_out("fresh adversary", f"{why} ({words})")

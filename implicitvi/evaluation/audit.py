@@ -1,7 +1,7 @@
 """A fresh adversary: the density of a sampler learned anew, by someone who knows nothing of its training.
 
-A Gaussian mixture ``r`` is fitted to half of the draws, then a small network learns ``log q - log r`` from that half and
-draws of ``r``. On the other half, which neither has seen,
+A Gaussian mixture ``r`` is fitted to half of the draws, then a small network learns ``log q - log r`` from that half
+and draws of ``r``. On the other half, which neither has seen,
 
     log q̂ = log r + T̂
 
@@ -45,7 +45,8 @@ class Audit:
         kl_contrast: ``KL(q‖r)`` that the fresh adversary has found, in nats: what there was to be learned.
         log_mass: ``log E_r exp T̂``, 0 for a normalised density.
         auc: How well the fresh adversary tells ``q`` from ``r``: 0.5 where ``r`` is ``q``.
-        auc_corrected: How well ``log p`` and it tell ``q`` from ``r`` weighted by ``exp T̂``: 0.5 where ``T̂`` is right.
+        auc_corrected: How well ``log p`` and it tell ``q`` from ``r`` weighted by ``exp T̂``: 0.5 where ``T̂`` is
+            right.
         unsure: Mean difference between the densities learned on the two halves, over the hundredth of the draws that
             weigh most, in nats: where it is large, their weights say nothing.
     """
@@ -101,9 +102,11 @@ class Agreement:
         kl_gap: Mean of ``log q̂ - log q`` over the draws, in nats: by so much the learned ELBO is too good.
         kl_gap_error: Its standard error, without what the fresh one itself is wrong by.
         scatter: Standard deviation of the same difference.
-        auc: How well a fresh adversary tells ``q`` from the contrast corrected by the learned ratio: 0.5 where that is right.
+        auc: How well a fresh adversary tells ``q`` from the contrast corrected by the learned ratio: 0.5 where that
+            is right.
         log_mass: ``log E_r exp T`` of the learned ratio, 0 where it is a density's.
-        slope: Calibration: slope of the log odds of being a draw of ``q`` in the learned ratio; 1 where it is right and says
+        slope: Calibration: slope of the log odds of being a draw of ``q`` in the learned ratio; 1 where it is right
+            and says
             anything at all.
     """
 
@@ -136,7 +139,7 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, eq. 3.3.
-        Double/debiased machine learning, Victor Chernozhukov et al., 2018: why the halves change places.
+        Double/debiased machine learning, Victor Chernozhukov et al., 2018: halves that change places.
     """
     least = max(LEAST, 20 * z.shape[-1])
     if z.dim() != 2 or len(z) < least:
@@ -149,7 +152,11 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
     halves = torch.arange(len(here)).tensor_split(2)
     shuffled = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))
     log_p, log_r, ratio = (torch.empty(len(here), dtype=torch.float64) for _ in range(3))
-    log_r_r, ratio_r, r_draws = torch.empty_like(log_p), torch.empty_like(log_p), torch.empty_like(here)
+    log_r_r, ratio_r, r_draws = (
+        torch.empty_like(log_p),
+        torch.empty_like(log_p),
+        torch.empty_like(here),
+    )
     log_p_r, again = torch.empty_like(log_p), torch.empty_like(log_p)
     with torch.no_grad():
         log_p.copy_(log_joint(z.detach()))
@@ -191,8 +198,8 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
     )
 
 
-def pareto_k(log_weights: Tensor) -> tuple[float, Tensor]:
-    """Pareto k-hat of log importance weights ``[S]``, and the smoothed, normalised log weights ``[S]``.
+def pareto_k(log_weights: Tensor) -> float:
+    """Pareto k-hat of log importance weights ``[S]``: above about 0.7 a few of them decide everything.
 
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
@@ -203,11 +210,10 @@ def pareto_k(log_weights: Tensor) -> tuple[float, Tensor]:
     if int(arviz.__version__.split(".")[0]) >= 1:
         from arviz_stats.base import array_stats
 
-        smoothed, k = array_stats.psislw(numbers)
+        _, k = array_stats.psislw(numbers)
     else:
-        smoothed, k = arviz.psislw(numbers)
-    weights = torch.as_tensor(smoothed)
-    return float(k), weights - weights.logsumexp(0)
+        _, k = arviz.psislw(numbers)
+    return float(k)
 
 
 class _Mixture:
@@ -233,7 +239,9 @@ class _Mixture:
         self.generator = torch.Generator().manual_seed(seed)
 
     def standardise(self, z: Tensor) -> Tensor:
-        rows: Tensor = torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).mT, upper=False)
+        rows: Tensor = torch.linalg.solve_triangular(
+            self.scale_tril, (z - self.loc).mT, upper=False
+        )
         return rows.mT.contiguous()
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -281,7 +289,8 @@ class _Adversary(nn.Module):
         for weight, bias in list(zip(self.weights, self.biases, strict=True))[:-1]:
             gate, value = (h @ weight + bias).chunk(2, -1)
             h = silu(gate) * value
-        return (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)
+        scores: Tensor = (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)
+        return scores
 
     def forward(self, w: Tensor, gap: Tensor) -> Tensor:
         """``log q - log r [S]`` of standardised points ``w [S, D]`` with ``gap = log p - log r [S]``."""

@@ -184,7 +184,7 @@ def semi_implicit_bound(
     num_mixture: int = 200,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """A lower bound of ``log p(x)`` that holds however badly the sampler has been trained, and its standard error; nats.
+    """A lower bound of ``log p(x)`` that no bad training can break, and its standard error, in nats.
 
         L_K = E[log p(x, z) - log 1/(K + 1) Σ_{k=0}^{K} q(z | ε_k)] ≤ log p(x)      z ~ q(· | ε_0), ε_k ~ N(0, I)
 
@@ -200,9 +200,9 @@ def semi_implicit_bound(
         seed: Of the draws.
 
     References:
-        Semi-Implicit Variational Inference, Mingzhang Yin, Mingyuan Zhou, 2018, eq. 7 and theorem 1.
+        Semi-Implicit Variational Inference, Mingzhang Yin, Mingyuan Zhou, 2018.
         Doubly Semi-Implicit Variational Inference, Dmitry Molchanov, Valery Kharitonov, Artem Sobolev, Dmitry Vetrov,
-        2019, section 3.1.
+        2019.
     """
     check_at_least("num_samples", num_samples, 2)
     check_at_least("num_mixture", num_mixture, 1)

@@ -1,8 +1,9 @@
 """Where Markov chains go: those that start at the draws should not go anywhere, those from afar should come back.
 
 Transitions of Hamiltonian Monte Carlo leave ``p`` as it is. So draws of ``p`` have, after some of them, the same
-mean, spread and tails as before (`moved`), and what has changed says in which direction the draws were wrong. Chains that
-start far from the draws end where there is mass; an end far from all draws is mass that the draws do not have (`elsewhere`).
+mean, spread and tails as before (`moved`), and what has changed says in which direction the draws were wrong. Chains
+that start far from the draws end where there is mass; an end far from all draws is mass that the draws do not have
+(`elsewhere`).
 """
 
 from __future__ import annotations
@@ -140,10 +141,10 @@ def elsewhere(
 ) -> Elsewhere:
     """Look for mass where there are no draws, by chains from far away.
 
-    Each start climbs until it has the median density of the draws, or is at a top, then moves by Hamiltonian Monte Carlo,
-    which takes it into the bulk of whatever it has found. It is compared with the draws by the distance to the nearest
-    one, and coordinate by coordinate. What no chain meets is not found: the fewer dimensions and the wider the modes, the surer it is.
-    The share of the chains says nothing about the weight of a mode.
+    Each start climbs until it has the median density of the draws, or is at a top, then moves by Hamiltonian Monte
+    Carlo, which takes it into the bulk of whatever it has found. It is compared with the draws by the distance to the
+    nearest one, and coordinate by coordinate. What no chain meets is not found: the fewer dimensions and the wider
+    the modes, the surer it is. The share of the chains says nothing about the weight of a mode.
 
     Args:
         log_joint: As for `moved`.
@@ -200,7 +201,9 @@ class _Chain:
         self.generator = torch.Generator().manual_seed(seed)
 
     def whiten(self, z: Tensor) -> Tensor:
-        rows: Tensor = torch.linalg.solve_triangular(self.scale_tril, (z - self.loc).mT, upper=False)
+        rows: Tensor = torch.linalg.solve_triangular(
+            self.scale_tril, (z - self.loc).mT, upper=False
+        )
         return rows.mT
 
     def unwhiten(self, w: Tensor) -> Tensor:

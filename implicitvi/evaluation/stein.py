@@ -1,7 +1,7 @@
 """Stein's identities: what must hold of draws of ``p`` wherever its score ``s = ∇ log p`` is known.
 
-For smooth ``f`` that do not grow too fast, ``E_p[∇·f(z) + f(z)·s(z)] = 0``. A kernel takes all such ``f`` of its space at
-once (`kernel_stein`); single coordinates say where it fails (`stein_identities`). Neither asks for the density
+For smooth ``f`` that do not grow too fast, ``E_p[∇·f(z) + f(z)·s(z)] = 0``. A kernel takes all such ``f`` of its
+space at once (`kernel_stein`); single coordinates say where it fails (`stein_identities`). Neither asks for the density
 of the draws, nor for the evidence. Both look at ``p`` only where the draws are: a mode that the draws do not know of,
 far from those they do, is invisible to them.
 """
@@ -66,9 +66,9 @@ def kernel_stein(
     True
 
     References:
-        A Kernelized Stein Discrepancy for Goodness-of-fit Tests, Qiang Liu, Jason Lee, Michael Jordan, 2016, eq. 12 to 14.
-        A Kernel Test of Goodness of Fit, Kacper Chwialkowski, Heiko Strathmann, Arthur Gretton, 2016, section 3.
-        Measuring Sample Quality with Kernels, Jackson Gorham, Lester Mackey, 2017, theorem 8.
+        A Kernelized Stein Discrepancy for Goodness-of-fit Tests, Qiang Liu, Jason Lee, Michael Jordan, 2016, eq. 12
+        to 14. A Kernel Test of Goodness of Fit, Kacper Chwialkowski, Heiko Strathmann, Arthur Gretton, 2016.
+        Measuring Sample Quality with Kernels, Jackson Gorham, Lester Mackey, 2017.
     """
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
@@ -124,7 +124,8 @@ class SteinIdentities:
 def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     """Langevin–Stein identities of every coordinate: ``E[s_j] = 0`` and ``E[(z_j - m_j) s_j] = -1``.
 
-    They say which coordinate is off, and about by how much in its own standard deviations, which `kernel_stein` does not.
+    They say which coordinate is off, and about by how much in its own standard deviations, which `kernel_stein` does
+    not.
 
     Args:
         z: Draws ``[S, D]``, unconstrained, independent.
@@ -139,7 +140,7 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     tensor([-0.7000, -0.8000], dtype=torch.float64)
 
     References:
-        Measuring Sample Quality with Stein's Method, Jackson Gorham, Lester Mackey, 2015, eq. 5.
+        Measuring Sample Quality with Stein's Method, Jackson Gorham, Lester Mackey, 2015.
     """
     z, score = _pair(z, score)
     centred = z - z.mean(0)
