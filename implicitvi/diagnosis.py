@@ -119,10 +119,12 @@ def diagnose(
             got=type(source).__name__,
             expected="a fit, an ImplicitGuide, or draws {site: [S, *site shape]}",
         )
+    if isinstance(guide, ImplicitGuide):
+        _check_guide(guide)
     target = _Target.of(model, args, kwargs, seed)
     with RandomStream(seed):
         if isinstance(guide, ImplicitGuide):
-            _check_guide(guide, target.layout)
+            _check_sites(guide.layout, target.layout)
             u = guide.sample_unconstrained(num_samples)
             pool = guide.sample_unconstrained(max(AUDIT_DRAWS, 40 * target.layout.dim))
         else:
@@ -256,16 +258,10 @@ class _Target:
             return [Check.left_out(name, why) for name in names]
         change = moved(self, u, seed=seed)
         where = self.layout.coordinates()
-        mean = change.mean.abs() - SIGNIFICANT * change.mean_error
         log_sd = change.sd.log()
-        spread = log_sd.abs() - SIGNIFICANT * change.sd_error
-        i = int(change.mean.abs().where(mean > 0, -1.0).argmax()) if (mean > 0).any() else None
-        j = int(log_sd.abs().where(spread > 0, -1.0).argmax()) if (spread > 0).any() else None
-        i = int(change.mean.abs().argmax()) if i is None else i
-        j = int(log_sd.abs().argmax()) if j is None else j
+        i, j = _worst(change.mean, change.mean_error), _worst(log_sd, change.sd_error)
         ratio = change.sd[j].item()
         wide = "narrow" if ratio > 1 else "wide"
-        excess = change.tail - TAIL_SHARE
         seen = elsewhere(self, u, self.prior_draws(u[0], seed), num_chains=CHAINS, seed=seed)
         ends = self.layout.unpack(seen.ends[seen.is_far][:1])[0] if seen.is_far.any() else {}
         return [
@@ -274,7 +270,7 @@ class _Target:
                 change.mean[i].item(),
                 MEAN_ERROR,
                 f"{change.mean[i]:+.2f} sd in {where[i]}",
-                failed=bool(change.mean[i].abs() > MEAN_ERROR and mean[i] > 0),
+                failed=_is_off(change.mean, change.mean_error, MEAN_ERROR),
                 advice=f"A few steps of Hamiltonian Monte Carlo carry the mean of {where[i]} away, so the draws are in "
                 f"the wrong place. {TRAIN}",
             ),
@@ -283,7 +279,7 @@ class _Target:
                 ratio,
                 1 + SD_ERROR,
                 f"sd times {ratio:.2f} in {where[j]}",
-                failed=bool(log_sd[j].abs() > SD_ERROR and spread[j] > 0),
+                failed=_is_off(log_sd, change.sd_error, SD_ERROR),
                 advice=f"Moved draws have another sd of {where[j]}: the draws are too {wide}. {TRAIN}",
             ),
             Check.of(
@@ -291,7 +287,8 @@ class _Target:
                 change.tail,
                 TAIL_SHARE,
                 f"{change.tail:.1%} of the draws move to the outermost {TAIL:.0%}",
-                failed=excess > 0 and change.tail - TAIL > SIGNIFICANT * change.tail_error,
+                failed=change.tail > TAIL_SHARE
+                and change.tail - TAIL > SIGNIFICANT * change.tail_error,
                 advice="The draws leave out the posterior's tails: intervals are too short. Try contrast='flow', or "
                 "more "
                 "noise dimensions in the sampler.",
@@ -356,7 +353,7 @@ class _Target:
         return [Check.noted("predictive", least, found, advice)]
 
 
-def _check_guide(guide: ImplicitGuide, layout: SiteLayout) -> None:
+def _check_guide(guide: ImplicitGuide) -> None:
     if not guide.is_set_up:
         raise SetupError(
             "the guide has not been trained yet", do="Train it with AVBSVI, or diagnose its fit."
@@ -367,7 +364,10 @@ def _check_guide(guide: ImplicitGuide, layout: SiteLayout) -> None:
             do="Pass draws of it with the model's arguments: draws = guide.sample(2000, ...), then "
             "diagnose(draws, model, ...).",
         )
-    mine, theirs = ({s.name: s.shape for s in each.sites} for each in (guide.layout, layout))
+
+
+def _check_sites(guides: SiteLayout, models: SiteLayout) -> None:
+    mine, theirs = ({site.name: site.shape for site in each.sites} for each in (guides, models))
     if mine != theirs:
         raise ModelError(
             "the model does not have the guide's latent sites",
@@ -420,24 +420,15 @@ def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> lis
     part = slice(0, STEIN_DRAWS)
     kernel = kernel_stein(u[part], score[part], seed=seed)
     sites = stein_identities(u, score)
-    z = torch.stack(
-        [(sites.mean.abs() / sites.mean_error), (sites.spread.abs() / sites.spread_error)]
-    )
-    size = torch.stack([sites.mean, sites.spread])
-    worst = int(size.abs().where(z > SIGNIFICANT, size.abs() * 1e-6).max(0).values.argmax())
-    kind = int(size[:, worst].abs().argmax())
-    value = size[kind, worst].item()
-    names = layout.coordinates()
-    counts = {
-        site.name: int(((z > SIGNIFICANT) & (size.abs() > SITE_ERROR))[:, cols].any(0).sum())
-        for site, cols in zip(
-            layout.sites,
-            torch.arange(layout.dim).split([site.size for site in layout.sites]),
-            strict=True,
-        )
-    }
+    size = torch.cat([sites.mean, sites.spread])
+    errors = torch.cat([sites.mean_error, sites.spread_error])
+    worst = _worst(size, errors)
+    what = "mean" if worst < layout.dim else "spread"
+    where = layout.coordinates()[worst % layout.dim]
+    is_off = ((size.abs() > SITE_ERROR) & (size.abs() > SIGNIFICANT * errors)).view(2, -1).any(0)
+    parts = is_off.split([site.size for site in layout.sites])
+    counts = {site.name: int(part.sum()) for site, part in zip(layout.sites, parts, strict=True)}
     off = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
-    what = ("mean", "spread")[kind]
     return [
         Check.of(
             "Stein discrepancy",
@@ -450,9 +441,10 @@ def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> lis
         ),
         Check.of(
             "sites",
-            value,
+            size[worst].item(),
             SITE_ERROR,
-            f"{what} identity of {names[worst]} off by {value:+.2f} ({z[kind, worst]:.0f} standard errors)",
+            f"{what} identity of {where} off by {size[worst]:+.2f} "
+            f"({(size / errors)[worst].abs():.0f} standard errors)",
             failed=any(counts.values()),
             advice=f"Off are, with the number of their entries: {off}. A Stein identity of the spread below 0 is "
             "too narrow a "
@@ -460,6 +452,16 @@ def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> lis
             "and the order of the sites.",
         ),
     ]
+
+
+def _worst(size: Tensor, errors: Tensor) -> int:
+    """The largest of the sizes ``[N]`` that are significant; of all, where none is."""
+    return int(size.abs().where(size.abs() > SIGNIFICANT * errors, 1e-9 * size.abs()).argmax())
+
+
+def _is_off(size: Tensor, errors: Tensor, limit: float) -> bool:
+    """Whether one of the sizes ``[N]`` is significant and beyond the limit."""
+    return bool(((size.abs() > limit) & (size.abs() > SIGNIFICANT * errors)).any())
 
 
 SAMPLER_CHECKS = ("learned density", "fresh adversary", "divergence", "Pareto k", "evidence")
@@ -478,9 +480,9 @@ def _check_sampler(
     found = audit(pool, target, seed=seed)
     learned = _check_learned(guide, found, pool)
     fresh = _check_fresh(found)
-    if "failed" in (learned.state, fresh.state):
-        name = learned.name if learned.state == "failed" else fresh.name
-        why = f"It would rest on a learned density, and the check {name!r} failed."
+    if learned.state == "failed" or fresh.state == "left out":
+        witness = learned if learned.state == "failed" else fresh
+        why = f"It would rest on a learned density, and {witness.name!r} says that none can be trusted here."
         held = [Check.left_out(name, why) for name in ("divergence", "Pareto k")]
         return [learned, fresh, *held, _check_evidence(guide, target, found, None, seed)]
     k = pareto_k(found.log_weights)

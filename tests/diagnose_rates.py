@@ -23,7 +23,7 @@ from implicitvi.training import RandomStream
 from planted import PLANTED, TARGETS, exact, planted, short_fit
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "diagnose.json"
-FIT_STEPS = 1200
+FIT_STEPS = 600
 
 
 def cases(planted_seeds: int, exact_seeds: int, fit_seeds: int) -> list[tuple[str, str, int]]:

@@ -22,6 +22,7 @@ from planted import (
     TARGETS,
     bare,
     draw_several,
+    dressed,
     exact,
     planted,
     several_sites,
@@ -53,6 +54,16 @@ def test_a_planted_failure_is_flagged(name: str) -> None:
     assert not report.ok
     assert report[SEEN_BY[name]].state == "failed"
     assert report[SEEN_BY[name]].advice
+    if "learned density" in [check.name for check in report.failed]:
+        assert report["Pareto k"].state == "left out"
+
+
+def test_a_sampler_that_draws_a_single_point_gets_a_report_and_no_error() -> None:
+    target = TARGETS["several sites"]
+    point = dressed(target, lambda count: torch.ones(count, 5), target.log_prob)
+    report = diagnose(point, several_sites)
+    assert report["Stein discrepancy"].state == "failed"
+    assert "constant" in str(report)
 
 
 @pytest.mark.parametrize("name", TARGETS)

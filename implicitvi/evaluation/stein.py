@@ -136,8 +136,9 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
         OptionError: A value is not finite.
 
     >>> z = 0.5 * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
-    >>> stein_identities(z, -z).spread.round(decimals=1)  # a quarter of the variance
-    tensor([-0.7000, -0.8000], dtype=torch.float64)
+    >>> off = stein_identities(z, -z).spread  # a quarter of the variance: 0.25 - 1
+    >>> bool(((off + 0.75).abs() < 0.05).all())
+    True
 
     References:
         Measuring Sample Quality with Stein's Method, Jackson Gorham, Lester Mackey, 2015.
