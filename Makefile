@@ -18,7 +18,7 @@ export MPLBACKEND ?= Agg
 .PHONY: help .venv demo test accuracy accuracy-vae conjugate diagnose-rates bench bench-vae lint types format clean
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(STAMP) ## Make the virtual environment, with the tested versions
 

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.infer import Predictive
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
 from implicitvi.errors import (
@@ -121,7 +122,7 @@ def diagnose(
         )
     if isinstance(guide, ImplicitGuide):
         _check_guide(guide)
-    target = _Target.of(model, args, kwargs, seed)
+    target = _Target.of(model, args, kwargs, _first(guide, seed), seed)
     with RandomStream(seed):
         if isinstance(guide, ImplicitGuide):
             _check_sites(guide.layout, target.layout)
@@ -160,10 +161,20 @@ class _Target:
 
     @classmethod
     def of(
-        cls, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+        cls,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        first: dict[str, Tensor],
+        seed: int,
     ) -> _Target:
+        """Read the model's latent sites, at the values of a draw where those fit: not every prior allows a run."""
+        there = InitMessenger(init_to_value(values=first))(model)
         with torch.no_grad(), RandomStream(seed):
-            trace = latent_trace(model, *args, **kwargs)
+            try:
+                trace = latent_trace(there, *args, **kwargs)
+            except (RuntimeError, ValueError, NotImplementedError):
+                trace = latent_trace(model, *args, **kwargs)
             check_latents(trace)
             layout = SiteLayout.from_trace(trace)
             values = {name: trace.nodes[name]["value"] for name in layout.names}
@@ -351,6 +362,15 @@ class _Target:
         )
         found = ", ".join(f"{key} {share:.2f}" for key, share in shares.items())
         return [Check.noted("predictive", least, found, advice)]
+
+
+def _first(source: ImplicitGuide | Draws, seed: int) -> dict[str, Tensor]:
+    """The first draw of every site."""
+    if isinstance(source, ImplicitGuide):
+        with RandomStream(seed):
+            return {name: value[0] for name, value in source.sample(1).items()}
+    values = {name: torch.as_tensor(value) for name, value in source.items()}
+    return {name: value[0] for name, value in values.items() if value.dim() and len(value)}
 
 
 def _check_guide(guide: ImplicitGuide) -> None:

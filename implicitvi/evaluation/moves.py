@@ -162,6 +162,8 @@ def elsewhere(
     begin = widths[:, None] * chain.noise(num_chains, w.shape[1])
     if starts is not None:
         begin = torch.cat([begin, chain.whiten(starts[starts.isfinite().all(1)])])
+    # no gradient leads away from where there is no density
+    begin = begin[chain.log_p(begin).isfinite()]
     log_p = chain.log_p(w)
     log_p = log_p[log_p.isfinite()]
     top = chain.climb(begin, log_p.median())
