@@ -15,10 +15,11 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test accuracy accuracy-quick accuracy-vae conjugate bench bench-vae lint types format clean
+.PHONY: help .venv demo test accuracy accuracy-quick accuracy-vae conjugate diagnose-rates bench bench-vae lint types \
+	format clean
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .venv: $(STAMP) ## Make the virtual environment, with the tested versions
 
@@ -48,6 +49,9 @@ accuracy-vae: $(STAMP) ## Measure latent variable models on four points and MNIS
 
 conjugate: $(STAMP) ## Measure the defaults where the posterior is known exactly; writes docs/results (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conjugate.py
+
+diagnose-rates: $(STAMP) ## Measure how often a diagnosis flags bad and good draws; writes docs/results (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/diagnose_rates.py
 
 bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py

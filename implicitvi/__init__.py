@@ -1,5 +1,6 @@
 """Variational inference with implicit posteriors: any network that can be sampled is a variational family."""
 
+from implicitvi.diagnosis import diagnose
 from implicitvi.export import to_arviz
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
@@ -16,6 +17,7 @@ __all__ = [
     "StopTraining",
     "TensorBoard",
     "Tracker",
+    "diagnose",
     "to_arviz",
 ]
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitvi.diagnosis import diagnose, stein_error
 from implicitvi.errors import OptionError, SetupError
+from implicitvi.evaluation.report import Report
 from implicitvi.guide import ImplicitGuide
 from implicitvi.restarts import Agreement
 from implicitvi.samplers import MixtureSampler
@@ -35,6 +38,9 @@ class Fit:
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
+        model: The model that was fitted.
+        args: Its arguments in the run.
+        kwargs: Its keyword arguments.
         restarts: The other fits of a run with ``restarts``, each with a guide of its own.
         agreement: How far they all are from each other; ``None`` without restarts, and of amortized guides.
         write: Writes the fit into a folder; see `save`.
@@ -49,6 +55,9 @@ class Fit:
     skipped: int
     log_joint: str
     parameters: dict[str, Tensor]
+    model: Callable[..., Any] = field(repr=False)
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
     restarts: tuple[Fit, ...] = ()
     agreement: Agreement | None = None
     write: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
@@ -83,15 +92,21 @@ class Fit:
         """This fit and its restarts."""
         return self, *self.restarts
 
-    def best(self, criterion: Callable[[Fit], float]) -> Fit:
-        """The one of `fits` whose ``criterion`` is lowest, such as a discrepancy of its draws; never take the loss.
+    def best(self, criterion: Callable[[Fit], float] | None = None) -> Fit:
+        """The one of `fits` whose draws are nearest to the posterior.
 
-        A fit that has collapsed can have the best loss of all. One whose criterion is not finite is not chosen.
+        Args:
+            criterion: Lower is better, and one that is not finite is not chosen; ``None`` for the kernel Stein
+                discrepancy of the draws. Never take the loss: a fit that has collapsed can have the best of all. A
+                discrepancy does not see modes that are missing: `agreement` compares those.
 
         Raises:
             OptionError: The criterion is not finite for any of the fits.
         """
-        values = [float(criterion(fit)) for fit in self.fits]
+        judge = criterion or (
+            lambda fit: stein_error(fit.guide, self.model, *self.args, **self.kwargs)
+        )
+        values = [float(judge(fit)) for fit in self.fits]
         if not any(map(isfinite, values)):
             raise OptionError("the criterion is not finite for any of the fits", got=values)
         return self.fits[
@@ -126,6 +141,20 @@ class Fit:
                 numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
                 rows.append(f"{label:16}" + "".join(f"{number:10.3f}" for number in numbers))
         return "\n".join([str(self), *rows])
+
+    def diagnose(self, *, num_samples: int = 2000, seed: int = 0) -> Report:
+        """Say whether the fit can be trusted, and what to do where not: `implicitvi.diagnose` with the run's arguments.
+
+        Args:
+            num_samples: Draws that are looked at.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+            ModelError: The model looked at minibatches of its data.
+        """
+        with_options: Callable[..., Report] = partial(diagnose, num_samples=num_samples, seed=seed)
+        return with_options(self, self.model, *self.args, **self.kwargs)
 
     def __str__(self) -> str:
         loss = self.history.last("sampler", 100)

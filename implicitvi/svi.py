@@ -324,6 +324,9 @@ class AVBSVI:
             skipped=trainer.skipped,
             log_joint=self.problem.how(),
             parameters=parameter_values(self.problem.parameters),
+            model=self.model,
+            args=self._engine.arguments.args,
+            kwargs=self._engine.arguments.kwargs,
             write=self.save,
             **self._record,
         )

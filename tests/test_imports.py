@@ -28,6 +28,7 @@ LAYERS = (
     {"log_joint", "amortized"},
     {"model_prior", "guide", "sources"},
     {"restarts"},
+    {"diagnosis"},
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
@@ -39,11 +40,15 @@ LAYERS = (
 ERRORS_ONLY = {
     "datasets",
     "evaluation.ais",
+    "evaluation.audit",
     "evaluation.divergences",
     "evaluation.evidence",
     "evaluation.frechet",
     "evaluation.latent",
+    "evaluation.moves",
+    "evaluation.report",
     "evaluation.sbc",
+    "evaluation.stein",
 }
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,665 @@
+"""`diagnose`: whether draws are those of a model's posterior, told without a reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf, log, sqrt
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.infer import Predictive
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from torch import Tensor
+
+from implicitvi.errors import (
+    ImplicitVIError,
+    ModelError,
+    OptionError,
+    SetupError,
+    ShapeError,
+    check_at_least,
+)
+from implicitvi.evaluation.audit import Audit, audit, pareto_k
+from implicitvi.evaluation.evidence import semi_implicit_bound
+from implicitvi.evaluation.moves import TAIL, elsewhere, gradients, moved
+from implicitvi.evaluation.report import Check, Report
+from implicitvi.evaluation.stein import kernel_stein, stein_identities
+from implicitvi.guide import ImplicitGuide
+from implicitvi.latents import check_latents, latent_trace
+from implicitvi.layout import SiteLayout
+from implicitvi.log_joint import LogJoint
+from implicitvi.model_prior import ModelPrior
+from implicitvi.restarts import R_HAT, Agreement
+from implicitvi.samplers import SemiImplicitSampler
+from implicitvi.scoring import is_deterministic, run_at, sites_without_density, unvalidated
+from implicitvi.training import History, RandomStream
+
+Draws = Mapping[str, Any]
+
+LEAST = 200  # draws; fewer say little about anything
+STEIN_DRAWS = 1000  # more would find significant what does not matter
+AUDIT_DRAWS = 8000
+PREDICTIVE_DRAWS = 200
+CHAINS = 64
+
+SCORE_ERROR = 0.15  # sd; see KernelStein.score_error
+MEAN_ERROR = 0.2  # sd
+SD_ERROR = 0.2  # of log sd: 0.82 to 1.22
+TAIL_SHARE = 0.03
+FAR_SHARE = 0.04
+SITE_ERROR = 0.25
+BAD_STEPS = 0.01
+LEARNED_AUC = 0.6
+LEARNED_GAP = 0.35  # nats
+FRESH_AUC, FRESH_MASS, FRESH_DOUBT = 0.15, 0.2, 3.0
+KL = 0.35  # nats
+PARETO_K, FLAT_WEIGHTS = 0.7, 0.15
+SIGNIFICANT = 4.0  # standard errors
+
+TRAIN = "Train longer (num_steps), with a larger batch (num_particles), or with a wider adversary."
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What a diagnosis reads of a `Fit`."""
+
+    guide: ImplicitGuide
+    history: History
+    num_steps: int
+    skipped: int
+    stop_reason: str
+    agreement: Agreement | None
+
+
+def diagnose(
+    source: ImplicitGuide | Trained | Draws,
+    model: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 2000,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Report:
+    """Say whether draws can be trusted as those of the posterior, and what to do where not.
+
+    All checks but those of the adversary use the draws and the score of the model only, so they judge draws
+    from anywhere. ``docs/diagnose.md`` says what each can see and what it cannot.
+
+    Args:
+        source: A fit, a guide that has been trained, or draws ``{site: [S, *site shape]}`` of every continuous latent
+            site, constrained and independent (thin a Markov chain). With draws alone the checks that need a sampler are
+            left out.
+        model: The Pyro model.
+        *args: Its arguments, as in training.
+        num_samples: Draws that are looked at; of more, evenly spaced ones.
+        seed: Of all that is random; the report is a function of source, arguments and seed.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The report. Print it; ``report.ok`` is whether no check failed.
+
+    Raises:
+        SetupError: The guide has not been trained, or is amortized.
+        ShapeError: Sites are missing or unknown, have other shapes, or there are too few draws.
+        ModelError: Draws lie outside their site's support; the model has other sites than the guide, looks at
+            minibatches, or has no log density.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> exact = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> diagnose({"z": exact}, model).ok, diagnose({"z": 0.5 * exact}, model).ok
+        (True, False)
+    """
+    check_at_least("num_samples", num_samples, LEAST)
+    guide = source.guide if isinstance(source, Trained) else source
+    if not isinstance(guide, ImplicitGuide | Mapping):
+        raise SetupError(
+            "there is nothing to diagnose",
+            got=type(source).__name__,
+            expected="a fit, an ImplicitGuide, or draws {site: [S, *site shape]}",
+        )
+    if isinstance(guide, ImplicitGuide):
+        _check_guide(guide)
+    target = _Target.of(model, args, kwargs, _first(guide, seed), seed)
+    with RandomStream(seed):
+        if isinstance(guide, ImplicitGuide):
+            _check_sites(guide.layout, target.layout)
+            u = guide.sample_unconstrained(num_samples)
+            pool = guide.sample_unconstrained(max(AUDIT_DRAWS, 40 * target.layout.dim))
+        else:
+            u, pool = _thin(target.unconstrain(guide), num_samples), None
+    checks = [_check_run(source)] if isinstance(source, Trained) else []
+    checks.append(_check_restarts(source if isinstance(source, Trained) else None))
+    log_p, score = target.score(u)
+    finite = log_p.isfinite() & score.isfinite().all(1)
+    checks.append(_check_density(finite))
+    if int(finite.sum()) < max(LEAST // 2, 2 * u.shape[1]):
+        return Report(tuple(checks))
+    u, score = u[finite], score[finite]
+    try:
+        checks += _check_stein(target.layout, u, score, seed)
+    except ImplicitVIError as error:  # a collapsed fit: draws on a plane, or at a point
+        checks.append(Check("Stein discrepancy", "failed", None, None, "not defined", str(error)))
+        return Report(tuple(checks))
+    checks += target.check_moves(u, seed)
+    checks += _check_sampler(guide, target, pool, seed)
+    checks += target.check_predictive(u, seed)
+    return Report(tuple(checks))
+
+
+def stein_error(
+    guide: ImplicitGuide,
+    model: Callable[..., Any],
+    *args: Any,
+    num_samples: int = STEIN_DRAWS,
+    seed: int = 0,
+    **kwargs: Any,
+) -> float:
+    """`KernelStein.score_error` of a guide's draws: by this restarts are chosen; infinite where it is not defined.
+
+    Args:
+        guide: A guide that has been trained.
+        model: The Pyro model.
+        *args: Its arguments.
+        num_samples: Draws that are looked at.
+        seed: Of the draws.
+        **kwargs: Its keyword arguments.
+    """
+    target = _Target.of(model, args, kwargs, _first(guide, seed), seed)
+    with RandomStream(seed):
+        u = guide.sample_unconstrained(num_samples)
+    try:
+        return kernel_stein(u, target.score(u)[1], num_bootstrap=1, seed=seed).score_error
+    except OptionError:  # a collapsed fit, or draws without a density
+        return inf
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A model with its arguments, as a density on the unconstrained vector ``u [D]``."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    trace: Any
+    layout: SiteLayout
+    log_joint: LogJoint
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        first: dict[str, Tensor],
+        seed: int,
+    ) -> _Target:
+        """Read the model's latent sites, at the values of a draw where those fit: not every prior allows a run."""
+        there = InitMessenger(init_to_value(values=first))(model)
+        with torch.no_grad(), RandomStream(seed):
+            try:
+                trace = latent_trace(there, *args, **kwargs)
+            except (RuntimeError, ValueError, NotImplementedError):
+                trace = latent_trace(model, *args, **kwargs)
+            check_latents(trace)
+            layout = SiteLayout.from_trace(trace)
+            values = {name: trace.nodes[name]["value"] for name in layout.names}
+            implicit = sites_without_density(model, values, *args, **kwargs)
+        if implicit:
+            raise ModelError(
+                f"the prior of {', '.join(map(repr, implicit))} has no density, so there is no posterior density to "
+                "hold "
+                "draws against",
+                do="Compare with draws of a reference: implicitvi.evaluation.c2st.",
+            )
+        return cls(model, args, kwargs, trace, layout, LogJoint(model, layout))
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """``log p [S]`` of points ``[S, D]``."""
+        return self.log_joint(u, *self.args, **self.kwargs)
+
+    def score(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p [S]`` and its gradient ``[S, D]``, the model's way of scoring chosen and checked."""
+        self.log_joint.choose(u[:3], *self.args, **self.kwargs)
+        for name, (size, part) in self.log_joint.minibatches.items():
+            raise ModelError(
+                f"the model looks at a minibatch of plate {name!r}, so its density is another at every look",
+                got=f"{part} of {size}",
+                do="Call diagnose with arguments under which it looks at all of its data.",
+            )
+        return gradients(self, u, chunk=500)
+
+    def unconstrain(self, draws: Draws) -> Tensor:
+        """Draws ``{site: [S, *site shape]}`` as ``u [S, D]``, checked."""
+        names, given = set(self.layout.names), set(draws)
+        if names != given:
+            wrong = [f"missing {name!r}" for name in self.layout.names if name not in given]
+            wrong += [f"unknown {name!r}" for name in draws if name not in names]
+            raise ShapeError(
+                "the draws are not of the model's latent sites",
+                got=", ".join(wrong),
+                expected=", ".join(map(repr, self.layout.names)),
+                do="Leave out deterministic and observed sites, and discrete ones that the model sums out.",
+            )
+        values, counts = {}, {}
+        for site in self.layout.sites:
+            node = self.trace.nodes[site.name]
+            value = torch.as_tensor(draws[site.name]).detach().to(node["value"])
+            if tuple(value.shape[1:]) != site.shape:
+                raise ShapeError(
+                    f"the draws of site {site.name!r} have the wrong shape",
+                    got=tuple(value.shape),
+                    expected=f"[S, {', '.join(map(str, site.shape))}]" if site.shape else "[S]",
+                    do="Put the draws of all chains behind each other along the first axis.",
+                )
+            valid = (node["fn"].support.check(value), value.isfinite())
+            inside = torch.stack([v.reshape(len(value), -1).all(1) for v in valid]).all(0)
+            if not inside.all():
+                outside = int((~inside).sum())
+                raise ModelError(
+                    f"draws of site {site.name!r} lie outside its support",
+                    got=f"{outside} of {len(value)}",
+                    expected=str(node["fn"].support),
+                    do="Pass constrained values, as guide.sample or MCMC.get_samples give them.",
+                )
+            values[site.name], counts[site.name] = value, len(value)
+        if len(set(counts.values())) > 1:
+            raise ShapeError("sites have different numbers of draws", got=counts)
+        count = min(counts.values())
+        if count < max(LEAST, 2 * self.layout.dim):
+            raise ShapeError(
+                "there are too few draws to judge",
+                got=count,
+                expected=f">= {max(LEAST, 2 * self.layout.dim)}",
+            )
+        with torch.no_grad():
+            return self.layout.pack(values)
+
+    def prior_draws(self, like: Tensor, seed: int) -> Tensor | None:
+        """Draws ``[C, D]`` of the prior; ``None`` where it cannot be drawn from, as a flat one cannot."""
+        prior = ModelPrior(
+            LogJoint(self.model, self.layout, only=self.layout.names), self.args, self.kwargs, like
+        )
+        try:
+            with warnings.catch_warnings(), RandomStream(seed):
+                warnings.simplefilter("ignore")
+                return prior.sample((CHAINS,))
+        except (ModelError, NotImplementedError, RuntimeError, ValueError):
+            return None
+
+    def check_moves(self, u: Tensor, seed: int) -> list[Check]:
+        """Chains from the draws, and chains from afar."""
+        names = ("mean", "spread", "tails", "other modes")
+        if self.log_joint.mode == "loop":
+            why = "The model is scored one draw at a time, which takes too long for chains."
+            return [Check.left_out(name, why) for name in names]
+        change = moved(self, u, seed=seed)
+        where = self.layout.coordinates()
+        log_sd = change.sd.log()
+        i, j = _worst(change.mean, change.mean_error), _worst(log_sd, change.sd_error)
+        ratio = change.sd[j].item()
+        wide = "narrow" if ratio > 1 else "wide"
+        seen = elsewhere(self, u, self.prior_draws(u[0], seed), num_chains=CHAINS, seed=seed)
+        ends = self.layout.unpack(seen.ends[seen.is_far][:1])[0] if seen.is_far.any() else {}
+        return [
+            Check.of(
+                "mean",
+                change.mean[i].item(),
+                MEAN_ERROR,
+                f"{change.mean[i]:+.2f} sd in {where[i]}",
+                failed=_is_off(change.mean, change.mean_error, MEAN_ERROR),
+                advice=f"A few steps of Hamiltonian Monte Carlo carry the mean of {where[i]} away, so the draws are in "
+                f"the wrong place. {TRAIN}",
+            ),
+            Check.of(
+                "spread",
+                ratio,
+                1 + SD_ERROR,
+                f"sd times {ratio:.2f} in {where[j]}",
+                failed=_is_off(log_sd, change.sd_error, SD_ERROR),
+                advice=f"Moved draws have another sd of {where[j]}: the draws are too {wide}. {TRAIN}",
+            ),
+            Check.of(
+                "tails",
+                change.tail,
+                TAIL_SHARE,
+                f"{change.tail:.1%} of the draws move to the outermost {TAIL:.0%}",
+                failed=change.tail > TAIL_SHARE
+                and change.tail - TAIL > SIGNIFICANT * change.tail_error,
+                advice="The draws leave out the posterior's tails: intervals are too short. Try contrast='flow', or "
+                "more "
+                "noise dimensions in the sampler.",
+            ),
+            Check.of(
+                "other modes",
+                seen.share,
+                FAR_SHARE,
+                f"{int(seen.is_far.sum())} of {seen.arrived} chains end far away",
+                failed=seen.share > FAR_SHARE and int(seen.is_far.sum()) > 1,
+                advice="Chains from afar end at a density as high as that of the draws, where there are no draws: "
+                "the fit "
+                f"has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
+                "seed) with stronger tempering (tempering=0.02), or order the sites that can change places.",
+            ),
+        ]
+
+    def check_predictive(self, u: Tensor, seed: int) -> list[Check]:
+        """Share of replicated data whose mean, sd, least and largest value are above those of the data."""
+        draws = self.layout.unpack(_thin(u, PREDICTIVE_DRAWS))[0]
+        first = {name: value[0] for name, value in draws.items()}
+        with torch.no_grad(), RandomStream(seed), unvalidated():
+            nodes = run_at(self.model, first, *self.args, **self.kwargs).nodes
+            observed = {
+                name: node["value"]
+                for name, node in nodes.items()
+                if node["type"] == "sample"
+                and node["is_observed"]
+                and name not in draws
+                and not is_deterministic(node)
+                and not isinstance(node["fn"], Unit)
+            }
+            if not observed:
+                return [Check.left_out("predictive", "The model has no observed site.")]
+            free = poutine.condition(poutine.uncondition(self.model), data=first)
+            try:
+                drawn = Predictive(free, posterior_samples=draws, return_sites=list(observed))(
+                    *self.args, **self.kwargs
+                )
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                why = f"The observed sites cannot be drawn: {str(error).splitlines()[0]}."
+                return [Check.left_out("predictive", why)]
+        shares = {
+            f"{name} {what}": share
+            for name, value in observed.items()
+            for what, share in _predictive_shares(
+                value, drawn[name].reshape(-1, *value.shape)
+            ).items()
+        }
+        if not shares:
+            return [Check.left_out("predictive", "The data are not finite.")]
+        extreme = min(shares, key=lambda key: min(shares[key], 1 - shares[key]))
+        least = min(shares[extreme], 1 - shares[extreme])
+        advice = (
+            f"Of data made by the model, {shares[extreme]:.1%} have a {extreme} above that of the data. That is a "
+            "matter of "
+            "the model, not of the fit."
+            if least < 0.01
+            else ""
+        )
+        found = ", ".join(f"{key} {share:.2f}" for key, share in shares.items())
+        return [Check.noted("predictive", least, found, advice)]
+
+
+def _first(source: ImplicitGuide | Draws, seed: int) -> dict[str, Tensor]:
+    """The first draw of every site."""
+    if isinstance(source, ImplicitGuide):
+        with RandomStream(seed):
+            return {name: value[0] for name, value in source.sample(1).items()}
+    values = {name: torch.as_tensor(value) for name, value in source.items()}
+    return {name: value[0] for name, value in values.items() if value.dim() and len(value)}
+
+
+def _check_guide(guide: ImplicitGuide) -> None:
+    if not guide.is_set_up:
+        raise SetupError(
+            "the guide has not been trained yet", do="Train it with AVBSVI, or diagnose its fit."
+        )
+    if guide.amortization is not None:
+        raise SetupError(
+            "an amortized guide has many posteriors, and a diagnosis is of one",
+            do="Pass draws of it with the model's arguments: draws = guide.sample(2000, ...), then "
+            "diagnose(draws, model, ...).",
+        )
+
+
+def _check_sites(guides: SiteLayout, models: SiteLayout) -> None:
+    mine, theirs = ({site.name: site.shape for site in each.sites} for each in (guides, models))
+    if mine != theirs:
+        raise ModelError(
+            "the model does not have the guide's latent sites",
+            got=theirs,
+            expected=mine,
+            do="Pass the model and the arguments that the guide was trained with.",
+        )
+
+
+def _thin(u: Tensor, count: int) -> Tensor:
+    """At most ``count`` evenly spaced rows."""
+    if len(u) <= count:
+        return u
+    return u[torch.linspace(0, len(u) - 1, count, dtype=torch.float64).long()]
+
+
+def _check_run(fit: Trained) -> Check:
+    """Turns that were skipped, and steps that dropped draws, in the record of a run."""
+    losses = fit.history["sampler"]
+    dropped = int((fit.history["dropped"] > 0).sum())
+    bad = max(fit.skipped, dropped, int((losses != losses).sum())) / max(fit.num_steps, 1)
+    return Check.of(
+        "run",
+        bad,
+        BAD_STEPS,
+        f"{fit.stop_reason}; {fit.skipped} turns skipped, draws dropped in {dropped} of {fit.num_steps} steps",
+        failed=bad > BAD_STEPS,
+        advice="Losses, gradients or log densities were not finite, and what was left out may be where the "
+        "posterior is. "
+        "Look for overflow in the model, priors that exclude the data, and supports that depend on other sites.",
+    )
+
+
+def _check_restarts(fit: Trained | None) -> Check:
+    """Whether independent fits agree, where there are several."""
+    if fit is None or fit.agreement is None:
+        return Check.left_out(
+            "restarts",
+            "There is one fit. AVBSVI(..., restarts=4) shows whether fits agree, and in which modes they lie.",
+        )
+    found = fit.agreement
+    return Check.of(
+        "restarts",
+        found.worst[1],
+        R_HAT,
+        str(found),
+        failed=not found.ok,
+        advice="Fits that differ by their seeds alone are not the same posterior, so some of them are wrong. Look at "
+        f"fit.agreement and at fit.best(). {TRAIN}",
+    )
+
+
+def _check_density(finite: Tensor) -> Check:
+    share = 1 - finite.double().mean().item()
+    return Check.of(
+        "finite density",
+        share,
+        0.0,
+        f"{share:.1%} of the draws have none",
+        failed=share > 0,
+        advice="The model gives some draws no finite log density or gradient, so they are not draws of its "
+        "posterior. The "
+        "other checks leave them out.",
+    )
+
+
+def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> list[Check]:
+    """Kernel Stein discrepancy, then Stein's identities of every coordinate."""
+    part = slice(0, STEIN_DRAWS)
+    kernel = kernel_stein(u[part], score[part], seed=seed)
+    sites = stein_identities(u, score)
+    size = torch.cat([sites.mean, sites.spread])
+    errors = torch.cat([sites.mean_error, sites.spread_error])
+    worst = _worst(size, errors)
+    what = "mean" if worst < layout.dim else "spread"
+    where = layout.coordinates()[worst % layout.dim]
+    is_off = ((size.abs() > SITE_ERROR) & (size.abs() > SIGNIFICANT * errors)).view(2, -1).any(0)
+    parts = is_off.split([site.size for site in layout.sites])
+    counts = {site.name: int(part.sum()) for site, part in zip(layout.sites, parts, strict=True)}
+    off = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    return [
+        Check.of(
+            "Stein discrepancy",
+            kernel.score_error,
+            SCORE_ERROR,
+            f"score off by {kernel.score_error:.2f} / sd, p = {kernel.p_value:.3f}",
+            failed=kernel.score_error > SCORE_ERROR and kernel.p_value < 0.01,
+            advice="Where the draws are, they do not follow the gradient of the posterior; the next rows say in which "
+            f"sites and how. {TRAIN}",
+        ),
+        Check.of(
+            "sites",
+            size[worst].item(),
+            SITE_ERROR,
+            f"{what} identity of {where} off by {size[worst]:+.2f} "
+            f"({(size / errors)[worst].abs():.0f} standard errors)",
+            failed=any(counts.values()),
+            advice=f"Off are, with the number of their entries: {off}. A Stein identity of the spread below 0 is "
+            "too narrow a "
+            "posterior, above 0 too wide a one. If draws come from elsewhere, look at transforms, their Jacobians "
+            "and the order of the sites.",
+        ),
+    ]
+
+
+def _worst(size: Tensor, errors: Tensor) -> int:
+    """The largest of the sizes ``[N]`` that are significant; of all, where none is."""
+    return int(size.abs().where(size.abs() > SIGNIFICANT * errors, 1e-9 * size.abs()).argmax())
+
+
+def _is_off(size: Tensor, errors: Tensor, limit: float) -> bool:
+    """Whether one of the sizes ``[N]`` is significant and beyond the limit."""
+    return bool(((size.abs() > limit) & (size.abs() > SIGNIFICANT * errors)).any())
+
+
+SAMPLER_CHECKS = ("learned density", "fresh adversary", "divergence", "Pareto k", "evidence")
+
+
+def _check_sampler(
+    guide: ImplicitGuide | Draws, target: _Target, pool: Tensor | None, seed: int
+) -> list[Check]:
+    """The checks that need a sampler: of its density, learned afresh."""
+    if pool is None or not isinstance(guide, ImplicitGuide):
+        why = "These are bare draws; with a guide it would be made."
+        return [Check.left_out(name, why) for name in SAMPLER_CHECKS]
+    if target.log_joint.mode == "loop":
+        why = "The model is scored one draw at a time, which takes too long."
+        return [Check.left_out(name, why) for name in SAMPLER_CHECKS]
+    found = audit(pool, target, seed=seed)
+    learned = _check_learned(guide, found, pool)
+    fresh = _check_fresh(found)
+    if learned.state == "failed" or fresh.state == "left out":
+        witness = learned if learned.state == "failed" else fresh
+        why = f"It would rest on a learned density, and {witness.name!r} says that none can be trusted here."
+        held = [Check.left_out(name, why) for name in ("divergence", "Pareto k")]
+        return [learned, fresh, *held, _check_evidence(guide, target, found, None, seed)]
+    k = pareto_k(found.log_weights)
+    # truncated: a few draws in tails that the fresh density does not know must not decide
+    cap = found.log_weights.median() + log(len(pool)) / 2
+    log_mean = (found.log_weights.clamp(max=cap).logsumexp(0) - log(len(pool))).item()
+    kl = log_mean - found.log_weights.mean().item()
+    limit = min(1 - 1 / log(len(pool), 10), PARETO_K)
+    return [
+        learned,
+        fresh,
+        Check.of(
+            "divergence",
+            kl,
+            KL,
+            f"KL(q‖p) about {kl:.2f} nats",
+            failed=kl > KL,
+            advice=f"Importance weights of the draws differ much; modes may have the wrong weights. {TRAIN}",
+        ),
+        Check.of(
+            "Pareto k",
+            k,
+            limit,
+            f"{k:.2f}, through the fresh adversary"
+            + (", of weights that hardly differ" if kl < FLAT_WEIGHTS else ""),
+            failed=k > limit and kl >= FLAT_WEIGHTS,
+            advice="A few draws have nearly all the importance weight: the draws miss mass that they should have.",
+        ),
+        _check_evidence(guide, target, found, log_mean, seed),
+    ]
+
+
+def _check_learned(guide: ImplicitGuide, found: Audit, pool: Tensor) -> Check:
+    name = "learned density"
+    if not guide.has_log_density:
+        return Check.left_out(name, "The guide has no adversary beside it.")
+    with torch.no_grad():
+        seen = found.compare(guide.get_posterior().log_prob, pool)
+    return Check.of(
+        name,
+        seen.kl_gap,
+        LEARNED_GAP,
+        f"loss too good by {seen.kl_gap:+.2f} nats, AUC {seen.auc:.2f}, log mass {seen.log_mass:+.2f}",
+        failed=abs(seen.auc - 0.5) > LEARNED_AUC - 0.5
+        or not abs(seen.log_mass) < LEARNED_GAP
+        or abs(seen.kl_gap) > LEARNED_GAP,
+        advice="The fit's adversary and a fresh one do not agree on log q, so its loss means nothing and the "
+        "sampler followed a "
+        "wrong gradient. Give it more steps (adversary_steps), a higher rate (adversary_lr), or a better contrast.",
+    )
+
+
+def _check_fresh(found: Audit) -> Check:
+    off = abs(found.auc_corrected - 0.5)
+    good = off < FRESH_AUC and abs(found.log_mass) < FRESH_MASS and found.unsure < FRESH_DOUBT
+    words = (
+        f"AUC {found.auc:.2f}, corrected {found.auc_corrected:.2f}; log mass {found.log_mass:+.2f}; "
+        f"halves differ by {found.unsure:.1f} nats"
+    )
+    if good:
+        return Check.of("fresh adversary", off, FRESH_AUC, words, failed=False, advice="")
+    why = (
+        "A density learned from the draws alone is not good enough to weigh them by. That is no fault of the fit: "
+        "tails "
+        "and many dimensions are hard to learn."
+    )
+    return Check.left_out("fresh adversary", f"{why} ({words})")
+
+
+def _check_evidence(
+    guide: ImplicitGuide, target: _Target, found: Audit, log_mean: float | None, seed: int
+) -> Check:
+    elbo = found.log_weights.mean().item()
+    upper = "withheld" if log_mean is None else f"{log_mean:.2f}"
+    estimate = f"estimates: ELBO {elbo:.2f}, importance-weighted {upper}"
+    if not isinstance(guide.sampler, SemiImplicitSampler):
+        return Check.noted("evidence", elbo, f"log p(x) in nats, {estimate}")
+    bound, error = semi_implicit_bound(target, guide.sampler, seed=seed)
+    return Check.noted(
+        "evidence", bound, f"log p(x) >= {bound:.2f} ± {error:.2f} nats, certified; {estimate}"
+    )
+
+
+def _predictive_shares(value: Tensor, drawn: Tensor) -> dict[str, float]:
+    """Share of replicates ``[S, ...]`` with a statistic above that of ``value [...]``, ties for one half."""
+    x, y = value.detach().double().flatten(), drawn.detach().double().flatten(1)
+    if not x.isfinite().all() or not y.isfinite().all() or not len(x):
+        return {}
+    statistics: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda v: v.mean(-1)}
+    if len(x) > 1:
+        statistics |= {
+            "sd": lambda v: v.std(-1),
+            "min": lambda v: v.amin(-1),
+            "max": lambda v: v.amax(-1),
+        }
+    shares = {}
+    for what, statistic in statistics.items():
+        ours, theirs = statistic(x), statistic(y)
+        rounding = 1e-9 * (1 + sqrt(float(ours) ** 2))
+        above, same = theirs > ours + rounding, (theirs - ours).abs() <= rounding
+        shares[what] = (above.double() + 0.5 * same.double()).mean().item()
+    return shares
+
+
+def _values(draw: dict[str, Tensor]) -> str:
+    """One draw of every site in words, the first entries only."""
+    return ", ".join(
+        f"{name} = {[round(v, 2) for v in value[0].flatten()[:3].tolist()]}"
+        for name, value in list(draw.items())[:3]
+    )

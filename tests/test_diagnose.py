@@ -1,0 +1,197 @@
+"""`diagnose`: planted failures are flagged, exact draws are not, misuse is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from implicitvi import AVBSVI, ImplicitGuide, diagnose
+from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
+from implicitvi.evaluation.report import Check, Report
+from implicitvi.training import RandomStream
+from planted import (
+    PLANTED,
+    TARGETS,
+    bare,
+    draw_several,
+    dressed,
+    exact,
+    planted,
+    several_sites,
+    short_fit,
+)
+
+# which check is meant to see each; others may too
+SEEN_BY = {
+    "one mode missing": "other modes",
+    "variance halved": "spread",
+    "mean shifted by 0.3 sd": "Stein discrepancy",
+    "collapsed sampler": "spread",
+    "under-trained adversary": "learned density",
+    "adversary switched off half-way": "learned density",
+    "heavy tails cut": "tails",
+    "wrong Jacobian": "sites",
+    "swapped sites": "sites",
+    "NaN-skipping run": "run",
+    "stale contrast": "learned density",
+    "wrong sign of T": "learned density",
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_failure_is_flagged(name: str) -> None:
+    """Rates over seeds stand in docs/results/diagnose.md."""
+    source, model = planted(name, seed=0)
+    report = diagnose(source, model)
+    assert not report.ok
+    assert report[SEEN_BY[name]].state == "failed"
+    assert report[SEEN_BY[name]].advice
+    if "learned density" in [check.name for check in report.failed]:
+        assert report["Pareto k"].state == "left out"
+
+
+def test_a_sampler_that_draws_a_single_point_gets_a_report_and_no_error() -> None:
+    target = TARGETS["several sites"]
+    point = dressed(target, lambda count: torch.ones(count, 5), target.log_prob)
+    report = diagnose(point, several_sites)
+    assert report["Stein discrepancy"].state == "failed"
+    assert "constant" in str(report)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_exact_draws_pass(name: str) -> None:
+    """Dressed as a fit, with the true density as the learned one, so that all checks are made."""
+    with RandomStream(1):
+        report = diagnose(exact(name), TARGETS[name].model)
+    assert report.ok, str(report)
+    assert report["learned density"].state == "ok"
+
+
+def test_a_fit_diagnoses_itself_with_the_arguments_of_its_run() -> None:
+    guide = ImplicitGuide(models.normal_normal, sampler="semi_implicit")
+    svi = AVBSVI(models.normal_normal, guide, num_steps=200, progress=False, seed=0)
+    y = torch.tensor([0.5, 1.0, -0.2, 2.0])
+    report = svi.run(y).diagnose()
+    assert report.ok, str(report)
+    assert report["run"].state == "ok"
+    assert report["predictive"].state == "noted"
+    evidence = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 1).log_prob(y).item()
+    bound = report["evidence"].value
+    assert "certified" in report["evidence"].found
+    assert bound is not None and evidence - 1 < bound < evidence + 0.05
+
+
+def test_the_report_is_a_function_of_draws_and_seed_and_leaves_the_random_state_alone() -> None:
+    draws = bare(TARGETS["several sites"], draw_several(400))
+    state = torch.get_rng_state()
+    first, second = diagnose(draws, several_sites), diagnose(draws, several_sites)
+    assert first == second
+    assert torch.equal(state, torch.get_rng_state())
+    assert diagnose(draws, several_sites, seed=1) != first
+
+
+def test_bare_draws_may_be_arrays_and_say_what_is_left_out() -> None:
+    draws = {k: v.numpy() for k, v in bare(TARGETS["several sites"], draw_several(1000)).items()}
+    report = diagnose(draws, several_sites)
+    assert report.ok
+    left = [check.name for check in report if check.state == "left out"]
+    assert left[:5] == ["learned density", "fresh adversary", "divergence", "Pareto k", "evidence"]
+    assert all(check.advice for check in report if check.state == "left out")
+
+
+def test_a_predictive_figure_judges_the_model_and_not_the_fit() -> None:
+    """Data that the model cannot have made: the draws are exact, the report is ok and says so."""
+    y = 5 * torch.arange(-2.0, 3.0)
+    mean, sd = y.sum() / 6, 6**-0.5
+    report = diagnose({"mu": mean + sd * torch.randn(1000)}, models.normal_normal, y)
+    assert report.ok
+    assert report["predictive"].state == "noted"
+    assert "matter of the model" in report["predictive"].advice
+
+
+def test_a_model_that_is_scored_in_a_loop_gets_the_checks_that_are_cheap() -> None:
+    y = torch.ones(3)
+    with pytest.warns(UserWarning, match="one particle at a time"):
+        report = diagnose({"mu": torch.randn(200)}, models.branches_on_a_latent, y, num_samples=200)
+    assert report["mean"].state == "left out"
+    assert report["Stein discrepancy"].state == "failed"
+
+
+def half(value: Tensor) -> Tensor:
+    return value[: len(value) // 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda d: {k: v for k, v in d.items() if k != "a"}, ShapeError, "missing 'a'"),
+        (lambda d: d | {"c": d["a"]}, ShapeError, "unknown 'c'"),
+        (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' have the wrong shape.*\[S, 2\]"),
+        (lambda d: d | {"a": half(d["a"])}, ShapeError, "different numbers of draws"),
+        (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "too few draws"),
+        (
+            lambda d: d | {"s": -d["s"]},
+            ModelError,
+            "site 's' lie outside its support; got 400 of 400",
+        ),
+        (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "outside its support"),
+        (lambda d: torch.zeros(3), SetupError, "nothing to diagnose; got Tensor"),
+        (lambda d: ImplicitGuide(several_sites), SetupError, "has not been trained"),
+        (lambda d: exact("banana"), ModelError, "does not have the guide's latent sites"),
+    ],
+)
+def test_misuse_is_refused(change: Any, error: type[Exception], words: str) -> None:
+    draws = bare(TARGETS["several sites"], draw_several(400))
+    with pytest.raises(error, match=words):
+        diagnose(change(draws), several_sites)
+
+
+def test_other_misuse_is_refused() -> None:
+    y = torch.ones(4)
+    with pytest.raises(OptionError, match="num_samples is out of range"):
+        diagnose({"mu": torch.randn(400)}, models.normal_normal, y, num_samples=10)
+    with pytest.raises(ModelError, match="minibatch of plate 'data'"):
+        diagnose({"mu": torch.randn(400)}, models.global_latents_in_minibatches, y)
+
+    def local(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+    guide = ImplicitGuide(local, amortize={"data": lambda y: y[:, None]}).setup(y)
+    with pytest.raises(SetupError, match="amortized.*guide.sample"):
+        diagnose(guide, local, y)
+    report = diagnose({"z": guide.sample(400, y)["z"]}, local, y)
+    assert not report.ok  # it has not been trained
+
+
+def test_an_interrupted_run_without_a_bad_step_is_not_a_failure() -> None:
+    fit = short_fit(several_sites, num_steps=2, warm_start=0)
+    assert fit.diagnose(num_samples=200)["run"].state == "ok"
+
+
+def test_a_report_prints_and_goes_through_json() -> None:
+    report = Report(
+        (
+            Check.of("one", float("nan"), 1.0, "nan", failed=False, advice="Do this."),
+            Check.left_out("two", "No sampler."),
+            Check.left_out("three", "No sampler."),
+        )
+    )
+    assert not report.ok  # a figure that is not a number fails
+    assert "two, three: No sampler." in str(report)
+    assert [check["name"] for check in json.loads(json.dumps(report.to_dict()))["checks"]] == [
+        "one",
+        "two",
+        "three",
+    ]
+    with pytest.raises(KeyError, match="no check 'four'; there are one, two, three"):
+        report["four"]
