@@ -204,6 +204,10 @@ class _Target:
         with torch.no_grad(), RandomStream(seed):
             try:
                 trace = latent_trace(there, *args, **kwargs)
+                for name, node in trace.iter_stochastic_nodes():
+                    fn, value = node["fn"], node["value"]
+                    if value.shape != fn.shape() or not fn.support.check(value).all():
+                        raise ValueError(f"the first draw is no value of {name!r}")
             except (RuntimeError, ValueError, NotImplementedError):
                 trace = latent_trace(model, *args, **kwargs)
             check_latents(trace)
