@@ -31,6 +31,7 @@ class Fit:
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: How the model was scored, and why.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
+        seed: Seed of the fit, ``None`` where it was drawn.
         write: Writes the fit into a folder; see `save`.
     """
 
@@ -43,6 +44,7 @@ class Fit:
     skipped: int
     log_joint: str
     parameters: dict[str, Tensor]
+    seed: int | None = None
     write: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def save(self, folder: str | Path) -> None:

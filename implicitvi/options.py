@@ -139,7 +139,7 @@ class ProblemOptions:
         contrast = self._contrast(layout.dim) if prior is None else _prior_contrast(prior)
         avb = self._avb(sampler, contrast, self.adversary(layout.dim), informed=self.informed)
         problem = Problem(log_joint, avb, arguments, parameters)
-        guide.set_log_density(problem.log_q)
+        guide.set_log_density(problem.log_q, problem.log_ratio)
         return problem
 
     def _build_amortized(

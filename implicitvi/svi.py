@@ -267,6 +267,7 @@ class AVBSVI:
             skipped=trainer.skipped,
             log_joint=self.problem.how(),
             parameters=parameter_values(self.problem.parameters),
+            seed=self._options["seed"],
             write=self.save,
             **self._record,
         )
