@@ -1,18 +1,20 @@
-"""From a guide to ArviZ."""
+"""From guides to ArviZ."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.infer import Predictive
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicitvi.enumeration import (
     Enumerate,
@@ -22,12 +24,14 @@ from implicitvi.enumeration import (
     is_enumerated,
     log_sum_of,
 )
-from implicitvi.errors import ImplicitVIError, ModelError, check_at_least
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least
+from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import plate_names
 from implicitvi.log_joint import LogJoint
 from implicitvi.minibatch import Minibatch
 from implicitvi.scoring import (
+    first_line,
     is_deterministic,
     plate_nesting,
     run_at,
@@ -40,31 +44,44 @@ Groups = dict[str, dict[str, NDArray[Any]]]
 
 
 def to_arviz(
-    guide: ImplicitGuide,
+    source: ImplicitGuide | Fit | Sequence[ImplicitGuide | Fit],
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = 1000,
+    prior: bool = True,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    attrs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draws of a fitted guide, and what the model makes of them, as ArviZ's container.
 
-    Groups: ``posterior``, with the deterministic sites, and with discrete sites that the model sums out drawn from
-    their exact conditional given each draw; ``posterior_predictive`` (the observed sites drawn anew);
-    ``log_likelihood`` (of every observation, unscaled, discrete sites summed out; left out with a warning where
-    several observations share a discrete site); ``observed_data``; ``sample_stats`` with ``lp`` (log joint of the
-    constrained values, nats) and, where an adversary was trained, ``log_q_learned`` and ``log_weight`` on the
-    unconstrained space.
-    Draws are independent, so they stand as one chain: pass ``reff=1.0`` to ``az.loo``, and read nothing into R-hat.
+    Groups:
+
+    - ``posterior``, with the deterministic sites, and with discrete sites that the model sums out drawn from their
+      exact conditional given each draw;
+    - ``posterior_predictive``: the observed sites drawn anew;
+    - ``log_likelihood`` of every observation in nats, unscaled, discrete sites summed out; left out with a warning
+      where several observations share a discrete site;
+    - ``prior`` and ``prior_predictive``; left out with a warning where the prior cannot be drawn from;
+    - ``observed_data``, and ``constant_data``: the tensors among the model's arguments that it does not observe;
+    - ``sample_stats``: ``lp`` (log joint of the constrained values, nats) and, where an adversary was trained, on the
+      unconstrained space ``log_ratio`` (learned ``log q - log r`` to the contrast), ``log_q_learned`` and
+      ``log_weight`` (``log p - log q``).
+
+    Draws are independent: pass ``reff=1.0`` to ``az.loo``. One guide is one chain, of which R-hat says nothing.
+    Several, restarts of one fit, stand as one chain each, and R-hat says whether they agree.
 
     Args:
-        guide: A fitted guide.
+        source: A fitted guide, the `Fit` of one, or several of either.
         model: Its model.
         *args: The model's arguments, as in training.
-        num_samples: Number of draws.
+        num_samples: Number of draws of each guide.
+        prior: Whether to draw from the prior too.
         coords: Coordinates of the dimensions, as ArviZ takes them.
         dims: Names of the dimensions of each site; the default is the names of its plates.
+        attrs: Attributes beside the versions and, of a `Fit`, its seed, steps, seconds and stop reason, such as
+            ``{"report": str(report)}``.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -72,40 +89,88 @@ def to_arviz(
 
     Raises:
         ModelError: The model looks at a minibatch of its data.
+        OptionError: ``source`` is no guide and no fit, or there is none.
     """
     check_at_least("num_samples", num_samples, 1)
-    u, layout = guide.draw(num_samples, *args, **kwargs)
-    draws, log_det = layout.unpack(u)
-    run = _Run(model, draws, args, kwargs)
-    posterior = draws | run.discrete()
-    stats = {}
+    sources = _sources(source)
+    chains, named, run = [], {}, None
+    for guide in (s.guide if isinstance(s, Fit) else s for s in sources):
+        u, layout = guide.draw(num_samples, *args, **kwargs)
+        draws, log_det = layout.unpack(u)
+        run = _Run(model, draws, args, kwargs)
+        posterior = draws | run.discrete()
+        stats = {}
+        if not run.implicit:
+            with torch.no_grad():
+                stats = _stats(guide, LogJoint(model, layout)(u, *args, **kwargs), u, log_det)
+        chains.append(
+            {
+                "posterior": posterior | run.deterministic(posterior),
+                "posterior_predictive": run.predictive(posterior),
+                "log_likelihood": run.log_likelihood(),
+                "sample_stats": stats,
+            }
+        )
+        named = {site.name: site.dims for site in layout.sites}
+    assert run is not None
     if run.implicit:
         warnings.warn(
             f"the prior of {', '.join(map(repr, run.implicit))} has no density, so there is no log joint: "
             "the group sample_stats is left out",
             stacklevel=2,
         )
-    else:
-        with torch.no_grad():
-            stats["lp"] = LogJoint(model, layout)(u, *args, **kwargs) - log_det
-            if guide.has_log_density:
-                stats["log_q_learned"] = guide.get_posterior().log_prob(u)
-                stats["log_weight"] = stats["lp"] + log_det - stats["log_q_learned"]
-    groups: Groups = {
-        "posterior": _chain(posterior | run.deterministic(posterior)),
-        "posterior_predictive": _chain(run.predictive(posterior)),
-        "log_likelihood": _chain(run.log_likelihood()),
-        "observed_data": {k: node["value"].numpy(force=True) for k, node in run.observed.items()},
-        "sample_stats": _chain(stats),
-    }
-    named = {site.name: site.dims for site in layout.sites}
+    groups: Groups = {name: _chains([chain[name] for chain in chains]) for name in chains[0]}
+    if prior:
+        groups |= {name: _chains([drawn]) for name, drawn in run.prior(num_samples).items()}
+    groups["observed_data"] = {k: n["value"].numpy(force=True) for k, n in run.observed.items()}
+    groups["constant_data"] = {k: v.numpy(force=True) for k, v in run.constant().items()}
     named |= {
         name: plate_names(node)
         for name, node in (run.summed_out | run.computed | run.observed).items()
     }
     given = {} if dims is None else {name: list(value) for name, value in dims.items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
-    return _container({k: v for k, v in groups.items() if v}, coords, all_dims)
+    about = _about(sources) | dict(attrs or {})
+    return _container({k: v for k, v in groups.items() if v}, coords, all_dims, about)
+
+
+def _sources(source: Any) -> list[ImplicitGuide | Fit]:
+    """The guides and fits of the option ``source``."""
+    found = list(source) if isinstance(source, Sequence) else [source]
+    if not found or not all(isinstance(each, ImplicitGuide | Fit) for each in found):
+        raise OptionError(
+            "there is no fitted guide to export",
+            got=", ".join(type(each).__name__ for each in found) or "none",
+            expected="an ImplicitGuide, a Fit, or several of them",
+            do="Write to_arviz(fit, model, *args); for MCMC there is az.from_pyro.",
+        )
+    return found
+
+
+def _stats(guide: ImplicitGuide, log_p: Tensor, u: Tensor, log_det: Tensor) -> dict[str, Tensor]:
+    """The group ``sample_stats``, from the log joint ``log_p [S]`` of unconstrained draws ``u [S, D]``."""
+    stats = {"lp": log_p - log_det}
+    if guide.has_log_density:
+        log_q = guide.get_posterior().log_prob(u)
+        ratio = guide.log_ratio(u)
+        stats |= {} if ratio is None else {"log_ratio": ratio}
+        stats |= {"log_q_learned": log_q, "log_weight": log_p - log_q}
+    return stats
+
+
+def _about(sources: Sequence[ImplicitGuide | Fit]) -> dict[str, Any]:
+    """Attributes: which versions made the draws and, fit by fit, how they were trained."""
+    about: dict[str, Any] = {
+        "inference_library": "implicitvi",
+        "inference_library_version": version("implicitvi"),
+        "pyro_version": version("pyro-ppl"),
+        "torch_version": version("torch"),
+    }
+    fits = [source for source in sources if isinstance(source, Fit)]
+    for name in ("seed", "num_steps", "seconds", "stop_reason"):
+        values = [str(getattr(fit, name)) for fit in fits]
+        about |= {name: "; ".join(values)} if values else {}
+    return about
 
 
 class _Run:
@@ -149,17 +214,12 @@ class _Run:
         """The enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
         if not self.summed_out:
             return {}
-        with torch.no_grad(), unvalidated():
-            each = [
-                discrete_draw(
-                    self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs
-                )
-                for i in range(_size(self.draws))
-            ]
-        return {
-            name: torch.stack([draw[name].reshape(node["value"].shape) for draw in each])
-            for name, node in self.summed_out.items()
-        }
+
+        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            drawn = discrete_draw(self.model, values, self._nesting, *self.args, **self.kwargs)
+            return {k: drawn[k].reshape(n["value"].shape) for k, n in self.summed_out.items()}
+
+        return _each(one, self.draws, randomness="different")
 
     def deterministic(self, posterior: dict[str, Tensor]) -> dict[str, Tensor]:
         """The deterministic sites at each draw: ``{site: [S, *site shape]}``."""
@@ -182,6 +242,48 @@ class _Run:
         return {
             name: drawn[name].reshape(-1, *node["value"].shape)
             for name, node in self.observed.items()
+        }
+
+    def prior(self, num_samples: int) -> dict[str, dict[str, Tensor]]:
+        """The groups of the prior: latent and deterministic sites, and the observed ones drawn from the model."""
+        groups = {
+            "prior": {
+                **{name: value.shape[1:] for name, value in self.draws.items()},
+                **{k: n["value"].shape for k, n in (self.summed_out | self.computed).items()},
+            },
+            "prior_predictive": {name: node["value"].shape for name, node in self.observed.items()},
+        }
+        names = [name for shapes in groups.values() for name in shapes]
+        predictive = Predictive(
+            poutine.uncondition(self.model), num_samples=num_samples, return_sites=names
+        )
+        try:
+            with torch.no_grad():
+                drawn = predictive(*self.args, **self.kwargs)
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            warnings.warn(
+                f"the prior cannot be drawn from ({first_line(error)}), so its groups are left out",
+                stacklevel=3,
+            )
+            return {}
+        return {
+            group: {name: drawn[name].reshape(-1, *shape) for name, shape in shapes.items()}
+            for group, shapes in groups.items()
+        }
+
+    def constant(self) -> dict[str, Tensor]:
+        """The tensors among the model's named arguments that no site observes."""
+        run = self.model.forward if isinstance(self.model, nn.Module) else self.model
+        try:
+            bound = signature(run).bind(*self.args, **self.kwargs).arguments
+        except (TypeError, ValueError):  # it does not say what its arguments are
+            return {}
+        seen = [node["value"] for node in self.observed.values()]
+        return {
+            name: value
+            for name, value in bound.items()
+            if isinstance(value, Tensor)
+            and not any(value.shape == y.shape and torch.equal(value, y) for y in seen)
         }
 
     def log_likelihood(self) -> dict[str, Tensor]:
@@ -208,13 +310,16 @@ class _Run:
 
 
 def _each(
-    one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]
+    one: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    draws: dict[str, Tensor],
+    *,
+    randomness: str = "same",
 ) -> dict[str, Tensor]:
     """Apply a function to each draw: under vmap, or draw by draw where the model cannot be batched."""
     with torch.no_grad(), unvalidated():
         try:
             with batchable(quiet=True):
-                results: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
+                results: dict[str, Tensor] = torch.func.vmap(one, randomness=randomness)(draws)
         except ImplicitVIError:
             raise
         except Exception:
@@ -241,16 +346,17 @@ def _refuse_minibatches(minibatch: Minibatch) -> None:
         )
 
 
-def _chain(values: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Draws ``[S, …]`` as one chain ``[1, S, …]``."""
-    return {name: value.numpy(force=True)[None] for name, value in values.items()}
+def _chains(chains: Sequence[dict[str, Tensor]]) -> dict[str, NDArray[Any]]:
+    """Draws ``[S, …]`` of each chain as ``[chains, S, …]``."""
+    return {
+        name: np.stack([chain[name].numpy(force=True) for chain in chains]) for name in chains[0]
+    }
 
 
-def _container(groups: Groups, coords: Any, dims: Any) -> Any:
+def _container(groups: Groups, coords: Any, dims: Any, attrs: dict[str, Any]) -> Any:
     """The groups in the container of the installed ArviZ: one call shape before 1.0, another since."""
     import arviz
 
-    attrs = {"inference_library": "implicitvi", "inference_library_version": version("implicitvi")}
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict(groups, coords=coords, dims=dims, attrs={"/": attrs})
     return arviz.from_dict(**groups, coords=coords, dims=dims, attrs=attrs)

@@ -43,6 +43,7 @@ class Fit:
         kwargs: Its keyword arguments.
         restarts: The other fits of a run with ``restarts``, each with a guide of its own.
         agreement: How far they all are from each other; ``None`` without restarts, and of amortized guides.
+        seed: Seed of the fit, ``None`` where it was drawn.
         write: Writes the fit into a folder; see `save`.
     """
 
@@ -60,6 +61,7 @@ class Fit:
     kwargs: dict[str, Any] = field(repr=False)
     restarts: tuple[Fit, ...] = ()
     agreement: Agreement | None = None
+    seed: int | None = None
     write: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def save(self, folder: str | Path) -> None:

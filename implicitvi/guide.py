@@ -140,7 +140,7 @@ class ImplicitGuide(AutoContinuous):
         self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.amortization = None if amortize is None else Amortization.parse(amortize)
         # tuples, so that what they hold is no submodule
-        self._learned: tuple[Callable[[Tensor], Tensor]] | None = None
+        self._learned: tuple[Callable[[Tensor], Tensor], ...] | None = None
         self._restore: tuple[Callable[[ImplicitGuide], None]] | None = None
 
     _prototype_hide_fn = staticmethod(is_hidden)
@@ -332,9 +332,20 @@ class ImplicitGuide(AutoContinuous):
         """Whether an adversary has been trained beside the guide, so that `get_posterior` can score."""
         return self._learned is not None
 
-    def set_log_density(self, log_density: Callable[[Tensor], Tensor] | None) -> None:
-        """Attach a learned log density of ``u [S, D]``; a trained adversary does."""
-        self._learned = None if log_density is None else (log_density,)
+    def set_log_density(
+        self,
+        log_density: Callable[[Tensor], Tensor] | None,
+        log_ratio: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Attach a learned log density of ``u [S, D]``; a trained adversary does, with its ratio to the contrast."""
+        learned = (log_density, log_ratio)
+        self._learned = tuple(f for f in learned if f is not None) or None
+
+    @torch.no_grad()
+    def log_ratio(self, u: Tensor) -> Tensor | None:
+        """The learned ``log q - log r`` to the contrast at draws ``u [S, D]``, ``None`` where there is none."""
+        has_one = self._learned is not None and len(self._learned) > 1
+        return self._learned[1](u) if has_one and self._learned else None
 
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:

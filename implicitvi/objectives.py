@@ -200,13 +200,19 @@ class AVB:
 
         The statistics of the contrast are those of ``z``, so hand in many draws of the sampler.
         """
+        log_r, log_ratio = self.log_r_and_ratio(z, log_joint, x)
+        return log_r + log_ratio
+
+    def log_r_and_ratio(
+        self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The two parts of `log_q`: the contrast's ``log r`` and the learned ``T = log q - log r``."""
         r = self.contrast(z, x)
-        log_r = r.log_prob(z)
+        log_r: Tensor = r.log_prob(z)
         gap = log_joint(z) - log_r if self.informed else None
         if gap is not None and x is not None and len(z) > 1:
             gap = _relative(gap)
-        log_q: Tensor = log_r + self._log_ratio(z, r, gap, x)
-        return log_q
+        return log_r, self._log_ratio(z, r, gap, x)
 
     def keep_average(self) -> None:
         """Let the average follow; called after each step of the adversary."""

@@ -148,7 +148,7 @@ class ProblemOptions:
         network = self.adversary(layout.dim + contrast.marks)
         avb = self._avb(sampler, contrast, network, informed=self.informed)
         problem = Problem(log_joint, avb, arguments, parameters)
-        guide.set_log_density(problem.log_q)
+        guide.set_log_density(problem.log_q, problem.log_ratio)
         return problem
 
     def _build_amortized(

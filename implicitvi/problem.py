@@ -108,3 +108,7 @@ class Problem:
     def log_q(self, u: Tensor) -> Tensor:
         """The learned ``log q(u)`` of draws ``[S, D]`` in nats, at the arguments of the set-up."""
         return self.avb.log_q(u, self.scorer(self.arguments))
+
+    def log_ratio(self, u: Tensor) -> Tensor:
+        """The learned ``log q(u) - log r(u)`` of draws ``[S, D]`` in nats, as in `log_q`."""
+        return self.avb.log_r_and_ratio(u, self.scorer(self.arguments))[1]

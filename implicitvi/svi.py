@@ -327,6 +327,7 @@ class AVBSVI:
             model=self.model,
             args=self._engine.arguments.args,
             kwargs=self._engine.arguments.kwargs,
+            seed=self._options["seed"],
             write=self.save,
             **self._record,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from implicitvi import AVBSVI, Fit, ImplicitGuide
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.modes import Mode
-from implicitvi.restarts import agreement
+from implicitvi.restarts import Agreement, agreement
 from implicitvi.training.rng import derived_seed
 from models import normal_normal
 
@@ -95,6 +95,22 @@ def test_the_best_is_chosen_by_a_criterion() -> None:
     assert fit.best(lambda one: order[id(one.guide)]) is fit.restarts[1]
     with pytest.raises(OptionError, match="not finite"):
         fit.best(lambda one: torch.nan)
+
+
+def test_without_a_criterion_the_draws_decide() -> None:
+    """The first fit is moved by three standard deviations after training."""
+    fit = fitted(2)
+    loc, scale_tril = fit.guide.sampler.loc, fit.guide.sampler.scale_tril
+    fit.guide.sampler.set_frame(loc + 3 * scale_tril.diagonal(), scale_tril)
+    assert fit.best() is fit.restarts[0]
+
+
+def test_a_diagnosis_says_whether_fits_agree() -> None:
+    fit = fitted(2)
+    other = Agreement({"mu": 1.4}, torch.ones(2, 1))
+    for found, state in ((fit.agreement, "ok"), (other, "failed"), (None, "left out")):
+        report = replace(fit, agreement=found).diagnose(num_samples=200)
+        assert report["restarts"].state == state
 
 
 def test_a_mixture_draws_from_every_fit() -> None:

@@ -113,7 +113,9 @@ class EarlyStop:
             badly they predict. It draws from random numbers of its own. Values that are not finite are left out.
         every: Steps between two looks.
         window: Looks in each of the two horizons, at least 2. No fit is ended before twice as many.
-        num_se: By how many standard errors of the difference the recent looks have to be lower.
+        num_se: By how many standard errors of the difference the recent looks have to be lower. Above 0 a slow fall in
+            noise is given up sooner: where it is as much in a window as the noise's standard deviation, 16 % of fits
+            end in the first half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
         start: Steps before the first look.
 
     Attributes:
@@ -127,7 +129,7 @@ class EarlyStop:
         *,
         every: int = 50,
         window: int = 10,
-        num_se: float = 1.0,
+        num_se: float = 0.0,
         start: int = 0,
     ):
         if isinstance(diagnostic, str):
@@ -138,8 +140,8 @@ class EarlyStop:
                 do="The loss is no bound while the adversary lags; compare draws, as implicitvi.evaluation does.",
             )
         _check_function("diagnostic", diagnostic)
-        for option, value in (("every", every), ("start", start + 1)):
-            _check_whole(option, value)
+        _check_whole("every", every)
+        _check_whole("start", start, least=0)
         _check_whole("window", window, least=2)
         check_at_least("num_se", num_se, 0)
         self.diagnostic = diagnostic
