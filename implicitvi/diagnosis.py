@@ -229,7 +229,10 @@ class _Target:
 
     def score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """``log p [S]`` and its gradient ``[S, D]``, the model's way of scoring chosen and checked."""
-        self.log_joint.choose(u[:3], *self.args, **self.kwargs)
+        with torch.no_grad():
+            few = u[:CHAINS]
+            scored = few[self.log_joint.loop(few, *self.args, **self.kwargs).isfinite()]
+        self.log_joint.choose((scored if len(scored) else few)[:3], *self.args, **self.kwargs)
         for name, (size, part) in self.log_joint.minibatches.items():
             raise ModelError(
                 f"the model looks at a minibatch of plate {name!r}, so its density is another at every look",

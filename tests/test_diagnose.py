@@ -103,7 +103,8 @@ def test_bare_draws_may_be_arrays_and_say_what_is_left_out() -> None:
     report = diagnose(draws, several_sites)
     assert report.ok
     left = [check.name for check in report if check.state == "left out"]
-    assert left[:5] == ["learned density", "fresh adversary", "divergence", "Pareto k", "evidence"]
+    learned = ["learned density", "fresh adversary", "divergence", "Pareto k", "evidence"]
+    assert left[:6] == ["restarts", *learned]
     assert all(check.advice for check in report if check.state == "left out")
 
 
