@@ -11,6 +11,8 @@ import inspect
 import os
 import pkgutil
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -109,7 +111,7 @@ def test_every_code_block_runs(
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")  # dataclasses look themselves up in their module
-    monkeypatch.setitem(__import__("sys").modules, "page", module)
+    monkeypatch.setitem(sys.modules, "page", module)
     source = path.read_text(encoding="utf-8")
     try:
         for block in blocks(path):
@@ -157,6 +159,14 @@ def test_every_table_of_results_is_a_page() -> None:
     conf = (DOCS / "conf.py").read_text(encoding="utf-8")
     for path in (DOCS / "results").glob("*.md"):
         assert f'"{path.stem}": (' in conf, f"give {path.name} a title in RESULTS of docs/conf.py"
+
+
+def test_what_builds_the_documentation_has_tested_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower()
+    for requirement in project["optional-dependencies"]["docs"]:
+        name = re.match(r"[\w-]+", requirement)
+        assert name is not None and f"\n{name[0]}==" in pinned
 
 
 # links
