@@ -2,11 +2,14 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+# full: the examples as they are; smoke: at tiny sizes; off: not at all
+GALLERY ?= full
 PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 # The environment's own packages and pip's own targets must not leak in.
@@ -15,8 +18,8 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test accuracy accuracy-quick accuracy-vae conjugate diagnose-rates bench bench-vae lint types \
-	format clean
+.PHONY: help .venv demo test docs accuracy accuracy-quick accuracy-vae conjugate diagnose-rates bench bench-vae lint \
+	types format clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +40,15 @@ demo: $(STAMP) ## Fit Eight Schools and draw the picture
 
 test: lint types ## Check style and types, then run the tests, doctests and examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing what builds the documentation, once"
+	@$(PIP) install -e '.[docs]' -c constraints.txt
+	@touch $@
+
+docs: $(DOCS_STAMP) ## Run the gallery and build the documentation into docs/_build/html; warnings fail (GALLERY=off: fast)
+	OMP_NUM_THREADS=1 DOCS_GALLERY=$(GALLERY) DOCS_JOBS=$(WORKERS) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html"
 
 accuracy: $(STAMP) ## Measure the defaults beside peers on every posterior of the suite; writes docs/results (many hours)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py
@@ -70,6 +82,7 @@ format: $(STAMP) ## Format the code, and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove the virtual environment and all caches
+clean: ## Remove the virtual environment, what was built and all caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf docs/_build docs/gallery docs/reference/api docs/sg_execution_times.rst
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

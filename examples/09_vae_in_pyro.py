@@ -1,4 +1,8 @@
-"""A variational autoencoder is a Pyro model with a latent in its data plate, and its encoder an amortized guide.
+"""
+A variational autoencoder in Pyro
+=================================
+
+A variational autoencoder is a Pyro model with a latent in its data plate, and its encoder an amortized guide.
 
 The digits of scikit-learn, 8 x 8 pixels in black and white, get two latent dimensions each, so that the evidence of
 every image, and its posterior, can be had by quadrature. The decoder's weights are parameters of the model; they are

@@ -1,4 +1,8 @@
-"""Four data points show what a Gaussian encoder cannot do: fill the prior without gaps and without overlaps.
+"""
+Four points
+===========
+
+Four data points show what a Gaussian encoder cannot do: fill the prior without gaps and without overlaps.
 
 Four binary images of 2 x 2 pixels, one pixel on in each, get codes in the plane (Mescheder, Nowozin and Geiger 2017,
 section 5.2, table 1 and figures 5 and 6). The best a model can do is log p(x) = -log 4: to give each image a quarter

@@ -1,4 +1,8 @@
-"""Handwritten digits: adversarial variational Bayes with Adaptive Contrast beside a variational autoencoder.
+"""
+Handwritten digits
+==================
+
+Handwritten digits: adversarial variational Bayes with Adaptive Contrast beside a variational autoencoder.
 
 Both have the same decoder and are trained for as many steps on black and white digits that are drawn anew from the grey
 ones in every batch (Mescheder, Nowozin and Geiger 2017, section 5.2, table 2 and figure 7). The evidence of digits that

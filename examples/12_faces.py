@@ -1,4 +1,8 @@
-"""Faces: adversarial variational Bayes of a folder of pictures, beside a variational autoencoder with the same decoder.
+"""
+Faces
+=====
+
+Faces: adversarial variational Bayes of a folder of pictures, beside a variational autoencoder with the same decoder.
 
 The setup is the one that the AVB paper's code has for CelebA: colour pictures, convolutions with noise injected into
 every feature map of the encoder and the code into every one of the adversary, Gaussian pixels, each with a learned
@@ -154,7 +158,7 @@ def draw(test: Tensor, models: dict[str, AVB | VAE], seed: int) -> plt.Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--data", type=Path, metavar="DIR", help="pictures of your own")
     parser.add_argument("--crop", type=int, help="side of the square cut out of each, in pixels")
     parser.add_argument("--size", type=int, default=32, help="side that it is resized to")

@@ -1,4 +1,8 @@
-"""One divergence or two: a variational autoencoder, its symmetric relatives and ALI on five Gaussians of the plane.
+"""
+One divergence or two
+=====================
+
+One divergence or two: a variational autoencoder, its symmetric relatives and ALI on five Gaussians of the plane.
 
 The evidence lower bound asks that the model's joint covers that of the data, ``KL(q ‖ p)``; what the decoder makes of
 codes between two clusters costs it little, and some of its draws lie between the modes. The adversarial symmetric VAE

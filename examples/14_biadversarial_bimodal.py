@@ -1,4 +1,8 @@
-"""A decoder with two answers: the biadversarial VAE where a Gaussian decoder must blur.
+"""
+A decoder with two answers
+==========================
+
+A decoder with two answers: the biadversarial VAE where a Gaussian decoder must blur.
 
 Given a number ``s`` the datum is ``x = b + 0.3 s + 0.1 ε``, with ``b`` either -1 or 1 by the toss of a coin. A decoder
 of Gaussian shape puts its mean between the two. The adversary of the biadversarial VAE sees pairs ``(s, x)`` and needs

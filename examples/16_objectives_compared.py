@@ -1,4 +1,8 @@
-"""Thirteen ways to learn one model: the same networks, the same data, the same number of steps.
+"""
+Thirteen objectives compared
+============================
+
+Thirteen ways to learn one model: the same networks, the same data, the same number of steps.
 
 Digits of 8 x 8 pixels in black and white get codes in the plane, where the evidence of an image can be had by
 quadrature. The decoder is the same everywhere. What differs is how the codes are learned: by a bound with this or that

@@ -273,7 +273,7 @@ class LogJoint:
             return torch.cat([self._score(run, half, args, kwargs) for half in u.tensor_split(2)])
 
     def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Score particles together, without choice or guard; for use under another `torch.func.vmap`."""
+        """Score particles ``u [S, D]`` together, without choice or guard; for use under another `torch.func.vmap`."""
         return self._vmap(u, args, kwargs)
 
     def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -169,7 +169,7 @@ class AVB:
         return tighten(scores, z, self.num_importance), num_samples - len(z)
 
     def hear(self, z: Tensor) -> Tensor:
-        """The draws ``z`` as the log joint must be given them, before `score`.
+        """The draws ``z [S, (B,) D]`` as the log joint must be given them, before `score`.
 
         An informed adversary's hint contains the log joint, as a function of ``z`` alone: parameters of the model,
         and whatever else the log joint depends on, are held fixed in ``T``. So the hint's gradient is taken out of

@@ -21,7 +21,7 @@ class RatioLoss(Protocol):
     """What an adversary minimises, and how its output is read."""
 
     def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
-        """Scalar loss of scores on draws of ``q`` and of the contrast ``r``; lower is better."""
+        """Scalar loss of scores ``t_q [S, ...]`` on draws of ``q`` and ``t_r [R, ...]`` of ``r``; lower is better."""
 
     def log_ratio(self, t: Tensor) -> Tensor:
         """``log q - log r`` in nats, same shape as ``t``."""

@@ -324,7 +324,7 @@ class SemiImplicitSampler(Sampler):
         return h
 
     def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
-        """``q(h | ε, x)`` in the frame's coordinates, an explicit Gaussian with event dimension ``D``."""
+        """``q(h | ε, x)`` of noise ``eps [S, (B,) noise_dim]`` in the frame: a Gaussian, event shape ``[D]``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
 
 
@@ -438,7 +438,7 @@ class EncodedSampler(Sampler):
         return self.inner.transform(eps, x)
 
     def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditional moments of ``z`` given ``x``, where the sampler inside has them: `NoiseBasisSampler.moments`."""
+        """Moments of ``z`` given ``x [B, C]``, where the sampler inside has them: `NoiseBasisSampler.moments`."""
         if not isinstance(self.inner, NoiseBasisSampler):
             raise OptionError(
                 "only the noise basis has closed-form conditional moments",

@@ -37,7 +37,7 @@ class Clip:
         self.count = 0
 
     def shrink(self, norm: Tensor) -> Tensor:
-        """What a gradient of this norm is to be multiplied by, at most 1; a norm that is finite is remembered."""
+        """What a gradient of this norm, a scalar, is to be multiplied by, at most 1; a finite one is remembered."""
         if self.norm is not None:
             return (self.norm / norm).clamp(max=1.0)
         usual = torch.full_like(norm, inf) if self.usual is None else self.usual

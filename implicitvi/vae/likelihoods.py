@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         return p
 
     def check(self, x: Tensor) -> None:
-        """Raise `OptionError` for data that this decoder could never give."""
+        """Raise `OptionError` for data ``x [N, *x_shape]`` that this decoder could never give."""
         self.likelihood.check(x)
 
 
