@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -10,7 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitvi.guide import ImplicitGuide
-from implicitvi.training import History
+from implicitvi.html import table
+from implicitvi.training import History, RandomStream
+
+COLUMNS = ("", "mean", "sd", "5%", "50%", "95%")  # of a summary
+SHOWN = 20  # rows of it in a notebook
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,21 @@ class Fit:
 
     def summary(self, num_samples: int = 4000) -> str:
         """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
-        rows = [f"{'':16}{'mean':>10}{'sd':>10}{'5%':>10}{'50%':>10}{'95%':>10}"]
-        for name, value in self.guide.sample(num_samples).items():
-            indices = np.ndindex(*value.shape[1:])
-            for index, column in zip(indices, value.reshape(num_samples, -1).T, strict=True):
-                label = name + (f"[{','.join(map(str, index))}]" if index else "")
-                marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
-                numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
-                rows.append(f"{label:16}" + "".join(f"{number:10.3f}" for number in numbers))
-        return "\n".join([str(self), *rows])
+        rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
+        lines = [f"{name:16}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+        return "\n".join([str(self), *lines])
+
+    def _repr_html_(self) -> str:
+        """The summary for a notebook: its first rows, from draws that leave no trace in the random numbers."""
+        learned = {f"{name} (parameter)": value for name, value in self.parameters.items()}
+        rows = [[*cells, "", "", "", ""] for cells in islice(_entries(learned), SHOWN)]
+        if self.guide.amortization is None:  # one posterior, and not one for each set of data
+            with RandomStream(0):
+                draws = self.guide.sample(1000)
+            rows += islice(_rows(draws), SHOWN)
+            left = sum(value[0].numel() for value in draws.values()) - SHOWN
+            rows += [[f"and {left} more", *[""] * 5]] if left > 0 else []
+        return table(str(self), COLUMNS, rows)
 
     def __str__(self) -> str:
         loss = self.history.last("sampler", 100)
@@ -69,3 +81,24 @@ class Fit:
             f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, no bound); "
             f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}"
         )
+
+
+def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Name, mean, sd and quantiles of every entry of draws ``{site: [S, ...]}``."""
+    for name, value in draws.items():
+        indices = np.ndindex(*value.shape[1:])
+        for index, column in zip(indices, value.reshape(len(value), -1).T, strict=True):
+            marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
+            numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
+            yield [_label(name, index), *(f"{number:.3f}" for number in numbers)]
+
+
+def _entries(values: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Name and value of every entry of tensors."""
+    for name, value in values.items():
+        for index, entry in zip(np.ndindex(*value.shape), value.flatten().tolist(), strict=True):
+            yield [_label(name, index), f"{entry:.3f}"]
+
+
+def _label(name: str, index: tuple[int, ...]) -> str:
+    return name + (f"[{','.join(map(str, index))}]" if index else "")
