@@ -366,7 +366,7 @@ def codes(
         ax.figure.colorbar(shades, ax=ax, label="label")
     else:
         _classes(ax, points, kinds, dots)
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_aspect("equal")  # by the box: panels may share both axes
     ax.set(xlabel="$z_1$ (prior sd)", ylabel="$z_2$ (prior sd)")
     return ax
 

@@ -288,6 +288,13 @@ def test_classes_have_a_colour_and_a_name_each(ax: Axes) -> None:
         np.testing.assert_allclose(dots.get_offsets(), POINTS[labels == kind], rtol=1e-6)
 
 
+def test_panels_of_codes_may_share_their_axes() -> None:
+    figure = Figure()
+    for ax in figure.subplots(1, 2, sharex=True, sharey=True):
+        plots.codes(POINTS, ax=ax)
+    figure.canvas.draw()
+
+
 def test_numbers_get_a_colour_bar() -> None:
     figure = Figure()
     ax = figure.subplots()
