@@ -254,7 +254,7 @@ def draw(solutions: dict[str, Solution], truth: Solution, grid: Quadrature) -> p
     )
     panel.set_xlabel("first trait (sd)")
     panel.set_ylabel("second trait (sd)")
-    panel.set_title("one person's traits, before rotation; truth at the same items", fontsize=10)
+    panel.set_title("one person's traits; truth at the same items", fontsize=10)
     return figure
 
 

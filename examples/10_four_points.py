@@ -129,7 +129,8 @@ for column, (name, model) in zip(axes.T, fitted.items(), strict=True):
     sure = (p / p.sum(-1, keepdim=True)).clamp(0, 1)
     column[1].imshow((sure @ palette).clamp(0, 1).numpy(), origin="lower", extent=(-3, 3, -3, 3))
     value = runs[-1][name]["log likelihood"]
-    column[0].set(title=f"{name}: log p(x) = {value:.3f} nats", xlim=(-3, 3), ylim=(-3, 3))
+    column[0].set(title=f"{name}: log p(x) = {value:.3f} nats", xlabel="", ylabel="")
+    column[0].set(xlim=(-3, 3), ylim=(-3, 3))
     column[1].set(xlabel="$z_1$")
 axes[0, 0].set(ylabel="$z_2$, draws of the codes")
 axes[1, 0].set(ylabel="$z_2$, what the decoder makes of a code")
