@@ -38,7 +38,7 @@ parser.add_argument("--output", type=Path, default=Path("figures"), help="folder
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
-steps, warm_start, draws = (8, 10, 500) if options.smoke else (1000, 600, 20_000)
+steps, warm_start, draws = (8, 10, 500) if options.smoke else (800, 600, 20_000)
 
 # %%
 # The model, and its exact posterior
