@@ -132,7 +132,7 @@ print(
 # The prior has a mode for each way to share two wells. What was seen, a sum near 0, leaves the two that have a particle
 # in each.
 
-figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained", sharex=True, sharey=True)
+figure, axes = plt.subplots(1, 3, figsize=(13, 5.0), layout="constrained", sharex=True, sharey=True)
 panels = {
     "prior, simulated": (start, plots.GREEN),
     "posterior, fitted": (fitted, plots.BLUE),
