@@ -22,7 +22,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi import AVBSVI, ImplicitGuide, plots
 from implicitvi.datasets import ToyDensity, toy_densities
 from implicitvi.evaluation import knn_kl
 
@@ -84,12 +84,16 @@ def draw(fitted: dict[str, Tensor], sizes: Sizes) -> plt.Figure:
         x, y, height = true_density(density, sizes)
         above.contourf(x, y, height, 12, cmap="viridis")
         above.set_title(name.replace("_", "-"))
-        # Contours at even steps of the log density: their tails show as well.
-        levels = height.max() * np.exp([-4.5, -3, -1.5, -0.5])
-        below.contour(x, y, height, levels, colors="black", linewidths=0.6)
-        below.scatter(*draws[: sizes.shown].T.numpy(), s=2, alpha=0.3, color="tab:blue", lw=0)
-        below.set_xlabel("$z_1$")
-        below.set(xlim=density.extent[:2], ylim=density.extent[2:])
+        plots.draws_on_density(
+            draws,
+            density.log_prob,
+            extent=density.extent,
+            grid=sizes.grid,
+            num_draws=sizes.shown,
+            legend=name == "torus",
+            ax=below,
+        )
+        below.set_ylabel("")
         for panel in (above, below):
             panel.set_box_aspect(1)
             panel.locator_params(nbins=5)

@@ -34,7 +34,7 @@ from pyro.distributions import constraints, transforms
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi import AVBSVI, ImplicitGuide, plots
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
 
@@ -125,6 +125,11 @@ class Quadrature:
         """Of every person's answers and each point of the grid, in nats: ``[N, Q]``."""
         logs = probabilities(self.grid, loadings, thresholds).clamp(min=1e-12).log()
         return self.chosen @ logs.flatten(1).T + self.log_prior
+
+    def log_posterior(self, person: int, traits: Tensor, at: Solution) -> Tensor:
+        """Of one person's traits ``[..., 2]``, up to a constant, in nats: ``[...]``."""
+        logs = probabilities(traits, at.loadings, at.thresholds).clamp(min=1e-12).log()
+        return logs.flatten(-2) @ self.chosen[person] - traits.square().sum(-1) / 2
 
     def log_evidence(self, at: Solution) -> float:
         """Log marginal likelihood of all answers, nats."""
@@ -238,21 +243,18 @@ def draw(solutions: dict[str, Solution], truth: Solution, grid: Quadrature) -> p
     person = int(truth.traits.sum(-1).argmax())
     best = solutions["AVB, K = 5"]
     panel, draws = panels[2], best.draws
-    if draws is not None:
-        panel.plot(
-            *draws[:1000, person].T, ".", color=COLOURS["AVB, K = 5"], ms=2, label="AVB, K = 5"
-        )
-    score = grid.log_joint(best.loadings, best.thresholds)[person].view(len(grid.axis), -1).T
-    levels = (score.max() - torch.tensor([4.5, 2.0, 0.5])).tolist()
-    panel.contour(
-        grid.axis, grid.axis, score, levels, colors="black", linewidths=0.8, linestyles="solid"
+    assert draws is not None
+    plots.draws_on_density(
+        draws[:, person],
+        lambda z: grid.log_posterior(person, z, best),
+        extent=(-0.5, 5.5, -4.0, 2.0),
+        num_draws=1000,
+        color=COLOURS["AVB, K = 5"],
+        ax=panel,
     )
-    panel.plot([], [], color="black", lw=0.8, label="exact, at the same items")
-    panel.set(xlim=(-0.5, 5.5), ylim=(-4.0, 2.0))
     panel.set_xlabel("first trait (sd)")
     panel.set_ylabel("second trait (sd)")
-    panel.set_title("one person's traits, before rotation", fontsize=10)
-    panel.legend(frameon=False)
+    panel.set_title("one person's traits; truth at the same items", fontsize=10)
     return figure
 
 

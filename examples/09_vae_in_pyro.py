@@ -26,7 +26,7 @@ from pyro.nn.module import to_pyro_module_
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi import AVBSVI, ImplicitGuide, plots
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
@@ -84,12 +84,17 @@ grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1).flatten(0, 1
 
 
 @torch.no_grad()
+def log_joint(x: Tensor, z: Tensor) -> Tensor:
+    """``log p(x, z)`` of images ``[B, 64]`` at codes ``[..., 2]``: ``[..., B]`` in nats."""
+    logits = model.decoder(z)
+    log_likelihood = logits @ x.mT - nn.functional.softplus(logits).sum(-1, keepdim=True)
+    return log_likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1, keepdim=True)
+
+
 def log_joint_on_grid(x: Tensor) -> Tensor:
     """``log p(x, z) dz`` of images ``[B, 64]`` at every point of the grid: ``[B, G]`` in nats."""
-    logits = model.decoder(grid)
-    log_likelihood = x @ logits.mT - nn.functional.softplus(logits).sum(-1)
     cell = 2 * (ticks[1] - ticks[0]).log()
-    return log_likelihood + dist.Normal(0.0, 1.0).log_prob(grid).sum(-1) + cell
+    return log_joint(x, grid).mT + cell
 
 
 evidence = {
@@ -135,46 +140,27 @@ hardest = (fourth - 3).abs().amax(-1).topk(4).indices.tolist()
 figure, axes = plt.subplot_mosaic(
     "mmab;mmcd", figsize=(12, 6), layout="constrained", gridspec_kw={"wspace": 0.05}
 )
-side = torch.linspace(-2.2, 2.2, 14)
-plane = torch.stack(torch.meshgrid(side, side.flip(0), indexing="xy"), -1)
-with torch.no_grad():
-    tiles = model.decoder(plane).sigmoid().unflatten(-1, (8, 8))
-mosaic = tiles.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1).numpy()
-axes["m"].imshow(mosaic, cmap="gray_r", extent=(-2.35, 2.35, -2.35, 2.35))
-axes["m"].set(xlabel="$z_1$", ylabel="$z_2$", title="What the decoder makes of the latent plane")
+plots.decoded_plane(
+    lambda z: model.decoder(z).sigmoid().unflatten(-1, (8, 8)),
+    extent=(-2.35, 2.35, -2.35, 2.35),
+    num=14,
+    ax=axes["m"],
+)
+axes["m"].set_title("What the decoder makes of the latent plane")
 for name, i in zip("abcd", hardest, strict=True):
     ax = axes[name]
-    density = weights[i].reshape(len(ticks), -1)
-    ranked = density.flatten().sort(descending=True).values
-    mass = ranked.cumsum(0)
-    levels = [ranked[(mass < share).sum()].item() for share in (0.9, 0.5)]
-    z = draws[:, i]
-    ax.scatter(*z[:600].T.numpy(), s=3, color="#0072B2", alpha=0.35, linewidths=0)
-    if levels[0] < levels[1]:
-        ax.contour(
-            ticks.numpy(),
-            ticks.numpy(),
-            density.T.numpy(),
-            levels=levels,
-            colors="#D55E00",
-            linewidths=1.5,
-        )
-    inside = grid[weights[i] > levels[0]]
-    low = torch.minimum(z.quantile(0.002, 0), inside.amin(0)) - 0.2
-    high = torch.maximum(z.quantile(0.998, 0), inside.amax(0)) + 0.2
-    ax.set(
-        xlim=(low[0].item(), high[0].item()),
-        ylim=(low[1].item(), high[1].item()),
-        xlabel="$z_1$",
-        ylabel="$z_2$",
+    plots.draws_on_density(
+        draws[:, i],
+        lambda z, x=shown[i : i + 1]: log_joint(x, z).squeeze(-1),
+        masses=(0.5, 0.9),
+        num_draws=600,
+        legend=name == "a",
+        ax=ax,
     )
     ax.set_title(f"an image of a {labels[i].item()}", fontsize=10)
     inset = ax.inset_axes((0.76, 0.72, 0.24, 0.28))
     inset.imshow(shown[i].reshape(8, 8).numpy(), cmap="gray_r")
     inset.set(xticks=[], yticks=[])
-axes["a"].plot([], [], color="#D55E00", label="exact, 50 and 90 %")
-axes["a"].scatter([], [], s=8, color="#0072B2", label="draws of the guide")
-axes["a"].legend(loc="lower left", fontsize=8)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "vae_in_pyro.png"
 figure.savefig(path, dpi=130)

@@ -23,6 +23,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from implicitvi import plots
 from implicitvi.datasets import four_points
 from implicitvi.evaluation import knn_kl
 from implicitvi.vae import AVB, VAE
@@ -120,22 +121,20 @@ print(f"\nnats; error per pixel; AVB's ELBO is learned; medians over {options.se
 # Above, draws of the codes of each point; below, whose point the decoder sees at each place of the plane. Left the VAE,
 # right AVB.
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
+COLOURS = plots.PALETTE[:4]
 figure, axes = plt.subplots(2, 2, figsize=(8, 8), layout="constrained", sharex=True, sharey=True)
 side = torch.linspace(-3, 3, 301)
 plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)
 palette = torch.tensor([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLOURS])
 for column, (name, model) in zip(axes.T, fitted.items(), strict=True):
     z = model.encode(points, 1500)
-    for i, colour in enumerate(COLOURS):
-        column[0].scatter(*z[:, i].T.numpy(), s=3, color=colour, alpha=0.5, linewidths=0)
+    plots.codes(z.flatten(0, 1), torch.arange(4).repeat(1500), ax=column[0])
     p = model.decode(plane)
     sure = (p / p.sum(-1, keepdim=True)).clamp(0, 1)
     column[1].imshow((sure @ palette).clamp(0, 1).numpy(), origin="lower", extent=(-3, 3, -3, 3))
     value = runs[-1][name]["log likelihood"]
-    column[0].set(
-        title=f"{name}: log p(x) = {value:.3f} nats", xlim=(-3, 3), ylim=(-3, 3), aspect="equal"
-    )
+    column[0].set(title=f"{name}: log p(x) = {value:.3f} nats", xlabel="", ylabel="")
+    column[0].set(xlim=(-3, 3), ylim=(-3, 3))
     column[1].set(xlabel="$z_1$")
 axes[0, 0].set(ylabel="$z_2$, draws of the codes")
 axes[1, 0].set(ylabel="$z_2$, what the decoder makes of a code")

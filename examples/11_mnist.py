@@ -23,11 +23,10 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitvi import plots
 from implicitvi.datasets import digits, mnist
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.model import LatentModel
@@ -118,23 +117,15 @@ print("\nnats a digit; +- is over digits, the same for both; AVB's bound is lear
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", width_ratios=[2, 2, 2])
 count = min(10, len(test))
 
-
-def mosaic(images: Tensor, columns: int) -> NDArray[np.float32]:
-    """Images ``[N, 1, H, W]`` as one picture."""
-    *_, height, width = images.shape
-    tiles = images.cpu().reshape(-1, columns, height, width).permute(0, 2, 1, 3)
-    return tiles.reshape(-1, columns * width).numpy()
-
-
 shown = test[:count]
 torch.manual_seed(options.seed)
 both = [fitted[name].reconstruct(shown).cpu() for name in fitted]
-axes[0].imshow(mosaic(torch.cat([shown, *both]), count), cmap="gray_r", vmin=0, vmax=1)
-axes[0].set(title="digits never seen; through VAE; through AVB", xticks=[], yticks=[])
+plots.images(torch.cat([shown, *both]), columns=count, rows=["data", "VAE", "AVB"], ax=axes[0])
+axes[0].set_title("digits never seen, and through a code")
 for ax, (name, model) in zip(axes[1:], fitted.items(), strict=True):
     new = model.decode(model.prior().sample(torch.Size([50])))
-    ax.imshow(mosaic(new, 10), cmap="gray_r", vmin=0, vmax=1)
-    ax.set(title=f"new digits, {name}: {rows[name][0]:.1f} nats", xticks=[], yticks=[])
+    plots.images(new, columns=10, ax=ax)
+    ax.set_title(f"new digits, {name}: {rows[name][0]:.1f} nats")
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "mnist.png"
 figure.savefig(path, dpi=130)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicitvi import plots
 from implicitvi.datasets import ImageFolder, image_folder
 from implicitvi.vae import AVB, VAE
 
@@ -122,12 +123,6 @@ def compare(
 # -----------
 
 
-def tiles(x: Tensor, rows: int) -> np.ndarray:
-    """Pictures ``[rows · N, 3, h, w]`` side by side."""
-    grid = x.cpu().unflatten(0, (rows, -1))
-    return grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).clamp(0, 1).numpy()
-
-
 @torch.no_grad()
 def draw(test: Tensor, models: dict[str, AVB | VAE], seed: int) -> plt.Figure:
     """Reconstructions, new faces, and the way from one face to another."""
@@ -138,20 +133,20 @@ def draw(test: Tensor, models: dict[str, AVB | VAE], seed: int) -> plt.Figure:
     steps = torch.linspace(0, 1, 10, device=z.device)[:, None]
     ways = torch.cat([torch.lerp(z[i], z[i + 1], steps) for i in (0, 2)])
     panels = {
-        "held-out faces": tiles(shown, 1),
-        **{f"reconstructed, {name}": tiles(m.reconstruct(shown), 1) for name, m in models.items()},
+        "held-out faces": shown,
+        **{f"reconstructed, {name}": m.reconstruct(shown) for name, m in models.items()},
         **{
-            f"new, {name}": tiles(m.decode(m.prior().sample(torch.Size([20]))), 2)
+            f"new, {name}": m.decode(m.prior().sample(torch.Size([20])))
             for name, m in models.items()
         },
-        "from one held-out face to another, AVB": tiles(avb.decode(ways), 2),
+        "from one held-out face to another, AVB": avb.decode(ways),
     }
-    heights = [panel.shape[0] for panel in panels.values()]
+    heights = [len(pictures) for pictures in panels.values()]
     figure, axes = plt.subplots(
         len(panels), figsize=(7, 8.6), height_ratios=heights, layout="constrained"
     )
-    for panel, (title, image) in zip(axes, panels.items(), strict=True):
-        panel.imshow(image)
+    for panel, (title, pictures) in zip(axes, panels.items(), strict=True):
+        plots.images(pictures, columns=10, ax=panel)
         panel.set_title(title, fontsize=9, loc="left")
         panel.set_axis_off()
     return figure

@@ -24,12 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from sklearn.datasets import load_digits, load_wine
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
+from implicitvi import plots
 from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.networks import dense
 from implicitvi.training import Player, Stage
@@ -52,7 +52,6 @@ bar_epochs, wine_epochs, digit_epochs, chain_steps = (
     (1, 2, 1, 3) if options.smoke else (100, 2000, 200, 200)
 )
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 
 # %%
 # Bars: a prior known by its draws
@@ -286,15 +285,13 @@ print(
 # Bars: whole codes read right, a dot for every seed, and what the decoders make of six of the codes. Digits: the
 # distance of the images that the chain visits from the digits, and some images at its end.
 
-
-def sheet(images: Tensor) -> np.ndarray:
-    """Images ``[rows, columns, 8, 8]`` as one, with grey lines between them."""
-    framed = nn.functional.pad(images, (1, 1, 1, 1), value=0.5)
-    return framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).numpy()
-
-
 options.output.mkdir(parents=True, exist_ok=True)
-colours = {"labels only": GREEN, "ELBO": ORANGE, "SEL": BLUE, "Bayes' rule": "black"}
+colours = {
+    "labels only": plots.GREEN,
+    "ELBO": plots.VERMILION,
+    "SEL": plots.BLUE,
+    "Bayes' rule": plots.BLACK,
+}
 
 figure, (dots, tiles) = plt.subplots(
     1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.6]
@@ -311,11 +308,8 @@ rows = {"truth": true_means[shown]}
 for method, runs in results.items():
     if runs[0][0] is not None:
         rows[method] = runs[0][0].decode(all_codes[shown])
-mosaic = torch.stack([row[:, 0] for row in rows.values()])
-tiles.imshow(sheet(mosaic), cmap="gray_r", vmin=0, vmax=1)
-tiles.set_yticks([10 * i + 4.5 for i in range(len(rows))], list(rows))
-tiles.set(xticks=[], title="what the decoder makes of six codes")
-tiles.tick_params(length=0)
+plots.images(torch.cat([*rows.values()]), columns=6, rows=list(rows), ax=tiles)
+tiles.set_title("what the decoder makes of six codes")
 figure.savefig(options.output / "symmetric_bars.png", dpi=150)
 
 figure, (course, tiles) = plt.subplots(
@@ -323,16 +317,14 @@ figure, (course, tiles) = plt.subplots(
 )
 for name, curve in curves.items():
     course.plot(range(len(marks)), curve, "o-", color=colours[name], label=name)
-course.axhline(frechet(digits[:half], digits[half:]), color=GREY, ls="--", label="half the digits")
+course.axhline(frechet(digits[:half], digits[half:]), color="0.5", ls="--", label="half the digits")
 course.set_xticks(range(len(marks)), list(map(str, marks)))
 course.set(xlabel="steps of the chain", ylabel="squared Fréchet distance from the digits")
 course.set_ylim(bottom=0)
 course.legend(frameon=False)
 rows = {"digits": digits, **{name: last for name, (_, last) in ends.items()}}
-mosaic = torch.stack([row[:24].reshape(2, 12, 8, 8) for row in rows.values()]).flatten(0, 1)
-tiles.imshow(sheet(mosaic), cmap="gray_r", vmin=0, vmax=1)
-tiles.set_yticks([20 * i + 9.5 for i in range(len(rows))], list(rows))
-tiles.set(xticks=[], title=f"digits, and images after {chain_steps} steps")
-tiles.tick_params(length=0)
+sheet = torch.cat([row[:24].reshape(24, 8, 8) for row in rows.values()])
+plots.images(sheet, columns=12, rows=list(rows), ax=tiles)
+tiles.set_title(f"digits, and images after {chain_steps} steps")
 figure.savefig(options.output / "symmetric_chain.png", dpi=150)
 print(f"symmetric_bars.png and symmetric_chain.png are in {options.output}/")

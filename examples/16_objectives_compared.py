@@ -20,8 +20,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torch.nn.functional import pad
 
+from implicitvi import plots
 from implicitvi.datasets import binarise, digits
 from implicitvi.evaluation import knn_kl
 from implicitvi.vae import (
@@ -110,19 +110,15 @@ print("\nnats an image never seen, exact; nats an image; nats between all codes 
 # -----------
 # For each system the codes of images that were not trained on, a colour for each digit, above new images.
 
-COLOURS = plt.get_cmap("tab10").colors  # ten classes, told apart by place as well
 figure, axes = plt.subplots(4, 7, figsize=(14, 8.4), layout="constrained")
 pairs = [(axes[2 * r, c], axes[2 * r + 1, c]) for r in range(2) for c in range(7)]
 for (above, below), (name, model) in zip(pairs, fitted.items(), strict=False):
     z = model.encode(x_test)
-    above.scatter(*z.T.numpy(), s=4, c=[COLOURS[i] for i in test.labels[: len(z)].tolist()])
+    plots.codes(z, test.labels[: len(z)], ax=above)
     above.set(title=f"{name}\nlog p(x) = {rows[name][0]:.1f}", xlim=(-4, 4), ylim=(-4, 4))
-    above.set(xticks=[-3, 0, 3], yticks=[-3, 0, 3], aspect="equal")
+    above.set(xticks=[-3, 0, 3], yticks=[-3, 0, 3], xlabel="", ylabel="")
     torch.manual_seed(options.seed)
-    images = pad(model.decode(torch.randn(25, 2)).reshape(5, 5, 8, 8), (1, 1, 1, 1))
-    mosaic = images.permute(0, 2, 1, 3).reshape(50, 50).numpy()
-    below.imshow(mosaic, cmap="gray_r", vmin=0, vmax=1)
-    below.set(xticks=[], yticks=[])
+    plots.images(model.decode(torch.randn(25, 2)), ax=below)
 for unused in [ax for pair in pairs[len(fitted) :] for ax in pair]:
     unused.set_axis_off()
 options.output.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from implicitvi.diagnosis import diagnose, stein_error
 from implicitvi.errors import OptionError, SetupError
 from implicitvi.evaluation.report import Report
 from implicitvi.guide import ImplicitGuide
+from implicitvi.html import table
 from implicitvi.restarts import Agreement
 from implicitvi.samplers import MixtureSampler
-from implicitvi.training import History
+from implicitvi.training import History, RandomStream
+
+COLUMNS = ("", "mean", "sd", "5%", "50%", "95%")  # of a summary
+SHOWN = 20  # rows of it in a notebook
 
 
 @dataclass(frozen=True)
@@ -134,15 +139,21 @@ class Fit:
 
     def summary(self, num_samples: int = 4000) -> str:
         """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
-        rows = [f"{'':16}{'mean':>10}{'sd':>10}{'5%':>10}{'50%':>10}{'95%':>10}"]
-        for name, value in self.guide.sample(num_samples).items():
-            indices = np.ndindex(*value.shape[1:])
-            for index, column in zip(indices, value.reshape(num_samples, -1).T, strict=True):
-                label = name + (f"[{','.join(map(str, index))}]" if index else "")
-                marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
-                numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
-                rows.append(f"{label:16}" + "".join(f"{number:10.3f}" for number in numbers))
-        return "\n".join([str(self), *rows])
+        rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
+        lines = [f"{name:16}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+        return "\n".join([str(self), *lines])
+
+    def _repr_html_(self) -> str:
+        """The summary for a notebook: its first rows, from draws that leave no trace in the random numbers."""
+        learned = {f"{name} (parameter)": value for name, value in self.parameters.items()}
+        rows = [[*cells, "", "", "", ""] for cells in islice(_entries(learned), SHOWN)]
+        if self.guide.amortization is None:  # one posterior, and not one for each set of data
+            with RandomStream(0):
+                draws = self.guide.sample(1000)
+            rows += islice(_rows(draws), SHOWN)
+            left = sum(value[0].numel() for value in draws.values()) - SHOWN
+            rows += [[f"and {left} more", *[""] * 5]] if left > 0 else []
+        return table(str(self), COLUMNS, rows)
 
     def diagnose(self, *, num_samples: int = 2000, seed: int = 0) -> Report:
         """Say whether the fit can be trusted, and what to do where not: `implicitvi.diagnose` with the run's arguments.
@@ -166,3 +177,24 @@ class Fit:
             f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, no bound); "
             f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}{agreed}"
         )
+
+
+def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Name, mean, sd and quantiles of every entry of draws ``{site: [S, ...]}``."""
+    for name, value in draws.items():
+        indices = np.ndindex(*value.shape[1:])
+        for index, column in zip(indices, value.reshape(len(value), -1).T, strict=True):
+            marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
+            numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
+            yield [_label(name, index), *(f"{number:.3f}" for number in numbers)]
+
+
+def _entries(values: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Name and value of every entry of tensors."""
+    for name, value in values.items():
+        for index, entry in zip(np.ndindex(*value.shape), value.flatten().tolist(), strict=True):
+            yield [_label(name, index), f"{entry:.3f}"]
+
+
+def _label(name: str, index: tuple[int, ...]) -> str:
+    return name + (f"[{','.join(map(str, index))}]" if index else "")

@@ -36,6 +36,9 @@ ROWS = {
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
     "08_item_response.py": {"exact", "AVB, K = 1", "AVB, K = 5"},
     "09_vae_in_pyro.py": {"exact log evidence", "posterior mean error", "posterior sd ratio"},
+    "23_custom_contrast.py": {"Gaussian", "mixture (default)", "funnel (ours)", "exact draws"},
+    "24_custom_sampler.py": {"gated (default)", "mirrored (ours)", "exact draws"},
+    "25_implicit_prior.py": {"the prior", "the fit", "brute force"},
     "10_four_points.py": {
         "log likelihood",
         "reconstruction error",
@@ -82,6 +85,9 @@ PICTURES = {
     "08_item_response.py": {"item_response.png"},
     "09_vae_in_pyro.py": {"vae_in_pyro.png"},
     "10_four_points.py": {"four_points.png"},
+    "23_custom_contrast.py": {"custom_contrast.png"},
+    "24_custom_sampler.py": {"custom_sampler.png"},
+    "25_implicit_prior.py": {"implicit_prior.png"},
     "11_mnist.py": {"mnist.png"},
     "12_faces.py": {"faces.png"},
     "16_objectives_compared.py": {"objectives_compared.png"},
@@ -108,6 +114,9 @@ BOUNDS = {
     "15_symmetric_equilibrium.py": ("Bayes' rule", 0, 0.98, 1.0),  # 64 pixels tell the code
     "13_asvae_mixture.py": ("VAE", 3, 0.5, 20.0),  # squared error, of data whose variance is 6.5
     "14_biadversarial_bimodal.py": ("Gaussian decoder", 0, 0.3, 0.45),  # it blurs from the start
+    "23_custom_contrast.py": ("exact draws", 2, 1.8, 2.2),  # sd of v, 2
+    "24_custom_sampler.py": ("mirrored (ours)", 0, 0.4, 0.6),  # by its symmetry, from the start
+    "25_implicit_prior.py": ("brute force", 0, 0.7, 0.9),  # share on the right, 0.79
 }
 
 

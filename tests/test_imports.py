@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "implicitvi"
 # training) only; docs/architecture.md shows the same order.
 LAYERS = (
     {"errors"},
-    {"networks", "processes"},
+    {"networks", "processes", "html"},
     {"samplers", "contrasts", "adversaries", "ratios", "datasets", "evaluation"},
     {"objectives", "framed"},
     {"training"},

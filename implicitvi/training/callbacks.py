@@ -45,8 +45,9 @@ class Progress:
 
         self.labels = labels
         self.every = max(1, total // 20)
-        # a log file gets a line now and then, a terminal a smooth bar
-        quiet = not getattr(sys.stderr, "isatty", lambda: False)()
+        # a log file gets a line now and then, a terminal or a notebook a smooth bar
+        in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+        quiet = not (in_notebook or getattr(sys.stderr, "isatty", lambda: False)())
         self.bar: Any = tqdm(total=total, mininterval=10.0 if quiet else 0.1, unit="step")
 
     def __call__(self, trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from warnings import warn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -26,6 +27,7 @@ from implicitvi.errors import (
     check_choice,
     check_positive,
 )
+from implicitvi.html import table
 from implicitvi.samplers import Sampler
 from implicitvi.training import (
     Callback,
@@ -97,6 +99,17 @@ class VAEFit:
             f"{type(self.model).__name__}: {self.stop_reason} after {self.epochs} epochs{resumed}, "
             f"{self.seconds:.1f} s, {self.rows_per_second:.0f} rows/s; {self.skipped} turns skipped{figures}"
         )
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the record, and every metric in the first and in the last tenth of the fit."""
+        metrics = {n: self.history[n] for n in self.history.names() if n not in ("beta", "dropped")}
+        figures = {f"validation {n}": np.array(v) for n, v in self.validation.items() if v}
+        rows = []
+        for name, values in {**metrics, **figures}.items():
+            tenth = max(1, len(values) // 10)
+            ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
+            rows.append([name, *(f"{end.mean():.3f}" if end.size else "" for end in ends)])
+        return table(str(self), ("", "first tenth", "last tenth"), rows)
 
 
 @dataclass(frozen=True)
