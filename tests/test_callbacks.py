@@ -140,8 +140,8 @@ def test_the_rule_of_early_stopping() -> None:
 
 def test_how_often_noise_is_taken_for_progress_and_progress_for_noise() -> None:
     """A diagnostic that falls by 5 over 100 looks and then stays, with noise of sd 0.1. With windows of 10 and one
-    standard error none stops before the floor (measured over 200 seeds: 0 %, and 100 % within 30 looks of it); a rule that
-    compares windows of 2 stops all of them in the first half of the descent."""
+    standard error none stops before the floor (measured over 200 seeds: 0 %, and 100 % within 30 looks of it); a rule
+    that compares windows of 2 stops all of them in the first half of the descent."""
 
     def stops(seed: int, window: int) -> int:
         noise = 0.1 * np.random.default_rng(seed).standard_normal(500)
