@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -52,6 +54,8 @@ def process_state() -> dict[str, Any]:
     """What no call of the library may change, by name."""
     root = logging.getLogger()
     return {
+        "numpy's generator": hash(str(np.random.get_state())),
+        "Python's generator": hash(random.getstate()),
         "default dtype": torch.get_default_dtype(),
         "grad mode": torch.is_grad_enabled(),
         "torch's argument checks": Distribution._validate_args,

@@ -214,12 +214,18 @@ class _Run:
         """The enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
         if not self.summed_out:
             return {}
-
-        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            drawn = discrete_draw(self.model, values, self._nesting, *self.args, **self.kwargs)
-            return {k: drawn[k].reshape(n["value"].shape) for k, n in self.summed_out.items()}
-
-        return _each(one, self.draws, randomness="different")
+        # one by one: what Pyro samples through its contractions cannot run under vmap
+        with torch.no_grad(), unvalidated():
+            each = [
+                discrete_draw(
+                    self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs
+                )
+                for i in range(_size(self.draws))
+            ]
+        return {
+            name: torch.stack([draw[name].reshape(node["value"].shape) for draw in each])
+            for name, node in self.summed_out.items()
+        }
 
     def deterministic(self, posterior: dict[str, Tensor]) -> dict[str, Tensor]:
         """The deterministic sites at each draw: ``{site: [S, *site shape]}``."""
@@ -310,16 +316,13 @@ class _Run:
 
 
 def _each(
-    one: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    draws: dict[str, Tensor],
-    *,
-    randomness: str = "same",
+    one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Apply a function to each draw: under vmap, or draw by draw where the model cannot be batched."""
     with torch.no_grad(), unvalidated():
         try:
             with batchable(quiet=True):
-                results: dict[str, Tensor] = torch.func.vmap(one, randomness=randomness)(draws)
+                results: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
         except ImplicitVIError:
             raise
         except Exception:

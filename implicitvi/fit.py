@@ -67,7 +67,7 @@ class Fit:
     restarts: tuple[Fit, ...] = ()
     agreement: Agreement | None = None
     seed: int | None = None
-    write: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+    write: Callable[[str | Path], None] | None = field(default=None, repr=False, compare=False)
 
     def save(self, folder: str | Path) -> None:
         """Write everything that training and drawing need into a folder; `AVBSVI.load` reads it.
@@ -82,7 +82,7 @@ class Fit:
                 "only fits made by AVBSVI can be saved",
                 do="Save the guide's state_dict(), or write fit = AVBSVI(...).run(...).",
             )
-        self.write(Path(folder))
+        self.write(folder)
 
     @property
     def losses(self) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
+from implicitvi.evaluation.report import Check
 from implicitvi.training import History, Schedule
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK)
 
 NO_LOSSES = ("beta", "dropped", "elbo")  # metrics of every step that no player minimises
 PLAYERS = ("adversary", "contrast", "sampler", "model", "generator", "encoder", "decoder")
-MARKS = {"ok": ("o", GREEN), "warn": ("^", ORANGE), "fail": ("X", VERMILION)}
+MARKS = {"ok": ("o", GREEN), "failed": ("X", VERMILION)}
 
 
 class Recorded(Protocol):
@@ -43,23 +44,6 @@ class Recorded(Protocol):
     @property
     def history(self) -> History:
         """The metrics."""
-
-
-class Check(Protocol):
-    """One finding of a diagnosis; a ``threshold`` is shown where it has one.
-
-    Attributes:
-        name: What was looked at.
-        value: The figure that was found.
-        status: ``"ok"``, ``"warn"``, ``"fail"``, or why there is none.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def value(self) -> Any: ...
-    @property
-    def status(self) -> str: ...
 
 
 def loss(
@@ -589,42 +573,38 @@ def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
     """The checks of a diagnosis, a line each: how far its figure is inside of its limit, or beyond.
 
     Left of the line in the middle is good, whichever way the figure itself is better, and one step is a factor of two.
-    A check whose status is not ``"ok"`` has passed its limit: that tells which side is which. One without a positive
-    figure and a positive threshold is shown by its mark on the line, hollow.
+    A check that failed has passed its limit: that tells which side is which. One without a figure and a positive limit,
+    or without a verdict, is shown by its mark on the line, hollow.
 
     Args:
-        checks: Such as ``report.checks``: each with ``name``, ``value``, ``status``, and perhaps ``threshold``.
+        checks: Such as the `Report` of ``fit.diagnose()``.
         ax: Where to draw; ``None`` for a new figure.
 
     Returns:
         The Axes.
 
     Raises:
-        OptionError: There are no checks, or they lack a name, a value or a status.
+        OptionError: There are no checks, or they are something else.
     """
     found = list(checks)
-    lacking = [
-        what
-        for what in ("name", "value", "status")
-        if not all(hasattr(check, what) for check in found)
-    ]
-    if lacking or not found:
+    others = sorted({type(check).__name__ for check in found if not isinstance(check, Check)})
+    if others or not found:
         raise OptionError(
             "these are no checks",
-            got=f"some without {', '.join(lacking)}" if lacking else "none",
-            expected="at least one, each with name, value and status",
-            do="Pass report.checks.",
+            got=", ".join(others) or "none",
+            expected="at least one Check",
+            do="Pass the report of fit.diagnose().",
         )
     ax = _one(ax, figsize=(7, 0.9 + 0.34 * len(found)))
     text: dict[str, Any] = {"va": "center", "fontsize": "small"}
     for line, check in enumerate(found):
-        marker, colour = MARKS.get(check.status, ("o", "0.6"))
+        marker, colour = MARKS.get(check.state, ("o", "0.6"))
         beyond = _beyond(check)
         at = 0.0 if beyond is None else beyond
         ax.hlines(line, 0, at, color=colour, lw=3, alpha=0.5)
         face = colour if beyond is not None else "white"
         ax.plot(at, line, marker, color=colour, mfc=face, ms=9, clip_on=False, zorder=3)
-        ax.text(REACH + 0.5, line, check.status, color=colour, weight="bold", **text)
+        ax.text(REACH + 0.5, line, check.state, color=colour, weight="bold", **text)
         ax.text(REACH + 1.5, line, _figures(check), **text)
     ax.axvline(0, color="black", lw=1)
     ax.axvspan(-REACH, 0, color=GREEN, alpha=0.06, lw=0)
@@ -645,21 +625,18 @@ REACH = 3  # octaves to either side of a limit
 
 def _beyond(check: Check) -> float | None:
     """Octaves by which a figure is beyond its limit, those inside negative; ``None`` where that has no meaning."""
-    limit = getattr(check, "threshold", None)
-    if check.status not in MARKS or not isinstance(limit, int | float) or not limit > 0:
+    limit, value = check.limit, check.value
+    if check.state not in MARKS or value is None or isnan(value) or not (limit and limit > 0):
         return None
-    if not isinstance(check.value, int | float) or not check.value >= 0:
-        return None
-    octaves = min(abs(log2(check.value / limit)), REACH) if check.value else REACH
-    return -octaves if check.status == "ok" else octaves
+    octaves = min(abs(log2(abs(value) / limit)), REACH) if value else REACH
+    return -octaves if check.state == "ok" else octaves
 
 
 def _figures(check: Check) -> str:
-    value, limit = check.value, getattr(check, "threshold", None)
-    shown = f"{value:.3g}" if isinstance(value, int | float) else str(value)
-    if isinstance(value, float) and isnan(value):
+    value, limit = check.value, check.limit
+    if value is None or isnan(value):
         return ""
-    return shown if limit is None else f"{shown}, limit {limit:.3g}"
+    return f"{value:.3g}" if limit is None else f"{value:.3g}, limit {limit:.3g}"
 
 
 def dashboard(

@@ -38,7 +38,7 @@ from implicitvi.training import (
     Schedule,
     Trainer,
 )
-from implicitvi.training.checkpoint import check_same, holds_checkpoint
+from implicitvi.training.checkpoint import as_folder, check_same, holds_checkpoint
 
 UNFINISHED: dict[str, Any] = {"seconds": 0.0, "setup_seconds": 0.0, "stop_reason": "unfinished"}
 
@@ -288,7 +288,7 @@ class AVBSVI:
         """`run` of this fit alone."""
         began = time.perf_counter()
         keeper = self._keeper(checkpoint, every)
-        resumed = checkpoint is not None and self._take_up_later(Path(checkpoint))
+        resumed = checkpoint is not None and self._take_up_later(as_folder(checkpoint))
         self.setup(*args, **kwargs)
         setup_seconds = time.perf_counter() - began
         trainer = self.trainer
@@ -386,7 +386,7 @@ class AVBSVI:
             >>> again.guide.sample(5, torch.ones(3))["mu"].shape
             torch.Size([5])
         """
-        saved = SavedFit.read(Path(folder))
+        saved = SavedFit.read(as_folder(folder))
         given = {"contrast": contrast, "adversary": adversary, "ratio": ratio}
         options = saved.options_with(given | dict.fromkeys(OF_GUIDE, guide))
         made_by = {name: options.pop(name) for name in OF_GUIDE}

@@ -21,7 +21,7 @@ from implicitvi import (
     TensorBoard,
     Tracker,
 )
-from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError, SetupError
+from implicitvi.errors import CheckpointError, SetupError
 from implicitvi.training import RandomStream, Schedule, Trainer
 from implicitvi.training.checkpoint import read_state
 from test_vae_fit import data, fit, same, vae
@@ -140,17 +140,17 @@ def test_the_rule_of_early_stopping() -> None:
 
 def test_how_often_noise_is_taken_for_progress_and_progress_for_noise() -> None:
     """A diagnostic that falls by 5 over 100 looks and then stays, with noise of sd 0.1. With windows of 10 and one
-    standard error none of 200 stops before the floor (measured: 0 %, and 100 % within 30 looks of it); a rule that
-    compares windows of 2 stops all of them in the first half of the descent."""
+    standard error none stops before the floor (measured over 200 seeds: 0 %, and 100 % within 30 looks of it); a rule
+    that compares windows of 2 stops all of them in the first half of the descent."""
 
     def stops(seed: int, window: int) -> int:
         noise = 0.1 * np.random.default_rng(seed).standard_normal(500)
         trend = np.maximum(5.0 - 0.05 * np.arange(500), 0.0)
         return stopped_at(list(trend + noise), window=window, num_se=1.0) or 500
 
-    found = np.array([stops(seed, 10) for seed in range(200)])
+    found = np.array([stops(seed, 10) for seed in range(40)])
     assert ((100 < found) & (found < 130)).all()
-    assert np.mean([stops(seed, 2) < 50 for seed in range(50)]) > 0.9
+    assert np.mean([stops(seed, 2) < 50 for seed in range(20)]) > 0.9
 
 
 def test_early_stopping_ends_a_fit() -> None:
@@ -186,28 +186,3 @@ def test_a_trainer_by_itself_saves_its_state(tmp_path: Path) -> None:
     trainer.save(tmp_path, why="to see")
     config, state = read_state(tmp_path)
     assert config["notes"] == {"why": "to see"} and state["step"] == 0
-
-
-MISUSES: dict[str, tuple[Any, str]] = {
-    "no function": (lambda: Tracker(3), "function cannot be called; got 3"),  # type: ignore[arg-type]
-    "never": (lambda: Tracker(print, every=0), "every is out of range; got 0"),
-    "half a step": (lambda: Tracker(print, every=1.5), "every is not a whole number"),  # type: ignore[arg-type]
-    "by the loss": (
-        lambda: EarlyStop("elbo"),  # type: ignore[arg-type]
-        "not stopped by a metric of its own training; got 'elbo'.*no bound",
-    ),
-    "one look": (lambda: EarlyStop(lambda t: 0.0, window=1), "window is out of range; got 1"),
-    "negative": (lambda: EarlyStop(lambda t: 0.0, num_se=-1), "num_se is out of range; got -1"),
-    "before the start": (lambda: EarlyStop(lambda t: 0.0, start=-5), "start is out of range"),
-    "no path": (lambda: Checkpoint(None), "folder is not a path; got None"),  # type: ignore[arg-type]
-    "never kept": (lambda: Checkpoint("a", every=0), "every is out of range"),
-    "best by a word": (lambda: Checkpoint("a", best="elbo"), "best cannot be called; got 'elbo'"),  # type: ignore[arg-type]
-}
-
-
-@pytest.mark.parametrize("case", MISUSES)
-def test_misuses_are_named(case: str) -> None:
-    make, message = MISUSES[case]
-    with pytest.raises(OptionError, match=message) as caught:
-        make()
-    assert isinstance(caught.value, ImplicitVIError)

@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 PLANTED = """
-import logging, warnings
-import pyro, pytest, torch
+import logging, random, warnings
+import numpy, pyro, pytest, torch
 
 def test_changes_dtype(): torch.set_default_dtype(torch.float64)
 def test_changes_grad_mode(): torch.set_grad_enabled(False)
@@ -19,6 +19,9 @@ def test_changes_validation(): pyro.enable_validation(False)
 def test_imports_zuko(): import zuko
 def test_changes_store(): pyro.param("a", torch.ones(1))
 def test_changes_logging(): logging.getLogger().setLevel(logging.DEBUG)
+def test_reseeds_numpy(): numpy.random.seed(0)
+def test_draws_from_numpy(): numpy.random.rand()
+def test_reseeds_python(): random.seed(0)
 def test_warns(): warnings.warn("careless")
 
 def test_finds_all_as_it_was(seed):
@@ -56,5 +59,8 @@ def test_a_test_that_changes_the_process_or_warns_fails(tmp_path: Path) -> None:
         "test_imports_zuko",
         "test_changes_store",
         "test_changes_logging",
+        "test_reseeds_numpy",
+        "test_draws_from_numpy",
+        "test_reseeds_python",
         "test_warns",
     }, result.stdout

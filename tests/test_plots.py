@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import log, nan, sqrt
 from typing import Any
 
@@ -17,17 +16,13 @@ from torch import Tensor
 
 from implicitvi import plots
 from implicitvi.errors import OptionError, ShapeError
+from implicitvi.evaluation.report import Check
 from implicitvi.training import History, Schedule
 
 
-@dataclass(frozen=True)
-class Found:
+def found(name: str, value: float | None, state: str, limit: float | None = None) -> Check:
     """A check of a diagnosis."""
-
-    name: str
-    value: float
-    status: str
-    threshold: float | None = None
+    return Check(name, state, value, limit, "a figure")
 
 
 class Run:
@@ -53,9 +48,9 @@ def shades(z: Tensor) -> Tensor:
 
 
 CHECKS = [
-    Found("error", 0.5, "ok", 1.0),
-    Found("size", 10.0, "fail", 40.0),
-    Found("x", nan, "none"),
+    found("error", 0.5, "ok", 1.0),
+    found("size", 10.0, "failed", 40.0),
+    found("x", None, "left out"),
 ]
 POINTS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
 
@@ -384,41 +379,41 @@ def test_misuse_of_weights_is_explained(arguments: dict[str, Any], complaint: st
 
 
 @pytest.mark.parametrize(
-    ("value", "threshold", "status", "octaves"),
+    ("value", "limit", "state", "octaves"),
     [
         (0.5, 1.0, "ok", -1.0),  # lower is better
         (800.0, 400.0, "ok", -1.0),  # higher is better
-        (2.0, 1.0, "fail", 1.0),
-        (100.0, 400.0, "warn", 2.0),
+        (2.0, 1.0, "failed", 1.0),
+        (-2.0, 1.0, "failed", 1.0),
+        (100.0, 400.0, "failed", 2.0),
         (0.0, 1.0, "ok", -3.0),
-        (1e9, 1.0, "fail", 3.0),
-        (nan, 1.0, "fail", None),
-        (3.0, 0.0, "fail", None),
+        (1e9, 1.0, "failed", 3.0),
+        (nan, 1.0, "failed", None),
+        (3.0, 0.0, "failed", None),
         (3.0, None, "ok", None),
-        (0.5, 1.0, "not run", None),
+        (0.5, None, "noted", None),
+        (None, None, "left out", None),
     ],
 )
 def test_what_is_good_is_on_the_left(
-    value: float, threshold: float | None, status: str, octaves: float | None, ax: Axes
+    value: float | None, limit: float | None, state: str, octaves: float | None, ax: Axes
 ) -> None:
-    plots.diagnosis([Found("one", value, status, threshold)], ax=ax)
+    plots.diagnosis([found("one", value, state, limit)], ax=ax)
     mark = ax.lines[0]
     assert mark.get_xdata()[0] == (octaves or 0.0)
     hollow = mark.get_markerfacecolor() == "white"
     assert hollow == (octaves is None)
-    assert status in [text.get_text() for text in ax.texts]
+    assert state in [text.get_text() for text in ax.texts]
 
 
 def test_good_and_bad_differ_by_more_than_colour(ax: Axes) -> None:
-    plots.diagnosis([Found(s, 1.0, s, 2.0) for s in ("ok", "warn", "fail")], ax=ax)
-    assert len({line.get_marker() for line in ax.lines[:3]}) == 3
+    plots.diagnosis([found(s, 1.0, s, 2.0) for s in ("ok", "failed")], ax=ax)
+    assert len({line.get_marker() for line in ax.lines[:2]}) == 2
 
 
-def test_checks_without_a_status_are_refused() -> None:
-    with pytest.raises(
-        OptionError, match=r"no checks.*without name, value, status.*report\.checks"
-    ):
-        plots.diagnosis([Schedule(), Found("x", 1.0, "ok")])  # type: ignore[list-item]
+def test_what_is_no_check_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"no checks; got Schedule.*fit\.diagnose"):
+        plots.diagnosis([Schedule(), found("x", 1.0, "ok")])  # type: ignore[list-item]
     with pytest.raises(OptionError, match="got none"):
         plots.diagnosis([])
     assert open_figures() == []

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable
 from math import inf, isfinite, sqrt
 from pathlib import Path
-from statistics import fmean, variance
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from implicitvi.errors import OptionError, SetupError, check_at_least
-from implicitvi.training.checkpoint import STATE, read_state
+from implicitvi.training.checkpoint import STATE, as_folder, read_state
 from implicitvi.training.rng import RandomStream
 
 T = TypeVar("T")
@@ -162,12 +162,13 @@ class EarlyStop:
             return
         before = self.values[-2 * self.window : -self.window]
         recent = self.values[-self.window :]
-        gain = fmean(before) - fmean(recent)
-        error = sqrt((variance(before) + variance(recent)) / self.window)
+        mean, earlier = float(np.mean(recent)), float(np.mean(before))
+        gain = earlier - mean
+        error = sqrt((np.var(before, ddof=1) + np.var(recent, ddof=1)) / self.window)
         if gain <= 0 or gain < self.num_se * error:
             raise StopTraining(
-                f"the diagnostic no longer falls: {fmean(recent):.4g} over the last {self.window} looks, "
-                f"{fmean(before):.4g} before, standard error {error:.2g}"
+                f"the diagnostic no longer falls: {mean:.4g} over the last {self.window} looks, "
+                f"{earlier:.4g} before, standard error {error:.2g}"
             )
 
 
@@ -196,9 +197,7 @@ class Checkpoint:
         if best is not None:
             _check_function("best", best)
         _check_whole("every", every)
-        if not isinstance(folder, str | Path):
-            raise OptionError("folder is not a path", got=repr(folder), expected="a str or Path")
-        self.folder = Path(folder)
+        self.folder = as_folder(folder)
         self.every = every
         self.best = best
         self.lowest = inf
@@ -237,6 +236,7 @@ class TensorBoard:
 
     def __init__(self, folder: str | Path, *, every: int = 20):
         _check_whole("every", every)
+        as_folder(folder)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

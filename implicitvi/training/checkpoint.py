@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from implicitvi.errors import CheckpointError
+from implicitvi.errors import CheckpointError, OptionError
 
 FORMAT = 1
 STATE, CONFIG = "state.safetensors", "config.json"
@@ -110,6 +110,13 @@ def holds_checkpoint(folder: Path) -> bool:
     if (folder / CONFIG).exists() and not (folder / STATE).exists():
         read_state(folder)
     return (folder / STATE).exists()
+
+
+def as_folder(folder: object) -> Path:
+    """The path of an option ``folder``; raise `OptionError` where it is none."""
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionError("folder is not a path", got=repr(folder), expected="a str or Path")
+    return Path(folder)
 
 
 def check_same(config: Mapping[str, Any], like: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicitvi.errors import NonFiniteError
 from implicitvi.training.callbacks import Callback, StopTraining
-from implicitvi.training.checkpoint import save_state
+from implicitvi.training.checkpoint import as_folder, save_state
 from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics, Player
 from implicitvi.training.rng import RandomStream
@@ -213,7 +213,7 @@ class Trainer:
 
         What is written is up to whoever made the loop and set ``write``; by itself it writes its `state_dict`.
         """
-        self.write(Path(folder), notes)
+        self.write(as_folder(folder), notes)
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> None:
         save_state(folder, self.state_dict(), config={"kind": "Trainer", "notes": notes})

@@ -1,0 +1,156 @@
+"""Every public name rejects its likeliest misuses with a message that names what to do about them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import implicitvi
+import models
+import test_saved
+import test_svi
+from implicitvi import (
+    AVB_ELBO,
+    AVBSVI,
+    Checkpoint,
+    EarlyStop,
+    Fit,
+    ImplicitGuide,
+    TensorBoard,
+    Tracker,
+    evaluation,
+    to_arviz,
+)
+from implicitvi.errors import ImplicitVIError
+from implicitvi.evaluation import c2st, knn_kl, mean_error, mmd, sd_ratio, whiten
+
+Y = torch.tensor([0.5, -0.3, 1.0])
+DRAWS = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+NAN = DRAWS.clone().index_fill(0, torch.tensor([3]), torch.nan)
+Call = Callable[[], Any]
+
+
+def guide() -> ImplicitGuide:
+    return ImplicitGuide(models.normal_normal)
+
+
+def fit() -> Fit:
+    """As little of a fit as there can be."""
+    return AVBSVI(
+        models.normal_normal, guide(), num_steps=1, num_particles=4, warm_start=0, progress=False
+    ).run(Y)
+
+
+def of_draws(function: Callable[..., Any]) -> dict[str, tuple[Call, str]]:
+    """The misuses of a function of two sets of draws."""
+    return {
+        "of another dimension": (lambda: function(DRAWS, DRAWS[:, :1] + 1), "dimension|columns"),
+        "not finite": (lambda: function(NAN, DRAWS), "not finite|finite"),
+        "one axis": (lambda: function(DRAWS[:, 0], DRAWS[:, 1]), r"\[N, D\]|\[\.*, D\]|rows"),
+    }
+
+
+CASES: dict[str, dict[str, tuple[Call, str]]] = {
+    "AVB_ELBO": {
+        "unknown contrast": (lambda: AVB_ELBO(contrast="flwo"), "Did you mean 'flow'"),
+        "no particles": (lambda: AVB_ELBO(num_particles=0), "num_particles"),
+        "a rate below zero": (lambda: AVB_ELBO(adversary_lr=-1.0), "adversary_lr is out of range"),
+        "unknown tempering": (lambda: AVB_ELBO(tempering="aut"), "Did you mean 'auto'"),
+    },
+    "ImplicitGuide": {
+        "unknown sampler": (
+            lambda: ImplicitGuide(models.normal_normal, sampler="dens"),
+            "Did you mean 'dense'",
+        ),
+        "drawn from too early": (lambda: guide().sample(3), "guide.setup"),
+        "no draws": (lambda: guide().setup(Y).sample(0), "num_samples is out of range"),
+        "amortized over a number": (
+            lambda: ImplicitGuide(models.normal_normal, amortize=3),  # type: ignore[arg-type]
+            "neither a plate nor a function",
+        ),
+    },
+    "Fit": {
+        "no draws": (lambda: fit().summary(0), "num_samples is out of range"),
+        "made by hand": (
+            lambda: Fit(**{k: v for k, v in vars(fit()).items() if k != "write"}).save("a"),
+            r"AVBSVI\(...\).run",
+        ),
+        "saved to no path": (lambda: fit().save(3), "folder is not a path; got 3"),  # type: ignore[arg-type]
+    },
+    "Tracker": {
+        "no function": (lambda: Tracker(3), "function cannot be called; got 3"),  # type: ignore[arg-type]
+        "never": (lambda: Tracker(print, every=0), "every is out of range; got 0"),
+        "half a step": (lambda: Tracker(print, every=1.5), "every is not a whole number"),  # type: ignore[arg-type]
+    },
+    "EarlyStop": {
+        "by the loss": (
+            lambda: EarlyStop("elbo"),  # type: ignore[arg-type]
+            "not stopped by a metric of its own training; got 'elbo'.*no bound",
+        ),
+        "no function": (lambda: EarlyStop(3), "diagnostic cannot be called"),  # type: ignore[arg-type]
+        "one look": (lambda: EarlyStop(len, window=1), "window is out of range; got 1"),
+        "negative": (lambda: EarlyStop(len, num_se=-1), "num_se is out of range; got -1"),
+        "before the start": (lambda: EarlyStop(len, start=-5), "start is out of range; got -5"),
+    },
+    "Checkpoint": {
+        "no path": (lambda: Checkpoint(None), "folder is not a path; got None"),  # type: ignore[arg-type]
+        "never kept": (lambda: Checkpoint("a", every=0), "every is out of range"),
+        "best by a word": (lambda: Checkpoint("a", best="elbo"), "best cannot be called"),  # type: ignore[arg-type]
+    },
+    "TensorBoard": {
+        "not installed": (lambda: TensorBoard("a"), "pip install"),
+        "never": (lambda: TensorBoard("a", every=0), "every is out of range"),
+        "no path": (lambda: TensorBoard(None), "folder is not a path"),  # type: ignore[arg-type]
+    },
+    "to_arviz": {
+        "no fit": (lambda: to_arviz(3, models.normal_normal, Y), "to_arviz\\(fit, model"),  # type: ignore[arg-type]
+        "no draws": (
+            lambda: to_arviz(guide().setup(Y), models.normal_normal, Y, num_samples=0),
+            "num_samples is out of range",
+        ),
+        "minibatches": (
+            lambda: to_arviz(
+                ImplicitGuide(models.global_latents_in_minibatches).setup(Y),
+                models.global_latents_in_minibatches,
+                Y,
+            ),
+            "arguments under which it looks at all of its data",
+        ),
+        "no arguments": (lambda: to_arviz(guide(), models.normal_normal), "guide.setup"),
+    },
+    "c2st": of_draws(c2st),
+    "knn_kl": of_draws(knn_kl) | {"k": (lambda: knn_kl(DRAWS, DRAWS + 1, k=0), "k is out of")},
+    "mean_error": of_draws(mean_error),
+    "mmd": of_draws(mmd) | {"width": (lambda: mmd(DRAWS, DRAWS, bandwidth=0), "bandwidth")},
+    "sd_ratio": of_draws(sd_ratio),
+    "whiten": of_draws(whiten),
+}
+# names whose misuses have their table elsewhere, and the one name that nobody calls
+ELSEWHERE: dict[str, Sized] = {"AVBSVI": [*test_svi.MISUSES, *test_saved.REFUSED]}
+NO_CALL = {"StopTraining"}  # an exception of a user's own callback; any message will do
+
+
+@pytest.mark.parametrize("name", [*implicitvi.__all__, *evaluation.__all__])
+def test_every_public_name_has_three_misuses(name: str) -> None:
+    if name not in NO_CALL:
+        assert len(ELSEWHERE.get(name, CASES.get(name, {}))) >= 3, f"add misuses of {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases]
+)
+def test_misuses_are_named(
+    name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if case == "not installed":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    call, message = CASES[name][case]
+    with pytest.raises(ImplicitVIError, match=message):
+        call()
+    assert not list(tmp_path.iterdir())
