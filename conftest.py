@@ -34,9 +34,11 @@ def seed() -> Iterator[int]:
 def unchanged_process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves the process changed, and put it right for the next one."""
     pyro.clear_param_store()
-    before = process_state()
+    before, generators = process_state(), (np.random.get_state(), random.getstate())
     yield
     after = process_state()
+    np.random.set_state(generators[0])
+    random.setstate(generators[1])
     shows_svi = isinstance(request.node, pytest.DoctestItem)
     if shows_svi or request.node.get_closest_marker("uses_param_store"):
         after["parameters in Pyro's store"] = before["parameters in Pyro's store"]
