@@ -149,7 +149,10 @@ def barriers(score: LogDensity, a: Tensor, b: Tensor) -> Tensor:
 
 
 def bent_barriers(score: LogDensity, a: Tensor, b: Tensor) -> Tensor:
-    """As `barriers`, on paths that have bent uphill, across their direction, with their points at even distances."""
+    """As `barriers`, from ``a [D]`` to each of ``b [N, D]``: ``[N]``, on paths that have bent uphill.
+
+    They bend across their direction, with their points at even distances.
+    """
     paths = straight(a, b)
     for step in range(BENDS):
         v = paths[:, 1:-1].detach().requires_grad_()

@@ -206,7 +206,7 @@ class AVB:
     def log_r_and_ratio(
         self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The two parts of `log_q`: the contrast's ``log r`` and the learned ``T = log q - log r``."""
+        """The two parts of `log_q` of ``z [S, (B,) D]``: ``log r`` and the learned ``T``, each ``[S, (B,)]``."""
         r = self.contrast(z, x)
         log_r: Tensor = r.log_prob(z)
         gap = log_joint(z) - log_r if self.informed else None

@@ -130,25 +130,25 @@ def half(value: Tensor) -> Tensor:
     return value[: len(value) // 2]
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        (lambda d: {k: v for k, v in d.items() if k != "a"}, ShapeError, "missing 'a'"),
-        (lambda d: d | {"c": d["a"]}, ShapeError, "unknown 'c'"),
-        (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' have the wrong shape.*\[S, 2\]"),
-        (lambda d: d | {"a": half(d["a"])}, ShapeError, "different numbers of draws"),
-        (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "too few draws"),
-        (
-            lambda d: d | {"s": -d["s"]},
-            ModelError,
-            "site 's' lie outside its support; got 400 of 400",
-        ),
-        (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "outside its support"),
-        (lambda d: torch.zeros(3), SetupError, "nothing to diagnose; got Tensor"),
-        (lambda d: ImplicitGuide(several_sites), SetupError, "has not been trained"),
-        (lambda d: exact("banana"), ModelError, "does not have the guide's latent sites"),
-    ],
-)
+MISUSES: list[tuple[Any, type[Exception], str]] = [
+    (lambda d: {k: v for k, v in d.items() if k != "a"}, ShapeError, "missing 'a'"),
+    (lambda d: d | {"c": d["a"]}, ShapeError, "unknown 'c'"),
+    (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' have the wrong shape.*\[S, 2\]"),
+    (lambda d: d | {"a": half(d["a"])}, ShapeError, "different numbers of draws"),
+    (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "too few draws"),
+    (
+        lambda d: d | {"s": -d["s"]},
+        ModelError,
+        "site 's' lie outside its support; got 400 of 400",
+    ),
+    (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "outside its support"),
+    (lambda d: torch.zeros(3), SetupError, "nothing to diagnose; got Tensor"),
+    (lambda d: ImplicitGuide(several_sites), SetupError, "has not been trained"),
+    (lambda d: exact("banana"), ModelError, "does not have the guide's latent sites"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), MISUSES)
 def test_misuse_is_refused(change: Any, error: type[Exception], words: str) -> None:
     draws = bare(TARGETS["several sites"], draw_several(400))
     with pytest.raises(error, match=words):

@@ -12,6 +12,7 @@ import torch
 
 import implicitvi
 import models
+import test_diagnose
 import test_saved
 import test_svi
 from implicitvi import (
@@ -27,7 +28,15 @@ from implicitvi import (
     to_arviz,
 )
 from implicitvi.errors import ImplicitVIError
-from implicitvi.evaluation import c2st, knn_kl, mean_error, mmd, sd_ratio, whiten
+from implicitvi.evaluation import (
+    c2st,
+    knn_kl,
+    mean_error,
+    mmd,
+    sd_ratio,
+    sliced_wasserstein,
+    whiten,
+)
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 DRAWS = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
@@ -128,10 +137,14 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     "mean_error": of_draws(mean_error),
     "mmd": of_draws(mmd) | {"width": (lambda: mmd(DRAWS, DRAWS, bandwidth=0), "bandwidth")},
     "sd_ratio": of_draws(sd_ratio),
+    "sliced_wasserstein": of_draws(sliced_wasserstein),
     "whiten": of_draws(whiten),
 }
 # names whose misuses have their table elsewhere, and the one name that nobody calls
-ELSEWHERE: dict[str, Sized] = {"AVBSVI": [*test_svi.MISUSES, *test_saved.REFUSED]}
+ELSEWHERE: dict[str, Sized] = {
+    "AVBSVI": [*test_svi.MISUSES, *test_saved.REFUSED],
+    "diagnose": test_diagnose.MISUSES,
+}
 NO_CALL = {"StopTraining"}  # an exception of a user's own callback; any message will do
 
 
