@@ -133,7 +133,7 @@ def measure(
         torch.manual_seed(seed)
         return judge(guide)
 
-    pyro.set_rng_seed(seed)
+    torch.manual_seed(seed)
     guide = ImplicitGuide(model, amortize=amortize)
     svi = AVBSVI(model, guide, seed=seed, progress=False)
     began = time.perf_counter()

@@ -31,7 +31,7 @@ def implicit(target: Target, *, seed: int, quick: bool, **options: Any) -> Sites
     """This package with its defaults, or with ``options``."""
     if quick:
         options |= {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS}
-    pyro.set_rng_seed(seed)
+    torch.manual_seed(seed)
     guide = ImplicitGuide(target.model)
     AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
     return guide.sample(target.num_draws)
@@ -52,7 +52,7 @@ def autoguide(
     target: Target, *, seed: int, quick: bool, make: Callable[[Any], Any], rate: float = 5e-3
 ) -> Sites:
     """A guide of Pyro's, by Adam with a rate that falls a hundredfold."""
-    pyro.set_rng_seed(seed)
+    torch.manual_seed(seed)
     pyro.clear_param_store()
     steps = QUICK_STEPS if quick else STEPS
     guide = make(target.model)
@@ -111,7 +111,7 @@ def spline(target: Target, *, seed: int, quick: bool) -> Sites:
 
 def nuts(target: Target, *, seed: int, quick: bool) -> Sites:
     """The No-U-Turn sampler, one chain, 500 draws of warm-up and 2 000 to keep."""
-    pyro.set_rng_seed(seed)
+    torch.manual_seed(seed)
     warm_up, keep = (10, 60) if quick else (500, 2000)
     kernel = NUTS(target.model, max_tree_depth=3 if quick else 10)
     chain = MCMC(kernel, num_samples=keep, warmup_steps=warm_up, disable_progbar=True)
