@@ -189,9 +189,7 @@ below.set_ylim(-4e-4, 60)
 below.set_yticks([0, 1e-3, 1e-2, 1e-1, 1, 10], ["0", "0.001", "0.01", "0.1", "1", "10"])
 below.minorticks_off()
 below.set(xlabel="step", ylabel="gap of the losses (nats)")
-below.set_title(
-    "How far from the fit that was never interrupted: exactly nothing", loc="left", weight="bold"
-)
+below.set_title("How far from the fit that was never interrupted", loc="left", weight="bold")
 below.legend(loc="upper right", ncols=2, frameon=False)
 for ax in (above, below):
     ax.set_xlim(0, steps)
@@ -211,7 +209,7 @@ first, second = draws(whole), draws(resumed)
 right.plot(*first.T, "o", color="0.8", ms=5, label="never interrupted")
 right.plot(*second.T, ".", color=BLUE, ms=1.5, label="killed and resumed")
 right.set(xlabel="level (log odds)", ylabel="slope (log odds per log dose)")
-right.set_title("2,000 draws, each on its twin", loc="left", weight="bold")
+right.set_title("2,000 draws of both, with the same random numbers", loc="left", weight="bold")
 right.legend(loc="lower right", markerscale=2, frameon=False)
 
 dose = torch.linspace(-1.2, 1.2, 200)
