@@ -39,6 +39,14 @@ ROWS = {
     "23_custom_contrast.py": {"Gaussian", "mixture (default)", "funnel (ours)", "exact draws"},
     "24_custom_sampler.py": {"gated (default)", "mirrored (ours)", "exact draws"},
     "25_implicit_prior.py": {"the prior", "the fit", "brute force"},
+    "20_diagnostics_of_a_bad_fit.py": {"good", "collapsed", "one mode", "exact"},
+    "21_sbc.py": {"exact", "a quarter too narrow", "the prior", "amortized AVB"},
+    "22_resume_and_checkpoint.py": {
+        "never interrupted",
+        "killed and resumed",
+        "loaded in a new object",
+        "another seed",
+    },
     "10_four_points.py": {
         "log likelihood",
         "reconstruction error",
@@ -88,6 +96,12 @@ PICTURES = {
     "23_custom_contrast.py": {"custom_contrast.png"},
     "24_custom_sampler.py": {"custom_sampler.png"},
     "25_implicit_prior.py": {"implicit_prior.png"},
+    "20_diagnostics_of_a_bad_fit.py": {
+        "diagnostics_of_a_bad_fit.png",
+        "diagnostics_restarts.png",
+    },
+    "21_sbc.py": {"sbc.png"},
+    "22_resume_and_checkpoint.py": {"resume_and_checkpoint.png"},
     "11_mnist.py": {"mnist.png"},
     "12_faces.py": {"faces.png"},
     "16_objectives_compared.py": {"objectives_compared.png"},
@@ -117,6 +131,9 @@ BOUNDS = {
     "23_custom_contrast.py": ("exact draws", 2, 1.8, 2.2),  # sd of v, 2
     "24_custom_sampler.py": ("mirrored (ours)", 0, 0.4, 0.6),  # by its symmetry, from the start
     "25_implicit_prior.py": ("brute force", 0, 0.7, 0.9),  # share on the right, 0.79
+    "20_diagnostics_of_a_bad_fit.py": ("exact", 0, 4.1, 4.2),  # minus the log evidence, nats
+    "21_sbc.py": ("exact", 2, 0.1, 1.0),  # the log likelihood stays within the band
+    "22_resume_and_checkpoint.py": ("killed and resumed", -1, 0.0, 0.0),  # nats: to the bit
 }
 
 

@@ -1,0 +1,231 @@
+"""
+Killed, resumed, loaded
+=======================
+
+A process is killed in the middle of a fit. Started again it goes on from the last state in a folder, and every loss,
+weight and draw is the one that it would have had anyway: not nearly, but to the last bit.
+
+What has to be kept for that is more than the weights: both optimisers' moments, the contrast, the running averages, the
+step on the schedule, and where the random numbers stood. The model is the classic bioassay: four doses, five animals
+each, a logistic curve, and a posterior of its two coefficients that is as skewed as twenty animals make it.
+
+Run it with ``python examples/22_resume_and_checkpoint.py``; ``--smoke`` makes it quick and meaningless.
+
+References:
+    A Bayesian Analysis for a Quantal Bioassay, Amy Racine and others, 1986; Bayesian Data Analysis, Andrew Gelman and
+    others, 2013, section 3.7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from implicitvi import AVBSVI, ImplicitGuide, plots
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--victim", type=Path, help="folder of a fit that is to be killed")
+options = parser.parse_args()
+torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+steps, every, killed_at, warm_start = (20, 5, 13, 10) if options.smoke else (500, 100, 260, 1000)
+
+# %%
+# The fit
+# -------
+# Doses in log grams per millilitre, deaths out of five.
+
+DOSE = torch.tensor([-0.86, -0.30, -0.05, 0.73])
+DEATHS = torch.tensor([0.0, 1.0, 3.0, 5.0])
+
+
+def model(dose: Tensor, deaths: Tensor) -> None:
+    level = pyro.sample("level", dist.Normal(0.0, 5.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 15.0))
+    with pyro.plate("group", len(dose)):
+        logits = level + slope * dose
+        pyro.sample("deaths", dist.Binomial(5, logits=logits), obs=deaths)
+
+
+def new_fit(seed: int = options.seed, **more: Any) -> AVBSVI:
+    """What any script that is to be started again begins with: the same model, options and seed."""
+    return AVBSVI(
+        model,
+        ImplicitGuide(model),
+        num_steps=steps,
+        warm_start=warm_start,
+        seed=seed,
+        progress=False,
+        **more,
+    )
+
+
+# %%
+# The accident
+# ------------
+# A process of its own runs the fit with ``checkpoint=folder`` and dies between two checkpoints: no exception, no
+# clean-up, nothing is written any more.
+
+
+def power_cut(trainer: Any) -> None:
+    if trainer.step_count == killed_at:
+        os._exit(137)  # the process is gone
+
+
+if options.victim:
+    new_fit(callbacks=[power_cut]).run(DOSE, DEATHS, checkpoint=options.victim, every=every)
+
+place = tempfile.TemporaryDirectory()
+folder = Path(place.name) / "fit"
+command = [sys.executable, __file__, "--victim", str(folder), "--seed", str(options.seed)]
+died = subprocess.run(command + ["--smoke"] * options.smoke, check=False)
+kept = AVBSVI.load(folder, model, progress=False).setup(DOSE, DEATHS).fit
+print(
+    f"the process died after step {killed_at} with exit status {died.returncode}; the folder has step {kept.num_steps}:"
+)
+for file in sorted(folder.iterdir()):
+    print(f"  {file.name:20} {file.stat().st_size / 1024:.0f} KiB")
+print()
+
+# %%
+# The same call again
+# -------------------
+# The folder has a later state than the new object, so that is where the run begins. Beside it a fit that nobody
+# interrupted; a fit with another seed, to see what the comparison can tell apart; and what somebody finds who loads the
+# folder next year.
+
+straight = new_fit()
+whole = straight.run(DOSE, DEATHS)
+resumed = new_fit().run(DOSE, DEATHS, checkpoint=folder, every=every)
+loaded = AVBSVI.load(folder, model, progress=False).setup(DOSE, DEATHS).fit
+other = new_fit(seed=options.seed + 1).run(DOSE, DEATHS)
+
+
+def draws(fit: Any) -> Tensor:
+    """Level and slope ``[2000, 2]``, with the same random numbers for every fit."""
+    torch.manual_seed(options.seed)
+    sites = fit.guide.sample(2000)
+    return torch.stack([sites["level"], sites["slope"]], -1)
+
+
+def weights(fit: Any) -> Tensor:
+    """All that the guide has learned, in one vector."""
+    return torch.cat([value.flatten() for value in fit.guide.state_dict().values()])
+
+
+FITS = {
+    "never interrupted": (whole, steps),
+    "killed and resumed": (resumed, steps - kept.num_steps),
+    "loaded in a new object": (loaded, 0),
+    "another seed": (other, steps),
+}
+print(f"{'fit':24}{'steps here':>12}{'losses':>10}{'weights':>10}{'draws':>10}{'largest gap':>14}")
+for name, (fit, taken) in FITS.items():
+    losses = float(np.mean(fit.losses == whole.losses))
+    same = [(f(fit) == f(whole)).float().mean().item() for f in (weights, draws)]
+    gap = np.abs(fit.losses - whole.losses).max()
+    shares = "".join(f"{share:10.3f}" for share in (losses, *same))
+    print(f"{name:24}{taken:12}{shares}{gap:14.4f}", flush=True)
+print(
+    "\nlosses, weights, draws: the share that equals, bit for bit, that of the fit that was never interrupted"
+    "\nlargest gap: between two losses of the same step, in nats"
+)
+
+# %%
+# The picture
+# -----------
+# Above, the losses: the grey steps were taken twice, by the process that died and by the one that took its place. They
+# rise while the joint density is tempered, as each step then has another objective; at a power of 1 they are level.
+# Below, every loss's distance from the fit that was never interrupted. Right, the draws, and the curves that they are.
+
+BLUE, VERMILION = plots.BLUE, plots.VERMILION
+figure = plt.figure(figsize=(14, 7.6), layout="constrained")
+cells = figure.add_gridspec(2, 2, width_ratios=[1.7, 1])
+above, below = figure.add_subplot(cells[0, 0]), figure.add_subplot(cells[1, 0])
+right, curves = figure.add_subplot(cells[0, 1]), figure.add_subplot(cells[1, 1])
+at = np.arange(1, steps + 1)
+
+above.plot(at, whole.losses, color="0.75", lw=5, label="never interrupted")
+before, after = at <= kept.num_steps, at > kept.num_steps
+above.plot(at[before], kept.losses, color=VERMILION, lw=1, label="the process that was killed")
+above.plot(
+    at[after], resumed.losses[after], color=BLUE, lw=1, label="the process that took its place"
+)
+low, high = np.quantile(whole.losses, [0.01, 0.985])
+above.set(ylabel="loss (nats)", ylim=(low - 0.2 * (high - low), high + 0.45 * (high - low)))
+above.set_title("The loss of every step", loc="left", weight="bold")
+tempered = int((whole.history["beta"] < 1).sum())
+above.annotate(
+    "tempered until here",
+    (tempered, whole.losses[tempered - 1]),
+    (-12, 0),
+    textcoords="offset points",
+    ha="right",
+    va="center",
+    color="0.35",
+    fontsize="small",
+)
+above.legend(loc="upper right", ncols=3, frameon=False)
+
+for name, colour, width in (("another seed", "0.55", 1), ("killed and resumed", BLUE, 3)):
+    gap = np.abs(FITS[name][0].losses - whole.losses)
+    below.plot(at, gap, color=colour, lw=width, label=name)
+below.set_yscale("symlog", linthresh=1e-3, linscale=0.6)
+below.set_ylim(-4e-4, 60)
+below.set_yticks([0, 1e-3, 1e-2, 1e-1, 1, 10], ["0", "0.001", "0.01", "0.1", "1", "10"])
+below.minorticks_off()
+below.set(xlabel="step", ylabel="gap of the losses (nats)")
+below.set_title("How far from the fit that was never interrupted", loc="left", weight="bold")
+below.legend(loc="upper right", ncols=2, frameon=False)
+for ax in (above, below):
+    ax.set_xlim(0, steps)
+    ax.axvspan(kept.num_steps, killed_at, color="0.9", lw=0, zorder=0)
+    ax.axvline(killed_at, color="black", lw=1.5)
+    for step in range(every, kept.num_steps + 1, every):
+        ax.axvline(step, color="black", lw=0.8, ls=":")
+marks = {"transform": above.get_xaxis_transform(), "va": "bottom", "fontsize": "small"}
+above.text(killed_at + steps / 100, 0.03, f"killed after step {killed_at}", **marks)
+middle = (kept.num_steps + killed_at) / 2
+above.text(middle, 0.14, "taken twice", ha="center", color="0.35", **marks)
+above.text(
+    kept.num_steps - steps / 100, 0.03, f"last state kept: {kept.num_steps}", ha="right", **marks
+)
+
+first, second = draws(whole), draws(resumed)
+right.plot(*first.T, "o", color="0.8", ms=5, label="never interrupted")
+right.plot(*second.T, ".", color=BLUE, ms=1.5, label="killed and resumed")
+right.set(xlabel="level (log odds)", ylabel="slope (log odds per log dose)")
+right.set_title("2,000 draws of both, with the same random numbers", loc="left", weight="bold")
+right.legend(loc="lower right", markerscale=2, frameon=False)
+
+dose = torch.linspace(-1.2, 1.2, 200)
+risk = torch.sigmoid(second[:, :1] + second[:, 1:] * dose)
+for inside, alpha in ((0.95, 0.2), (0.5, 0.5)):
+    ends = risk.quantile(torch.tensor([(1 - inside) / 2, (1 + inside) / 2]), 0)
+    label = f"{100 * inside:.0f} % of the draws"
+    curves.fill_between(dose, *ends, color=BLUE, alpha=alpha, lw=0, label=label)
+curves.plot(dose, risk.median(0).values, color=BLUE, label="median")
+curves.plot(DOSE, DEATHS / 5, "o", color="black", ms=7, clip_on=False, label="of five animals")
+curves.set(xlabel="log dose (g / ml)", ylabel="share that dies", xlim=(-1.2, 1.2), ylim=(0, 1))
+curves.set_title("What the fit was for", loc="left", weight="bold")
+curves.legend(loc="lower right", frameon=False)
+
+options.output.mkdir(parents=True, exist_ok=True)
+path = options.output / "resume_and_checkpoint.png"
+figure.savefig(path, dpi=130)
+place.cleanup()
+print(f"\nwrote {path}")
