@@ -18,7 +18,7 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test docs accuracy accuracy-quick accuracy-vae conjugate diagnose-rates bench bench-vae lint \
+.PHONY: help .venv demo test docs browser accuracy accuracy-quick accuracy-vae conjugate diagnose-rates bench bench-vae lint \
 	types format clean
 
 help: ## Print the targets
@@ -49,6 +49,9 @@ $(DOCS_STAMP): $(STAMP)
 docs: $(DOCS_STAMP) ## Run the gallery and build the documentation into docs/_build/html; warnings fail (GALLERY=off: fast)
 	OMP_NUM_THREADS=1 DOCS_GALLERY=$(GALLERY) DOCS_JOBS=$(WORKERS) $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html"
+
+browser: $(STAMP) ## Look at the built documentation in Chromium, wide and narrow: overflow, pictures, search
+	$(BIN)/python tests/browser.py docs/_build/html docs/_build/screenshots
 
 accuracy: $(STAMP) ## Measure the defaults beside peers on every posterior of the suite; writes docs/results (many hours)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accuracy.py

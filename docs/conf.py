@@ -55,6 +55,7 @@ copybutton_prompt_is_regexp = True
 # reference
 default_role = "py:obj"
 autosummary_generate = True
+autodoc_preserve_defaults = True  # "GatedAdversary", not "<class ...>", which would not parse
 autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88

@@ -572,9 +572,8 @@ def mode_weights(
 def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
     """The checks of a diagnosis, a line each: how far its figure is inside of its limit, or beyond.
 
-    Left of the line in the middle is good, whichever way the figure itself is better, and one step is a factor of two.
-    A check that failed has passed its limit: that tells which side is which. One without a figure and a positive limit,
-    or without a verdict, is shown by its mark on the line, hollow.
+    Left of the line in the middle is good, and one step is a factor of two. A check without a figure, a positive limit
+    or a verdict, or whose verdict had other reasons than its figure, is shown by its mark on the line, hollow.
 
     Args:
         checks: Such as the `Report` of ``fit.diagnose()``.
@@ -628,8 +627,8 @@ def _beyond(check: Check) -> float | None:
     limit, value = check.limit, check.value
     if check.state not in MARKS or value is None or isnan(value) or not (limit and limit > 0):
         return None
-    octaves = min(abs(log2(abs(value) / limit)), REACH) if value else REACH
-    return -octaves if check.state == "ok" else octaves
+    octaves = max(-REACH, min(REACH, log2(abs(value) / limit))) if value else -REACH
+    return octaves if (octaves > 0) == (check.state == "failed") else None
 
 
 def _figures(check: Check) -> str:
