@@ -55,7 +55,6 @@ copybutton_prompt_is_regexp = True
 # reference
 default_role = "py:obj"
 autosummary_generate = True
-autodoc_preserve_defaults = True  # "GatedAdversary", not "<class ...>", which would not parse
 autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
@@ -221,9 +220,19 @@ def check_coverage(app: Sphinx, env: Any) -> None:
 autosummary_context = {"exported": exported()}
 
 
+def name_defaults(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any
+) -> tuple[str, Any] | None:
+    """A class as a default is shown by its name: ``<class …>`` is no Python, and nothing beside it would be parsed."""
+    if signature is None:
+        return None
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature), returns
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", give_title)
     app.connect("autodoc-process-docstring", keep_formulas, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", name_defaults)
     app.connect("missing-reference", find_by_name)
     app.connect("env-check-consistency", check_coverage)
