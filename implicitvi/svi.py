@@ -427,7 +427,8 @@ class AVBSVI:
 
     def _take_up(self, saved: SavedFit) -> None:
         """Let the guide, and at the set-up the trainer, go on from a state."""
-        check_same({"options": decisive(saved.options)}, {"options": decisive(self._options)})
+        mine = {k: v for k, v in decisive(self._options).items() if k in saved.options}
+        check_same({"options": decisive(saved.options)}, {"options": mine})
         self._saved = saved
         self.guide.restore_with(saved.restore)
 
