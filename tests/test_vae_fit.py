@@ -288,17 +288,22 @@ def test_networks_in_bfloat16_train_as_in_float32(system: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced by torch's compiler, run without its code generation, which takes long; undone after the fit."""
-    compile, calls = torch.compile, []
+    compile, calls, graphs = torch.compile, [], []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
 
     def traced(function: Any, **options: Any) -> Any:
         calls.append(options)
-        return compile(function, backend="eager")
+        return compile(function, backend=counted)
 
     monkeypatch.setattr(torch, "compile", traced)
     eager, done = fit(vae()), fit(vae(), compile="max-autotune")
     assert [call["mode"] for call in calls] == [
         "max-autotune"
     ] * 2  # encoder and decoder; the prior has no weights
+    assert len(graphs) >= 2  # networks of torch's own modules are traced too
     np.testing.assert_allclose(eager.history["model"], done.history["model"], rtol=1e-5)
     assert done.model.encoder._compiled_call_impl is None
     torch.compiler.reset()

@@ -426,13 +426,24 @@ def compiled(model: nn.Module, mode: str | None) -> Iterator[None]:
     networks = [n for n in _networks(model) if n._compiled_call_impl is None]
     checks = Distribution._validate_args
     for network in networks:
-        network.compile(mode=mode)
+        network._compiled_call_impl = _compiled_call(network, mode)
     try:
         yield
     finally:
         Distribution.set_default_validate_args(checks)
         for network in networks:
             network._compiled_call_impl = None
+
+
+def _compiled_call(network: nn.Module, mode: str | None) -> Callable[..., Any]:
+    """A compiled call of a network. `nn.Module.compile` leaves torch's own containers as they are, without a word."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return network._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # a copy: torch's compiler keeps few graphs of one code
+    compiled: Callable[..., Any] = torch.compile(call, mode=mode)
+    return compiled
 
 
 def _networks(model: nn.Module) -> list[nn.Module]:
