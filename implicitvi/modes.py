@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import lgamma, log, pi
 
 import torch
 from pyro.distributions import MultivariateStudentT
@@ -25,6 +26,7 @@ SLACK = (
     3.0,
 )  # nats below the fit that is there, and more for each dimension: ends beyond have no mass
 STOPS = 16  # points on a path
+TAIL = 5.0  # degrees of freedom of the wide proposals
 BENDS = 60  # steps in which a path bends around what is in its way
 DRAWS = 500  # of each proposal, to weigh the modes by
 LEAST = 0.01  # share of the evidence below which a mode is left out
@@ -202,10 +204,23 @@ def evidence_shares(score: LogDensity, fits: list[tuple[Tensor, Tensor]]) -> Ten
     counts for the mode whose Gaussian is denser there.
     """
     normals = [MultivariateNormal(m, scale_tril=s, validate_args=False) for m, s in fits]
-    tails = [MultivariateStudentT(m.new_tensor(5.0), m, s, validate_args=False) for m, s in fits]
+    tails = [MultivariateStudentT(m.new_tensor(TAIL), m, s, validate_args=False) for m, s in fits]
     draws = torch.cat([proposal.sample((DRAWS,)) for proposal in (*normals, *tails)])
-    densities = torch.stack([proposal.log_prob(draws) for proposal in (*normals, *tails)])
+    # not by the proposals' log_prob: a Student t repeats its matrix for every draw
+    both = [_log_densities(draws, *fit) for fit in fits]
+    densities = torch.stack([normal for normal, _ in both] + [tail for _, tail in both])
     log_weights = score(draws) - densities.logsumexp(0)
     owners = densities[: len(fits)].argmax(0)
     owned = torch.nn.functional.one_hot(owners, len(fits)).T.bool()
     return log_weights.masked_fill(~owned, -torch.inf).logsumexp(-1).softmax(0)
+
+
+def _log_densities(z: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+    """Log densities of ``z [S, D]`` under a Gaussian, and under the Student t of the same shape: ``[S]`` each."""
+    off = torch.linalg.solve_triangular(scale_tril.mT, z - loc, upper=True, left=False)
+    square, dim = off.square().sum(-1), len(loc)
+    log_scale = scale_tril.diagonal().log().sum()
+    normal = -0.5 * (square + dim * log(2 * pi)) - log_scale
+    above = (TAIL + dim) / 2
+    constant = lgamma(above) - lgamma(TAIL / 2) - dim / 2 * log(TAIL * pi)
+    return normal, constant - log_scale - above * (square / TAIL).log1p()

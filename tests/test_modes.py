@@ -16,7 +16,16 @@ from torch.distributions import MultivariateNormal
 from contracts import ExplicitSampler, gaussian
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
 from implicitvi.contrasts import Assembly, GaussianContrast, MixtureContrast, ModalContrast
-from implicitvi.modes import BARRIER, barriers, bent_barriers, evenly, find_modes, wide_starts
+from implicitvi.modes import (
+    BARRIER,
+    TAIL,
+    _log_densities,
+    barriers,
+    bent_barriers,
+    evenly,
+    find_modes,
+    wide_starts,
+)
 from implicitvi.samplers import DenseSampler, MixtureSampler, Sampler
 from implicitvi.training import RandomStream
 from models import SIGMA, Y, eight_schools
@@ -49,6 +58,16 @@ def test_two_far_modes_are_found_and_weighed(dim: int) -> None:
     weights = found(two_modes(dim), dim)
     assert len(weights) == 2
     assert abs(weights[0] - 0.3) < 0.05  # standard error about 0.015
+
+
+def test_proposals_are_scored_as_what_they_are() -> None:
+    loc, scale = torch.tensor([0.5, -1.0]).double(), torch.tensor([[1.0, 0.0], [0.7, 0.3]]).double()
+    z = torch.randn(20, 2).double()
+    normal, tail = _log_densities(z, loc, scale)
+    exact = MultivariateNormal(loc, scale_tril=scale)
+    heavy = dist.MultivariateStudentT(torch.tensor(TAIL).double(), loc, scale)
+    assert torch.allclose(normal, exact.log_prob(z), rtol=0, atol=1e-12)
+    assert torch.allclose(tail, heavy.log_prob(z), rtol=0, atol=1e-12)
 
 
 def test_near_modes_are_not_split() -> None:
