@@ -151,9 +151,8 @@ class Gaussian(MultivariateNormal):
 
     def standardise(self, value: Tensor) -> Tensor:
         """``scale_tril⁻¹ (value - loc)`` of ``value [..., (B,) D]``."""
-        if (
-            self._whitening is None
-        ):  # torch makes one by its parameters, without __init__, in expand
+        # not in __init__: torch's expand makes one without it
+        if self._whitening is None:
             self._whitening = Whitening(self.loc, self._unbroadcasted_scale_tril)
         return self._whitening(value)
 

@@ -217,8 +217,7 @@ class _Target:
         if implicit:
             raise ModelError(
                 f"the prior of {', '.join(map(repr, implicit))} has no density, so there is no posterior density to "
-                "hold "
-                "draws against",
+                "hold draws against",
                 do="Compare with draws of a reference: implicitvi.evaluation.c2st.",
             )
         return cls(model, args, kwargs, trace, layout, LogJoint(model, layout))
@@ -339,8 +338,7 @@ class _Target:
                 failed=change.tail > TAIL_SHARE
                 and change.tail - TAIL > SIGNIFICANT * change.tail_error,
                 advice="The draws leave out the posterior's tails: intervals are too short. Try contrast='flow', or "
-                "more "
-                "noise dimensions in the sampler.",
+                "more noise dimensions in the sampler.",
             ),
             Check.of(
                 "other modes",
@@ -349,8 +347,7 @@ class _Target:
                 f"{int(seen.is_far.sum())} of {seen.arrived} chains end far away",
                 failed=seen.share > FAR_SHARE and int(seen.is_far.sum()) > 1,
                 advice="Chains from afar end at a density as high as that of the draws, where there are no draws: "
-                "the fit "
-                f"has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
+                f"the fit has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
                 "seed) with stronger tempering (tempering=0.02), or order the sites that can change places.",
             ),
         ]
@@ -393,8 +390,7 @@ class _Target:
         least = min(shares[extreme], 1 - shares[extreme])
         advice = (
             f"Of data made by the model, {shares[extreme]:.1%} have a {extreme} above that of the data. That is a "
-            "matter of "
-            "the model, not of the fit."
+            "matter of the model, not of the fit."
             if least < 0.01
             else ""
         )
@@ -454,8 +450,8 @@ def _check_run(fit: Trained) -> Check:
         f"{fit.stop_reason}; {fit.skipped} turns skipped, draws dropped in {dropped} of {fit.num_steps} steps",
         failed=bad > BAD_STEPS,
         advice="Losses, gradients or log densities were not finite, and what was left out may be where the "
-        "posterior is. "
-        "Look for overflow in the model, priors that exclude the data, and supports that depend on other sites.",
+        "posterior is. Look for overflow in the model, priors that exclude the data, and supports that depend on "
+        "other sites.",
     )
 
 
@@ -487,8 +483,7 @@ def _check_density(finite: Tensor) -> Check:
         f"{share:.1%} of the draws have none",
         failed=share > 0,
         advice="The model gives some draws no finite log density or gradient, so they are not draws of its "
-        "posterior. The "
-        "other checks leave them out.",
+        "posterior. The other checks leave them out.",
     )
 
 
@@ -524,9 +519,8 @@ def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> lis
             f"({(size / errors)[worst].abs():.0f} standard errors)",
             failed=any(counts.values()),
             advice=f"Off are, with the number of their entries: {off}. A Stein identity of the spread below 0 is "
-            "too narrow a "
-            "posterior, above 0 too wide a one. If draws come from elsewhere, look at transforms, their Jacobians "
-            "and the order of the sites.",
+            "too narrow a posterior, above 0 too wide a one. If draws come from elsewhere, look at transforms, "
+            "their Jacobians and the order of the sites.",
         ),
     ]
 
@@ -623,8 +617,7 @@ def _check_fresh(found: Audit) -> Check:
         return Check.of("fresh adversary", off, FRESH_AUC, words, failed=False, advice="")
     why = (
         "A density learned from the draws alone is not good enough to weigh them by. That is no fault of the fit: "
-        "tails "
-        "and many dimensions are hard to learn."
+        "tails and many dimensions are hard to learn."
     )
     return Check.left_out("fresh adversary", f"{why} ({words})")
 

@@ -16,6 +16,7 @@ from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from implicitvi.contrasts import whiten
 from implicitvi.warm_start import descend, gaussian_fit
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -84,7 +85,7 @@ def find_modes(
 
     unit = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
     fits = [(torch.zeros_like(loc), unit)]
-    v = torch.linalg.solve_triangular(scale_tril.mT, starts - loc, upper=True, left=False)
+    v = whiten(starts, loc, scale_tril)
     ends = climb(score, v[v.isfinite().all(-1)])
     heights = score(ends)
     enough = heights > score(fits[0][0]) - SLACK[0] - SLACK[1] * len(loc)
@@ -217,8 +218,7 @@ def evidence_shares(score: LogDensity, fits: list[tuple[Tensor, Tensor]]) -> Ten
 
 def _log_densities(z: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
     """Log densities of ``z [S, D]`` under a Gaussian, and under the Student t of the same shape: ``[S]`` each."""
-    off = torch.linalg.solve_triangular(scale_tril.mT, z - loc, upper=True, left=False)
-    square, dim = off.square().sum(-1), len(loc)
+    square, dim = whiten(z, loc, scale_tril).square().sum(-1), len(loc)
     log_scale = scale_tril.diagonal().log().sum()
     normal = -0.5 * (square + dim * log(2 * pi)) - log_scale
     above = (TAIL + dim) / 2

@@ -239,9 +239,8 @@ class ProblemOptions:
         # one particle at a time it would take minutes; of a minibatch every look sees another landscape
         if self.max_modes == 1 or log_joint.mode == "loop" or log_joint.minibatches:
             return [place]
-        with (
-            torch.random.fork_rng()
-        ):  # the fit's own numbers do not depend on whether modes were looked for
+        # the fit's own numbers do not depend on whether modes were looked for
+        with torch.random.fork_rng():
             starts = wide_starts(place.loc, place.scale_tril, STARTS)
             with suppress(RuntimeError, *PARTICLE_ERRORS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

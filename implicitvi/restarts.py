@@ -14,9 +14,8 @@ from implicitvi.guide import ImplicitGuide
 from implicitvi.samplers import MixtureSampler
 
 R_HAT = 1.01  # above it fits disagree; their means then differ by about 0.15 standard deviations
-SHARE = (
-    0.1  # of the draws: a mode whose share differs by more is lost, or found, by some of the fits
-)
+# of the draws: a mode whose share differs by more is lost, or found, by some of the fits
+SHARE = 0.1
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,6 @@ def run_at(model: Model, values: dict[str, Tensor], /, *args: Any, **kwargs: Any
         return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
 
 
-def trace_at(model: Model, values: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-    """Pyro trace of ``model`` with its latent sites fixed to ``values``, every site scored (`score`)."""
-    trace = run_at(model, values, *args, **kwargs)
-    score(trace, values)
-    return trace
-
-
 def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) -> None:
     """Write ``masked_log_prob``, ``log_prob`` (with the scale) and ``log_prob_sum`` into every sample node of a trace.
 

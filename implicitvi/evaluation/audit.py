@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from implicitvi.errors import ShapeError
-from implicitvi.evaluation.stein import frame
+from implicitvi.evaluation.stein import frame, standardise
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -106,8 +106,7 @@ class Agreement:
             is right.
         log_mass: ``log E_r exp T`` of the learned ratio, 0 where it is a density's.
         slope: Calibration: slope of the log odds of being a draw of ``q`` in the learned ratio; 1 where it is right
-            and says
-            anything at all.
+            and says anything at all.
     """
 
     kl_gap: float
@@ -239,10 +238,7 @@ class _Mixture:
         self.generator = torch.Generator().manual_seed(seed)
 
     def standardise(self, z: Tensor) -> Tensor:
-        rows: Tensor = torch.linalg.solve_triangular(
-            self.scale_tril, (z - self.loc).mT, upper=False
-        )
-        return rows.mT.contiguous()
+        return standardise(z, self.loc, self.scale_tril).contiguous()
 
     def log_prob(self, z: Tensor) -> Tensor:
         scores = torch.from_numpy(self.fit.score_samples(self.standardise(z).numpy()))

@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import check_at_least
-from implicitvi.evaluation.stein import frame
+from implicitvi.evaluation.stein import frame, standardise
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -203,10 +203,7 @@ class _Chain:
         self.generator = torch.Generator().manual_seed(seed)
 
     def whiten(self, z: Tensor) -> Tensor:
-        rows: Tensor = torch.linalg.solve_triangular(
-            self.scale_tril, (z - self.loc).mT, upper=False
-        )
-        return rows.mT
+        return standardise(z, self.loc, self.scale_tril)
 
     def unwhiten(self, w: Tensor) -> Tensor:
         return self.loc + w @ self.scale_tril.mT

@@ -8,8 +8,6 @@ from math import isfinite
 from textwrap import fill
 from typing import Any
 
-STATES = ("ok", "failed", "noted", "left out")
-
 
 @dataclass(frozen=True)
 class Check:

@@ -73,7 +73,7 @@ def kernel_stein(
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
     loc, scale_tril = frame(z)
-    w = torch.linalg.solve_triangular(scale_tril, (z - loc).mT, upper=False).mT
+    w = standardise(z, loc, scale_tril)
     s = score @ scale_tril
     square = torch.nn.functional.pdist(w[:1000]).median().item() ** 2
     generator = torch.Generator().manual_seed(seed)
@@ -180,6 +180,12 @@ def frame(z: Tensor) -> tuple[Tensor, Tensor]:
             do="Look whether the fit has collapsed, or one site is a function of others.",
         )
     return loc, scale[:, None] * factor
+
+
+def standardise(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    """``z [S, D]`` in the coordinates of a `frame` ``[D]``, ``[D, D]``: ``scale_tril⁻¹ (z - loc)``."""
+    rows: Tensor = torch.linalg.solve_triangular(scale_tril, (z - loc).mT, upper=False)
+    return rows.mT
 
 
 def _stein_kernel(
