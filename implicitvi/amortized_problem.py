@@ -182,11 +182,6 @@ class AmortizedProblem:
         if shared is not None:
             shared.set_frame(loc.detach(), scale_tril().detach())
 
-    @property
-    def tempers(self) -> bool:
-        """Whether a tempered start is of use; never, where more is learned than one posterior."""
-        return False
-
     def how(self) -> str:
         """How the model is scored, and why."""
         return self.source.how()

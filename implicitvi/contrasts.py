@@ -31,7 +31,7 @@ from torch.distributions import (
     TransformedDistribution,
     constraints,
 )
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from implicitvi import processes
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
@@ -52,7 +52,7 @@ class Contrast(nn.Module, ABC):
 
     @abstractmethod
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        """``z [S, (B,) D]`` in coordinates fit for a network, a bijection that ``r`` fixes."""
+        """``z [S, (B,) D]`` in coordinates fit for a network, one to one and fixed by ``r``, and `marks` more."""
 
     def observe(self, z: Tensor, r: Distribution) -> None:
         """Learn from draws ``z [S, (B,) D]`` that have been compared with ``r``; for contrasts that remember."""
@@ -180,6 +180,9 @@ class MixtureContrast(Contrast):
     the mixture a little, after it has been used, so that after the first batch, which starts the mixture, no draw is
     scored by one that has already seen it.
 
+    In the coordinates of the whole the neck of a funnel is a spike that no network resolves. So ``standardise`` gives
+    ``[S, D + D + K]``: the draw as the whole sees it, as its own component does, and to which it belongs.
+
     Args:
         latent_dim: Dimension ``D`` of a draw.
         components: Number ``K`` of Gaussians.
@@ -204,7 +207,7 @@ class MixtureContrast(Contrast):
         *,
         components: int = 8,
         rate: float = 0.25,
-        ridge: float = 1e-3,
+        ridge: float = 1e-5,
     ):
         super().__init__()
         check_at_least("components", components, 1)
@@ -212,6 +215,7 @@ class MixtureContrast(Contrast):
             raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
         check_positive("ridge", ridge)
         self.components = components
+        self.marks = latent_dim + components
         self.rate = rate
         self.ridge = ridge
         unit = torch.eye(latent_dim)
@@ -230,7 +234,8 @@ class MixtureContrast(Contrast):
         return GaussianMixture(self.weights, self.locs, self.scale_trils)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        return whiten(z, self.loc, self.scale_tril)
+        assert isinstance(r, GaussianMixture)
+        return torch.cat([whiten(z, self.loc, self.scale_tril), *r.local(z)], -1)
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
@@ -311,18 +316,32 @@ class GaussianMixture(Distribution):
         self._standard_shifts = torch.einsum("ked,kd->ke", self._inverses, self.shifts)
         log_scale = scale_trils.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         self._constants = self.weights.log() - log_scale - 0.5 * log(2 * pi) * len(unit)
+        self._last: tuple[Tensor, bool, Tensor, Tensor] | None = None
 
     def log_joint(self, value: Tensor) -> Tensor:
         """Log density of ``value [..., D]`` and each component together: ``[..., K]`` in nats."""
-        flat = self._inverses.flatten(0, 1)
-        standard = ((value - self.centre) @ flat.mT).unflatten(-1, self._standard_shifts.shape)
-        distance = (standard - self._standard_shifts).square().sum(-1)
-        joint: Tensor = self._constants - 0.5 * distance
-        return joint
+        return self._both(value)[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``value [..., D]``: ``[...]`` in nats."""
         return self.log_joint(value).logsumexp(-1)
+
+    def local(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``value [..., D]`` standardised by the components, weighed by their shares in it; the shares ``[..., K]``."""
+        standard, joint = self._both(value)
+        shares = joint.softmax(-1)
+        return (shares[..., None, :] @ standard).squeeze(-2), shares
+
+    def _both(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``value`` standardised by each component ``[..., K, D]``, and `log_joint`; kept for the last ``value``."""
+        tracked = torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not value or self._last[1] != tracked:
+            flat = self._inverses.flatten(0, 1)
+            standard = ((value - self.centre) @ flat.mT).unflatten(-1, self._standard_shifts.shape)
+            standard = standard - self._standard_shifts
+            joint: Tensor = self._constants - 0.5 * standard.square().sum(-1)
+            self._last = (value, tracked, standard, joint)
+        return self._last[2], self._last[3]
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
@@ -344,7 +363,7 @@ class ModalContrast(Contrast):
 
     In the units of the whole, modes that lie ``d`` standard deviations apart are spikes of width ``2 / d``, which no
     network resolves. Here a draw belongs to the mode whose Gaussian is densest at it, stands in the coordinates of that
-    mode's contrast, and is marked with the mode: ``standardise`` gives ``[S, D + K]``.
+    mode's contrast, and is marked with the mode: ``standardise`` gives what that contrast does, and ``K`` marks.
 
     Args:
         contrasts: Contrasts without context, one for each of ``K`` modes.
@@ -369,7 +388,8 @@ class ModalContrast(Contrast):
     ):
         super().__init__()
         self.contrasts = nn.ModuleList(contrasts)
-        self.marks = len(contrasts)
+        # a contrast of fewer coordinates than another leaves the rest of them 0
+        self.marks = max(contrast.marks for contrast in contrasts) + len(contrasts)
         self.rate = rate
         self.register_buffer("weights", weights.clone())
         self.register_buffer("locs", locs.clone())
@@ -387,9 +407,11 @@ class ModalContrast(Contrast):
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, Assembly)
-        own = one_hot(self.modes(z.detach()), self.marks).to(z)
+        own = one_hot(self.modes(z.detach()), len(self.contrasts)).to(z)
         each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
-        return torch.cat([(torch.stack(each, -1) * own[..., None, :]).sum(-1), own], -1)
+        widest = z.shape[-1] + self.marks - len(each)
+        wide = torch.stack([pad(e, (0, widest - e.shape[-1])) for e in each], -1)
+        return torch.cat([(wide * own[..., None, :]).sum(-1), own], -1)
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
@@ -397,7 +419,7 @@ class ModalContrast(Contrast):
         modes = self.modes(z)
         for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
             contrast.observe(self._share(z, modes, k), part)
-        found = one_hot(_everyones(modes[:, None])[:, 0], self.marks).to(z).mean(0)
+        found = one_hot(_everyones(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
         weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
         self.weights.copy_(weights / weights.sum())
 

@@ -348,7 +348,7 @@ class _Target:
                 failed=seen.share > FAR_SHARE and int(seen.is_far.sum()) > 1,
                 advice="Chains from afar end at a density as high as that of the draws, where there are no draws: "
                 f"the fit has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
-                "seed) with stronger tempering (tempering=0.02), or order the sites that can change places.",
+                "seed) with tempering=0.1, or order the sites that can change places.",
             ),
         ]
 

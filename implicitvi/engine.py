@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 
 from implicitvi.amortized_problem import AmortizedProblem
-from implicitvi.errors import SetupError, check_at_least, check_choice, check_positive
+from implicitvi.errors import SetupError, check_at_least, check_positive
 from implicitvi.guide import ImplicitGuide
 from implicitvi.options import ProblemOptions, check_devices, check_guide
 from implicitvi.problem import Arguments, Model, Problem
@@ -21,7 +20,6 @@ class Engine:
     Args:
         schedule: Settings of every step.
         options: What the objective is made of.
-        tempering: Of the schedule, or ``"auto"``: as the schedule has it where the problem `tempers`, else none.
         moves_sampler: Whether the sampler is one of the trainer's players; else somebody else moves it.
         clip_norm: Bound of the global norm of each player's gradient; ``None`` for one by what is usual.
         max_skips: Non-finite turns in a row that end the fit.
@@ -36,7 +34,6 @@ class Engine:
         schedule: Schedule,
         options: ProblemOptions,
         *,
-        tempering: float | str | None,
         moves_sampler: bool,
         clip_norm: float | None,
         max_skips: int,
@@ -55,7 +52,6 @@ class Engine:
         self.stream = RandomStream(seed)
         self._seed = seed
         self.arguments = self._first = Arguments((), {})
-        self._tempering = tempering
         self._moves_sampler = moves_sampler
         self._clip_norm = clip_norm
         self._max_skips = max_skips
@@ -96,8 +92,6 @@ class Engine:
         self._first = arguments
         with self.stream:
             problem = self.options.build(model, guide, arguments, num_steps=self.schedule.num_steps)
-        if self._tempering == "auto" and not problem.tempers:
-            self.schedule = replace(self.schedule, tempering=None)
         now: Callable[[], Arguments] = lambda: self.arguments  # noqa: E731
         players = problem.opponents(now)
         if self._moves_sampler:
@@ -119,11 +113,3 @@ class Engine:
                 do="Call run, step, or setup with the model's arguments first.",
             )
         return self._made
-
-
-def start_of(tempering: float | str | None) -> float | None:
-    """The tempering that a schedule is made with; raise `OptionError` for a word other than ``"auto"``."""
-    if isinstance(tempering, str):
-        check_choice("tempering", tempering, ["auto"])
-        return Schedule.tempering
-    return tempering

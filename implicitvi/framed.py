@@ -30,6 +30,7 @@ class FramedContrast(Contrast):
     def __init__(self, inner: Contrast, frame: Frame):
         super().__init__()
         self.inner = inner
+        self.marks = inner.marks
         self._frame = (frame,)  # a tuple: it belongs to the sampler
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:

@@ -196,25 +196,24 @@ class ProblemOptions:
             framed = MomentContrast(local.moments)
         else:
             framed = FramedContrast(self._contrast(local.latent_dim), local.frame)
-        network = self.adversary(local.latent_dim, context_dim=local.context_dim)
+        network = self.adversary(local.latent_dim + framed.marks, context_dim=local.context_dim)
         problem = AmortizedProblem(
             source=source,
             sampler=sampler,
             local=self._avb(local, framed, network, informed=self.informed),
-            shared=None
-            if shared is None
-            else self._avb(
-                shared,
-                self._contrast(shared.latent_dim),
-                self.adversary(shared.latent_dim),
-                informed=False,
-            ),
+            shared=None if shared is None else self._avb_of_shared(shared),
             parameters=parameters,
         )
         source.terms(g, z, batch)
         if not sampler.local.placed:
             problem.warm_start(arguments, num_steps=self.warm_start)
         return problem
+
+    def _avb_of_shared(self, shared: Sampler) -> AVB:
+        """The objective of the latents that all data share."""
+        contrast = self._contrast(shared.latent_dim)
+        network = self.adversary(shared.latent_dim + contrast.marks)
+        return self._avb(shared, contrast, network, informed=False)
 
     def _avb(
         self, sampler: Sampler, contrast: Contrast, network: nn.Module, *, informed: bool

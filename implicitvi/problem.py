@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from implicitvi.contrasts import GaussianMixture
 from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB
-from implicitvi.samplers import MixtureSampler
 from implicitvi.training import Player, Stage
 from implicitvi.training.opponents import Turn, follow_contrast
 
 Model = Callable[..., Any]
+REACH = 3.0  # of a tempered start, in scales of the sampler's frame
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,22 @@ class Problem:
     parameters: dict[str, Tensor]
 
     def scorer(self, arguments: Arguments, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
-        """``β log p(x, z)`` of particles ``[S, D]`` at the model's arguments: ``[S]``."""
-        return lambda u: beta * self.log_joint(u, *arguments.args, **arguments.kwargs)
+        """``β log p(x, z)``, tempered with `base`, of particles ``[S, D]`` at the model's arguments: ``[S]``."""
+
+        def score(u: Tensor) -> Tensor:
+            log_p = self.log_joint(u, *arguments.args, **arguments.kwargs)
+            return log_p if beta == 1 else beta * log_p + (1 - beta) * self.base(u)
+
+        return score
+
+    def base(self, u: Tensor) -> Tensor:
+        """Log density ``[S]`` that a tempered fit sets out from: the Gaussian of the warm start, `REACH` times as wide.
+
+        A power of a density alone may be another posterior altogether: that of a funnel lies in its mouth, far out.
+        """
+        locs, scale_trils = self.avb.sampler.frames()
+        weights = locs.new_full((len(locs),), 1 / len(locs))
+        return GaussianMixture(weights, locs, REACH * scale_trils).log_prob(u)
 
     def opponents(self, arguments: Callable[[], Arguments]) -> list[Player]:
         """The players that follow the sampler: a fitted contrast, where there is one, and the adversary.
@@ -89,11 +104,6 @@ class Problem:
         num_particles = num_groups * self.avb.num_importance
         elbo, dropped = self.avb.elbo(num_particles, self.scorer(arguments, stage.beta))
         return (-elbo.mean() if len(elbo) else None), dropped
-
-    @property
-    def tempers(self) -> bool:
-        """Whether a tempered start is of use: parameters would climb another bound, far modes run together."""
-        return not (self.parameters or isinstance(self.avb.sampler, MixtureSampler))
 
     def how(self) -> str:
         """How the model is scored, and why."""

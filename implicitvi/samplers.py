@@ -68,6 +68,10 @@ class Sampler(nn.Module, ABC):
         self.scale_tril.copy_(scale_tril)
         self.placed.fill_(True)
 
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """Location ``[1, D]`` and lower triangular scale ``[1, D, D]``; of several samplers in one, ``K`` of them."""
+        return self.loc[None], self.scale_tril[None]
+
     def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""
         if (x is None) != (self.context_dim == 0) or (

@@ -58,7 +58,10 @@ class SavedFit:
     @property
     def options(self) -> dict[str, Any]:
         """The options of the fit, `CUSTOM` for what a file cannot hold."""
-        return dict(self.config["options"])
+        options = dict(self.config["options"])
+        if options["tempering"] == "auto":  # of the first files: none after a third of the steps
+            options["tempering"] = None
+        return options
 
     def options_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options, with what is given (not ``None``) in place of those that a file cannot hold.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from implicitvi.adversaries import GatedAdversary
 from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.contrasts import Contrast
-from implicitvi.engine import Engine, start_of
+from implicitvi.engine import Engine
 from implicitvi.errors import ModelError, OptionError, check_at_least
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
@@ -58,10 +58,9 @@ class AVBSVI:
         adversary_steps: Steps of the adversary before each of the sampler.
         lr: Rate of the sampler.
         adversary_lr: Rate of the adversary and of a flow contrast.
-        tempering: Power of the log joint at the first step, rising to 1; ``None`` for none. It balances modes
-            that one Gaussian start would not. ``"auto"`` is 0.1 for one posterior, and none where the guide is
-            amortized or the model has parameters: those would climb the tempered bound, which is another. There is none
-            either where far modes are found: it would run them together.
+        tempering: Share of the log joint at the first step, rising to 1 over a third of them: the fit sets out from
+            a wide Gaussian. ``None`` for none. It would mislead the parameters of a model, amortized guides, and
+            the modes that are known before the first step.
         contrast: ``"mixture"`` (of Gaussians that follow the draws), ``"gaussian"`` (adaptive contrast, full
             covariance), ``"diagonal"`` (as in the paper), ``"flow"``, ``"prior"`` (plain AVB; it needs no density of
             the prior), or a function of the latent dimension that returns a `Contrast`. For an amortized guide all but
@@ -122,7 +121,7 @@ class AVBSVI:
         adversary_steps: int | tuple[int, int] = Schedule.adversary_steps,
         lr: float | tuple[float, float] = Schedule.lr,
         adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
-        tempering: float | str | None = "auto",
+        tempering: float | None = Schedule.tempering,
         contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
         adversary: Callable[..., nn.Module] = GatedAdversary,
         informed: bool = ProblemOptions.informed,
@@ -149,7 +148,7 @@ class AVBSVI:
             adversary_steps=adversary_steps,
             lr=lr,
             adversary_lr=adversary_lr,
-            tempering=start_of(tempering),
+            tempering=tempering,
         )
         options = ProblemOptions(
             contrast=contrast,
@@ -183,7 +182,6 @@ class AVBSVI:
         self._engine = Engine(
             schedule,
             options,
-            tempering=tempering,
             moves_sampler=True,
             clip_norm=clip_norm,
             max_skips=max_skips,
@@ -453,7 +451,7 @@ class AVBSVI:
 
     @property
     def schedule(self) -> Schedule:
-        """Settings of every step; the tempering of ``"auto"`` is settled by `setup`."""
+        """Settings of every step."""
         return self._engine.schedule
 
     @property
@@ -531,7 +529,7 @@ class AVB_ELBO(ELBO):
         num_particles: int | tuple[int, int] = Schedule.num_particles,
         adversary_steps: int | tuple[int, int] = Schedule.adversary_steps,
         adversary_lr: float | tuple[float, float] = Schedule.adversary_lr,
-        tempering: float | str | None = "auto",
+        tempering: float | None = Schedule.tempering,
         contrast: str | Callable[[int], Contrast] = ProblemOptions.contrast,
         adversary: Callable[..., nn.Module] = GatedAdversary,
         informed: bool = ProblemOptions.informed,
@@ -551,7 +549,7 @@ class AVB_ELBO(ELBO):
             num_particles=num_particles,
             adversary_steps=adversary_steps,
             adversary_lr=adversary_lr,
-            tempering=start_of(tempering),
+            tempering=tempering,
         )
         super().__init__(num_particles=schedule.at(0).num_particles)
         options = ProblemOptions(
@@ -570,7 +568,6 @@ class AVB_ELBO(ELBO):
         self._engine = Engine(
             schedule,
             options,
-            tempering=tempering,
             moves_sampler=False,
             clip_norm=clip_norm,
             max_skips=max_skips,

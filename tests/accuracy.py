@@ -52,6 +52,7 @@ HEADINGS = {
     "kl_pq": "KL(p‖q)",
     "sliced_w2": "sliced W2 (sd)",
     "mode_error": "mode error",
+    "stein": "score error",
     "seconds": "seconds",
 }
 # What is accepted, by the median over seeds

@@ -254,10 +254,10 @@ def hyper(y: Tensor) -> None:
 
 
 def test_what_many_groups_share_keeps_its_width() -> None:
-    """After 400 of 2,500 steps: sd of ``log_tau`` within a third, mean within 1.5 sd of the exact posterior.
+    """After 400 of 2,500 steps: sd of ``log_tau`` within a third, mean within 2 sd of the exact posterior.
 
-    With gradients cut to a norm of 10, far below what a thousand groups exert, it is 2.8 times as wide and 3.4 sds off:
-    the cut takes most where the pull is strongest, in the tails.
+    Half-way the mean still wanders: over four seeds it was 0.1 to 1.65 sd off. With gradients cut to a norm of 10, far
+    below what a thousand groups exert, this seed is 0.4 times as wide and 2.4 sds off.
     """
     torch.manual_seed(2)
     y = (0.8**2 + 0.25) ** 0.5 * torch.randn(1000)
@@ -276,7 +276,7 @@ def test_what_many_groups_share_keeps_its_width() -> None:
     draws = guide.sample(4000, y)["log_tau"]
     low, high = draws.quantile(torch.tensor([0.16, 0.84]))
     assert 0.67 < (high - low) / 2 / sd < 1.33
-    assert abs(draws.mean() - mean) < 1.5 * sd
+    assert abs(draws.mean() - mean) < 2 * sd
 
 
 @pytest.mark.uses_param_store
@@ -370,11 +370,11 @@ def test_features_may_be_integers() -> None:
 
 
 def test_what_is_estimated_is_not_tempered_unless_asked_for() -> None:
-    for tempering, beta in (("auto", 1.0), (0.1, 0.1)):
+    for tempering, beta in ((None, 1.0), (0.1, 0.1)):
         guide = ImplicitGuide(effects, amortize="groups")
         svi = AVBSVI(effects, guide, tempering=tempering, **SMALL, seed=0)
         assert svi.run(Y).history["beta"][0] == pytest.approx(beta)
-    with pytest.raises(OptionError, match="tempering is not known"):
+    with pytest.raises(OptionError, match="tempering is not a number"):
         AVBSVI(effects, guide, tempering="off", **SMALL)
 
 

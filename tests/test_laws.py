@@ -424,6 +424,26 @@ def test_a_mixture_contrast_finds_the_modes_and_follows_them() -> None:
     assert abs(miss(1.0)) < 0.05
 
 
+def test_a_mixture_contrast_shows_the_neck_of_a_funnel() -> None:
+    """Of two Gaussians a thousand times as wide as each other, each is standard in some of the coordinates; in those of
+    the whole the narrow one is a point."""
+    torch.manual_seed(0)
+    contrast = MixtureContrast(D, components=2, ridge=1e-8).double()
+    narrow = (torch.arange(4000) % 2).bool()
+    z = torch.where(narrow[:, None], 1e-3, 1.0) * torch.randn(4000, D, dtype=torch.float64)
+    z[:, 0] += torch.where(narrow, 0.0, 8.0)
+    for _ in range(100):
+        contrast.observe(z, contrast(z))
+    r = contrast(z)
+    whole, local, shares = contrast.standardise(z, r).split([D, D, 2], -1)
+    assert whole[narrow].std(0).max() < 1e-2
+    for side in (narrow, ~narrow):
+        assert (local[side].std(0) - 1).abs().max() < 0.1
+        assert (shares[side].mean(0).max() - 1).abs() < 1e-6
+    joint = r.log_joint(z)
+    torch.testing.assert_close(shares, (joint - r.log_prob(z)[:, None]).exp())
+
+
 def test_a_mixture_contrast_learns_from_draws_after_they_are_used() -> None:
     """A contrast in hand does not move when the next batch is observed, and asking for one observes nothing."""
     contrast = MixtureContrast(D, components=2).double()

@@ -69,7 +69,10 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "unknown contrast": (lambda: AVB_ELBO(contrast="flwo"), "Did you mean 'flow'"),
         "no particles": (lambda: AVB_ELBO(num_particles=0), "num_particles"),
         "a rate below zero": (lambda: AVB_ELBO(adversary_lr=-1.0), "adversary_lr is out of range"),
-        "unknown tempering": (lambda: AVB_ELBO(tempering="aut"), "Did you mean 'auto'"),
+        "unknown tempering": (
+            lambda: AVB_ELBO(tempering="auto"),
+            "a share of the log joint, or None",
+        ),
     },
     "ImplicitGuide": {
         "unknown sampler": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from implicitvi.modes import (
     find_modes,
     wide_starts,
 )
+from implicitvi.problem import Problem
 from implicitvi.samplers import DenseSampler, MixtureSampler, Sampler
 from implicitvi.training import RandomStream
 from models import SIGMA, Y, eight_schools
@@ -178,9 +180,9 @@ def modal() -> tuple[ModalContrast, Tensor]:
 def test_each_mode_has_coordinates_of_its_own() -> None:
     contrast, z = modal()
     standard = contrast.standardise(z, contrast(z))
-    assert standard.shape == (1000, 4)
+    assert standard.shape == (1000, 2 + contrast.marks)
     for k, part in enumerate(standard.split([300, 700])):
-        assert (part[:, 2:].argmax(-1) == k).all() and (part[:, 2:].sum(-1) == 1).all()
+        assert (part[:, -2:].argmax(-1) == k).all() and (part[:, -2:].sum(-1) == 1).all()
         assert part[:, :2].mean(0).abs().max() < 0.1
         assert (part[:, :2].std(0) - 1).abs().max() < 0.1
 
@@ -220,11 +222,37 @@ def test_a_fit_keeps_both_modes() -> None:
     svi = AVBSVI(mirrored, guide, num_steps=150, seed=0, progress=False)
     svi.run(torch.zeros(()))
     assert guide.num_modes == 2
-    assert svi.schedule.tempering is None
     x = guide.sample(4000)["x"]
     assert abs((x[:, 0] > 0).double().mean().item() - 0.565) < 0.05
     assert ((x[:, 0].abs() - 6).abs() < 0.4).double().mean() > 0.99
     assert guide.has_log_density and guide.get_posterior().log_prob(x).isfinite().all()
+
+
+def test_a_tempered_fit_sets_out_from_wide_gaussians() -> None:
+    """``β log p + (1 - β) log g``, with ``g`` three times as wide as the frame, of every mode."""
+    for modes, max_modes in ((2, 8), (1, 1)):
+        guide = ImplicitGuide(mirrored)
+        svi = AVBSVI(
+            mirrored,
+            guide,
+            num_steps=20,
+            tempering=0.25,
+            max_modes=max_modes,
+            seed=0,
+            progress=False,
+        )
+        assert svi.run(torch.zeros(())).history["beta"][0] == 0.25
+        locs, scales = guide.sampler.frames()
+        assert len(locs) == modes
+        each = [
+            MultivariateNormal(loc, scale_tril=3 * scale)
+            for loc, scale in zip(locs, scales, strict=True)
+        ]
+        u = 5 * torch.randn(50, guide.layout.dim)
+        g = torch.stack([part.log_prob(u) for part in each]).logsumexp(0) - math.log(modes)
+        assert isinstance(svi.problem, Problem)
+        plain, tempered = (svi.problem.scorer(svi.problem.arguments, beta)(u) for beta in (1, 0.25))
+        torch.testing.assert_close(tempered, 0.25 * plain + 0.75 * g)
 
 
 def test_a_split_guide_is_kept_and_restored() -> None:

@@ -16,7 +16,7 @@ class Stage:
         adversary_steps: Steps of the adversary before the sampler's.
         lr: Rate of the sampler.
         adversary_lr: Rate of the adversary and of a fitted contrast.
-        beta: Power of the joint density, ``β log p(x, z)``.
+        beta: Share of the log joint in what is fitted.
     """
 
     num_particles: int
@@ -39,8 +39,8 @@ class Schedule:
         adversary_steps: Steps of the adversary for each of the sampler.
         lr: Rate of the sampler (Adam).
         adversary_lr: Rate of the adversary and of a fitted contrast (Adam).
-        tempering: Power ``β`` of the joint density at the first step; it rises geometrically to 1 over
-            ``tempered`` of the fit. ``None`` or 1 leaves the density alone.
+        tempering: Share ``β`` of the log joint at the first step; it rises geometrically to 1 over ``tempered`` of the
+            fit. ``None`` or 1 for the log joint throughout.
         tempered: Share of the steps over which ``β`` rises.
         cool: Share of the steps that make up the cool end.
         warm_up: Share of the steps over which both rates rise from 0, linearly; 0 for none. Adam's first steps are as
@@ -56,7 +56,7 @@ class Schedule:
     adversary_steps: int | tuple[int, int] = 3
     lr: float | tuple[float, float] = (1e-3, 1e-5)
     adversary_lr: float | tuple[float, float] = (4e-3, 3e-4)
-    tempering: float | None = 0.1
+    tempering: float | None = None
     tempered: float = 1 / 3
     cool: float = 2 / 3
     warm_up: float = 0.0
@@ -70,6 +70,12 @@ class Schedule:
         for option in ("lr", "adversary_lr"):
             for rate in _pair(option, getattr(self, option)):
                 check_positive(option, rate)
+        if isinstance(self.tempering, str):
+            raise OptionError(
+                "tempering is not a number",
+                got=repr(self.tempering),
+                expected="a share of the log joint, or None",
+            )
         shares = {
             "tempered": self.tempered,
             "cool": self.cool,

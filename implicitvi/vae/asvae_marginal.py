@@ -104,7 +104,9 @@ class MarginalASVAE(LatentModel):
 
     def _score(self, x: Tensor, r: Distribution) -> Tensor:
         """``T`` of data ``x [N, *x_shape]``, in the coordinates of the contrast."""
-        scores: Tensor = self.adversary(self.contrast.standardise(x.flatten(1), r).view_as(x))
+        flat = x.flatten(1)
+        standard = self.contrast.standardise(flat, r)[:, : flat.shape[1]]
+        scores: Tensor = self.adversary(standard.view_as(x))
         return self.ratio.log_ratio(scores)
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from implicitvi.errors import OptionError
 from implicitvi.evaluation import c2st, knn_kl, mean_error, sd_ratio, sliced_wasserstein, whiten
+from implicitvi.evaluation.stein import kernel_stein
 from suite.target import Target
 
 JUDGED = 5000  # draws of each side for the figures whose time or noise depends on their number
+STEIN = 2000  # of them for the kernel Stein discrepancy: noise of about 1 / sqrt(2000)
 Figure = float | None
 
 
@@ -85,6 +87,16 @@ def mode_error(draws: Draws) -> Figure:
     return float((found / found.sum() - truth / truth.sum()).abs().max())
 
 
+def stein(draws: Draws) -> Figure:
+    """Mean error of the score by a kernel, in standard deviations; where the model breaks at a draw there is none."""
+    target, found = draws.target, draws.found[:STEIN]
+    try:
+        _, score = target.score(target.unconstrain(found))
+        return kernel_stein(target.unconstrain(found), score, num_bootstrap=1).score_error
+    except (RuntimeError, ValueError):
+        return None
+
+
 FIGURES: dict[str, Callable[[Draws], Figure]] = {
     "c2st": tell_apart,
     "mean_error": lambda draws: mean_error(draws.found, draws.truth),
@@ -94,6 +106,7 @@ FIGURES: dict[str, Callable[[Draws], Figure]] = {
     "kl_pq": lambda draws: divergence(draws, reverse=True),
     "sliced_w2": transport,
     "mode_error": mode_error,
+    "stein": stein,
 }
 
 

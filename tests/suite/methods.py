@@ -16,9 +16,10 @@ import torch
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.contrasts import zuko_imported
+from implicitvi.contrasts import MixtureContrast, zuko_imported
 from implicitvi.log_joint import LogJoint
 from suite.target import Sites, Target
 
@@ -46,6 +47,17 @@ class NoAdversary(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.weight * z.detach().sum(-1)
+
+
+class Whole(MixtureContrast):
+    """Shows the adversary a draw as the whole mixture sees it, and not as its own component does."""
+
+    def __init__(self, latent_dim: int):
+        super().__init__(latent_dim)
+        self.marks = 0
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        return super().standardise(z, r)[..., : z.shape[-1]]
 
 
 def autoguide(
@@ -126,7 +138,7 @@ PEERS: dict[str, Method] = {
     "iaf": partial(
         autoguide,
         make=partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=4),
-        rate=2e-3,
+        rate=1e-2,
     ),
     "spline": spline,
     "nuts": nuts,
@@ -137,7 +149,8 @@ ABLATIONS: dict[str, Method] = {
         for name in ("prior", "diagonal", "gaussian", "flow")
     },
     "uninformed": partial(implicit, informed=False),
-    "untempered": partial(implicit, tempering=None),
+    "tempered": partial(implicit, tempering=0.1),
+    "whole coordinates": partial(implicit, contrast=Whole),
     "uncooled": partial(implicit, lr=1e-3, adversary_lr=4e-3),
     "mixture alone": partial(implicit, adversary=NoAdversary, informed=False),
     "flow alone": partial(implicit, contrast="flow", adversary=NoAdversary, informed=False),
