@@ -20,6 +20,7 @@ from implicitvi.errors import OptionError, SetupError
 from implicitvi.evaluation.report import Report
 from implicitvi.guide import ImplicitGuide
 from implicitvi.html import table
+from implicitvi.refine import Polished, Resampled, polish, resample
 from implicitvi.restarts import Agreement
 from implicitvi.samplers import MixtureSampler
 from implicitvi.training import History, RandomStream
@@ -168,6 +169,38 @@ class Fit:
         """
         with_options: Callable[..., Report] = partial(diagnose, num_samples=num_samples, seed=seed)
         return with_options(self, self.model, *self.args, **self.kwargs)
+
+    def resample(self, *, num_samples: int = 4000, seed: int = 0) -> Resampled:
+        """Draws chosen again by their importance weights: `implicitvi.refine.resample` with the run's arguments.
+
+        Args:
+            num_samples: Draws to return, of four times as many of the guide.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+            ModelError: The density of the draws cannot be learned well enough to weigh them by.
+        """
+        with_options: Callable[..., Resampled] = partial(
+            resample, num_samples=num_samples, seed=seed
+        )
+        return with_options(self.guide, self.model, *self.args, **self.kwargs)
+
+    def polish(self, num_steps: int = 15, *, num_samples: int = 4000, seed: int = 0) -> Polished:
+        """Draws moved on by a Markov chain: `implicitvi.refine.polish` with the run's arguments.
+
+        Args:
+            num_steps: Transitions of Hamiltonian Monte Carlo, of six gradients each.
+            num_samples: Draws, each a chain.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+        """
+        with_options: Callable[..., Polished] = partial(
+            polish, num_steps=num_steps, num_samples=num_samples, seed=seed
+        )
+        return with_options(self.guide, self.model, *self.args, **self.kwargs)
 
     def __str__(self) -> str:
         loss = self.history.last("sampler", 100)

@@ -26,6 +26,7 @@ from implicitvi.evaluation.stein import frame, standardise
 LogDensity = Callable[[Tensor], Tensor]
 
 LEAST = 400  # draws; from fewer no network learns a density
+TRUSTED_AUC, _TRUSTED_MASS, _TRUSTED_DOUBT = 0.15, 0.2, 3.0
 _CLIP = 20.0  # nats by which the log joint may speak for or against a draw
 _REACH = 4.0  # standard deviations up to which the network can tell places apart
 _STEPS, _BATCH = 500, 512
@@ -66,6 +67,15 @@ class Audit:
     def log_weights(self) -> Tensor:
         """``log p - log q̂ [S]``, in the order of the draws."""
         return self.log_p - self.log_q
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the fresh density is good enough to weigh draws by: it passes its own tests, on draws held out."""
+        return (
+            abs(self.auc_corrected - 0.5) < TRUSTED_AUC
+            and abs(self.log_mass) < _TRUSTED_MASS
+            and self.unsure < _TRUSTED_DOUBT
+        )
 
     def compare(self, log_q: LogDensity, z: Tensor) -> Agreement:
         """Hold a learned density against the fresh one.
@@ -197,8 +207,10 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
     )
 
 
-def pareto_k(log_weights: Tensor) -> float:
-    """Pareto k-hat of log importance weights ``[S]``: above about 0.7 a few of them decide everything.
+def psis(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Log importance weights ``[S]`` with the largest smoothed, normalised, and Pareto k-hat.
+
+    Above about 0.7 a few of them decide everything.
 
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
@@ -209,10 +221,10 @@ def pareto_k(log_weights: Tensor) -> float:
     if int(arviz.__version__.split(".")[0]) >= 1:
         from arviz_stats.base import array_stats
 
-        _, k = array_stats.psislw(numbers)
+        smoothed, k = array_stats.psislw(numbers)
     else:
-        _, k = arviz.psislw(numbers)
-    return float(k)
+        smoothed, k = arviz.psislw(numbers)
+    return torch.from_numpy(smoothed), float(k)
 
 
 class _Mixture:

@@ -72,9 +72,6 @@ def moved(
 ) -> Moved:
     """Move every draw by Hamiltonian Monte Carlo and compare; for draws of ``p`` nothing changes.
 
-    The chains work in coordinates in which the draws have covariance ``I``. A pilot of the same length finds the step
-    size; the transitions that count start at the draws again and keep it.
-
     Args:
         log_joint: ``log p`` of points ``[S, D]`` up to a constant, ``[S]``, with gradients.
         z: Draws ``[S, D]``, unconstrained, independent.
@@ -87,19 +84,17 @@ def moved(
     >>> bool((change.mean > 0.7).all()), bool((change.sd > 1.5).all())
     (True, True)
     """
-    check_at_least("num_steps", num_steps, 1)
-    check_at_least("num_leapfrog", num_leapfrog, 1)
-    chain = _Chain(log_joint, *_placed(z), seed)
-    w = chain.whiten(z)
-    size, _, _ = chain.run(w, num_steps, num_leapfrog, 1.0 / w.shape[1] ** 0.25, adapt=True)
-    _, there, acceptance = chain.run(w, num_steps, num_leapfrog, size)
-    before, after = z.double(), chain.unwhiten(there).double()
+    there, acceptance = transitions(
+        log_joint, z, num_steps=num_steps, num_leapfrog=num_leapfrog, seed=seed
+    )
+    with torch.no_grad():
+        log_p, after_log_p = (log_joint(x).nan_to_num(-torch.inf).double() for x in (z, there))
+    before, after = z.double(), there.double()
     loc, scale = before.mean(0), before.std(0)
     first = (after - before) / scale
     sd = after.std(0) / scale
     square = ((after - after.mean(0)) / (sd * scale)) ** 2 - ((before - loc) / scale) ** 2
     root = sqrt(len(z))
-    log_p, after_log_p = chain.log_p(w).double(), chain.log_p(there).double()
     tail = (after_log_p < log_p.quantile(TAIL)).double().mean().item()
     return Moved(
         mean=first.mean(0),
@@ -111,6 +106,30 @@ def moved(
         tail_error=sqrt((max(tail, TAIL) + TAIL) / len(z)),
         acceptance=acceptance,
     )
+
+
+def transitions(
+    log_joint: LogDensity, z: Tensor, *, num_steps: int, num_leapfrog: int = 6, seed: int = 0
+) -> tuple[Tensor, float]:
+    """Hamiltonian Monte Carlo from every draw: where each is afterwards ``[S, D]``, and the share of moves accepted.
+
+    The chains work in coordinates in which the draws have covariance ``I``. A pilot of the same length finds the step
+    size; the transitions that count start at the draws again and keep it.
+
+    Args:
+        log_joint: ``log p`` of points ``[S, D]`` up to a constant, ``[S]``, with gradients.
+        z: Draws ``[S, D]``, unconstrained.
+        num_steps: Transitions of each draw.
+        num_leapfrog: Gradients in each.
+        seed: Of momenta and acceptances.
+    """
+    check_at_least("num_steps", num_steps, 1)
+    check_at_least("num_leapfrog", num_leapfrog, 1)
+    chain = _Chain(log_joint, *_placed(z), seed)
+    w = chain.whiten(z)
+    size, _, _ = chain.run(w, num_steps, num_leapfrog, 1.0 / w.shape[1] ** 0.25, adapt=True)
+    _, there, acceptance = chain.run(w, num_steps, num_leapfrog, size)
+    return chain.unwhiten(there), acceptance
 
 
 @dataclass(frozen=True, eq=False)

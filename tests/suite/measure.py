@@ -89,10 +89,10 @@ def mode_error(draws: Draws) -> Figure:
 
 def stein(draws: Draws) -> Figure:
     """Mean error of the score by a kernel, in standard deviations; where the model breaks at a draw there is none."""
-    target, found = draws.target, draws.found[:STEIN]
+    target = draws.target
+    u = target.unconstrain(draws.found[:STEIN]).to(torch.get_default_dtype())
     try:
-        _, score = target.score(target.unconstrain(found))
-        return kernel_stein(target.unconstrain(found), score, num_bootstrap=1).score_error
+        return kernel_stein(u, target.score(u)[1], num_bootstrap=1).score_error
     except (RuntimeError, ValueError):
         return None
 

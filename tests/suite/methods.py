@@ -38,6 +38,16 @@ def implicit(target: Target, *, seed: int, quick: bool, **options: Any) -> Sites
     return guide.sample(target.num_draws)
 
 
+def refined(target: Target, *, seed: int, quick: bool, how: str) -> Sites:
+    """The draws of the defaults, weighed anew or moved on."""
+    options = {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS} if quick else {}
+    torch.manual_seed(seed)
+    guide = ImplicitGuide(target.model)
+    fit = AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
+    draws: Sites = getattr(fit, how)(num_samples=target.num_draws).draws
+    return draws
+
+
 class NoAdversary(nn.Module):
     """Says nothing to the sampler, which follows the slope of a score: this one has none. The contrast stands alone."""
 
@@ -149,6 +159,7 @@ ABLATIONS: dict[str, Method] = {
         for name in ("prior", "diagonal", "gaussian", "flow")
     },
     "uninformed": partial(implicit, informed=False),
+    **{how: partial(refined, how=how) for how in ("resample", "polish")},
     "tempered": partial(implicit, tempering=0.1),
     "whole coordinates": partial(implicit, contrast=Whole),
     "uncooled": partial(implicit, lr=1e-3, adversary_lr=4e-3),
