@@ -42,6 +42,9 @@ def two_modes() -> Target:
 
 @pytest.mark.uses_param_store
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings(
+    "ignore:a few draws have most of the weight:UserWarning"
+)  # after 20 steps
 def test_every_method_draws(method: str) -> None:
     """As many finite draws as were asked for, in the target's coordinates; the model has a plate and proper priors."""
     target = replace(TARGETS["eight_schools_paper"](), num_draws=60)  # as NUTS gives in a hurry

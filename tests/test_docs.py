@@ -103,7 +103,9 @@ def shortened(code: str) -> str:
 @pytest.mark.uses_param_store
 @pytest.mark.filterwarnings("ignore:4 steps with:UserWarning")  # too few for minibatches, they are
 @pytest.mark.filterwarnings("ignore:. fits DISAGREE:UserWarning")  # after so few, they do
-@pytest.mark.filterwarnings("ignore:a few draws have most of the weight:UserWarning")  # of such fits
+@pytest.mark.filterwarnings(
+    "ignore:a few draws have most of the weight:UserWarning"
+)  # of such fits
 @pytest.mark.filterwarnings("ignore::FutureWarning:arviz")
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_every_code_block_runs(

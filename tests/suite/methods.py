@@ -21,6 +21,7 @@ from torch.distributions import Distribution
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.contrasts import MixtureContrast, zuko_imported
 from implicitvi.log_joint import LogJoint
+from suite.denoising import denoised
 from suite.target import Sites, Target
 
 Method = Callable[..., Sites]
@@ -28,12 +29,14 @@ STEPS, PARTICLES = 4000, 32  # of every variational peer
 QUICK_STEPS = 20
 
 
-def implicit(target: Target, *, seed: int, quick: bool, **options: Any) -> Sites:
+def implicit(
+    target: Target, *, seed: int, quick: bool, sampler: str = "gated", **options: Any
+) -> Sites:
     """This package with its defaults, or with ``options``."""
     if quick:
         options |= {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS}
     torch.manual_seed(seed)
-    guide = ImplicitGuide(target.model)
+    guide = ImplicitGuide(target.model, sampler=sampler)
     AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
     return guide.sample(target.num_draws)
 
@@ -165,6 +168,8 @@ ABLATIONS: dict[str, Method] = {
     "uncooled": partial(implicit, lr=1e-3, adversary_lr=4e-3),
     "mixture alone": partial(implicit, adversary=NoAdversary, informed=False),
     "flow alone": partial(implicit, contrast="flow", adversary=NoAdversary, informed=False),
+    "semi-implicit": partial(implicit, sampler="semi_implicit"),
+    "denoised": denoised,
     "more adversary late": partial(implicit, adversary_steps=(3, 6), num_particles=(448, 2048)),
 }
 OURS: dict[str, Method] = {"implicit": implicit}
