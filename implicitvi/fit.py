@@ -21,7 +21,7 @@ from implicitvi.evaluation.report import Report
 from implicitvi.guide import ImplicitGuide
 from implicitvi.html import table
 from implicitvi.refine import Polished, Resampled, polish, resample
-from implicitvi.restarts import Agreement
+from implicitvi.restarts import Agreement, restart_folder
 from implicitvi.samplers import MixtureSampler
 from implicitvi.training import History, RandomStream
 
@@ -73,6 +73,7 @@ class Fit:
     def save(self, folder: str | Path) -> None:
         """Write everything that training and drawing need into a folder; `AVBSVI.load` reads it.
 
+        Each restart has a folder of its own inside.
         The state is the present one: of a guide that has been trained further it is the later one.
 
         Raises:
@@ -84,6 +85,8 @@ class Fit:
                 do="Save the guide's state_dict(), or write fit = AVBSVI(...).run(...).",
             )
         self.write(folder)
+        for key, other in enumerate(self.restarts, 1):
+            other.save(restart_folder(folder, key))
 
     @property
     def losses(self) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,3 +96,8 @@ def _shares(guides: Sequence[ImplicitGuide], u: Tensor) -> Tensor:
     if not isinstance(most, MixtureSampler):
         return u.new_ones(len(u), 1)
     return torch.nn.functional.one_hot(most.owners(u), len(most.weights)).to(u).mean(1)
+
+
+def restart_folder(folder: str | Path, key: int) -> Path:
+    """Where a fit's folder keeps its restart of this number, counted from 1."""
+    return Path(folder) / f"restart-{key}"

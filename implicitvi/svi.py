@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
 from math import nan
@@ -28,13 +28,14 @@ from implicitvi.options import ProblemOptions, check_guide
 from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
-from implicitvi.restarts import agreement, warn_of_disagreement
+from implicitvi.restarts import agreement, restart_folder, warn_of_disagreement
 from implicitvi.saved import OF_GUIDE, SavedFit, as_written, belongings, decisive, save
 from implicitvi.training import (
     Callback,
     Checkpoint,
     History,
     Progress,
+    RandomStream,
     Schedule,
     Trainer,
 )
@@ -210,6 +211,9 @@ class AVBSVI:
             self.trainer.load_state_dict(self._saved.state["fit"])
             self._record = self._saved.state["record"]
             self._saved = None
+        for twin in self._twins:
+            if twin._saved is not None:
+                twin.setup(*args, **kwargs)
         return self
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -257,16 +261,12 @@ class AVBSVI:
         for key, twin in enumerate(self._twins, 1):
             if (others or [fit])[-1].stop_reason == "interrupted":
                 break
-            folder = None if checkpoint is None else Path(checkpoint) / f"restart-{key}"
+            folder = None if checkpoint is None else restart_folder(checkpoint, key)
             others.append(twin._run(args, kwargs, folder, every))
-        if not others:
-            return fit
-        found = None
-        if self.guide.amortization is None:
-            with self._engine.stream:
-                found = agreement([self.guide, *(other.guide for other in others)])
-            warn_of_disagreement(found)
-        return replace(fit, restarts=tuple(others), agreement=found)
+        fit = _together(fit, others)
+        if fit.agreement is not None:
+            warn_of_disagreement(fit.agreement)
+        return fit
 
     def _twin(self, key: int) -> AVBSVI:
         """The same options around another guide and other random numbers."""
@@ -293,7 +293,7 @@ class AVBSVI:
         num_steps = self.schedule.num_steps
         ahead = num_steps - trainer.step_count if trainer.step_count < num_steps else num_steps
         if resumed and trainer.step_count >= num_steps:
-            return self.fit
+            return self._alone()
         self._record = UNFINISHED | {"setup_seconds": setup_seconds}
         bar = Progress(ahead, {"elbo": "elbo", "adversary": "adversary"}) if self.progress else None
         watchers = [c for c in (bar, *self.callbacks, keeper) if c is not None]
@@ -309,11 +309,15 @@ class AVBSVI:
         }
         if checkpoint is not None:
             self.save(checkpoint)
-        return self.fit
+        return self._alone()
 
     @property
     def fit(self) -> Fit:
         """The fit as it stands: what the last `run` returned, here or before it was saved."""
+        begun = [twin for twin in self._twins if twin._engine.is_set_up]
+        return _together(self._alone(), [twin._alone() for twin in begun])
+
+    def _alone(self) -> Fit:
         trainer = self.trainer
         return Fit(
             guide=self.guide,
@@ -393,6 +397,10 @@ class AVBSVI:
         guide = ImplicitGuide(model, **made_by) if guide is None else guide
         svi = cls(model, guide, **options, progress=progress, callbacks=callbacks)
         svi._take_up(saved)
+        for key, twin in enumerate(svi._twins, 1):
+            own = restart_folder(folder, key)
+            if holds_checkpoint(own):
+                twin._take_up(SavedFit.read(own))
         return svi
 
     def _keeper(self, checkpoint: str | Path | None, every: int | None) -> Checkpoint | None:
@@ -481,6 +489,17 @@ class AVBSVI:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` gave; call `setup` with the model's arguments first."""
         self.trainer.load_state_dict(state)
+
+
+def _together(fit: Fit, others: Sequence[Fit]) -> Fit:
+    """A fit with its restarts, and how far they agree."""
+    if not others:
+        return fit
+    found = None
+    if fit.guide.amortization is None:
+        with RandomStream(0):  # looking leaves the fits as they are
+            found = agreement([each.guide for each in (fit, *others)])
+    return replace(fit, restarts=tuple(others), agreement=found)
 
 
 class AVB_ELBO(ELBO):
