@@ -24,7 +24,8 @@ from implicitvi.training.checkpoint import check_same, read_state, save_state
 KIND = "AVBSVI"
 CUSTOM = "a function or object of your own"
 OF_GUIDE = ("sampler", "amortize")  # options of the guide; all others are those of AVBSVI
-FREE = ("mode", "compile", "max_skips")  # decide how numbers are come by, not which
+# these decide how the numbers of a fit are come by, and how many fits there are, but no number
+FREE = ("mode", "compile", "max_skips", "restarts")
 
 
 @dataclass(frozen=True)

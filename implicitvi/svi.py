@@ -176,6 +176,7 @@ class AVBSVI:
             **vars(options),
             clip_norm=clip_norm,
             max_skips=max_skips,
+            restarts=restarts,
             seed=seed,
         )
         self._saved: SavedFit | None = None  # to be taken up
@@ -274,6 +275,7 @@ class AVBSVI:
         other.guide = self.guide.twin()
         other._engine = self._engine.twin(key)
         other._twins = []
+        other._options = self._options | {"restarts": 1}
         return other
 
     def _run(
