@@ -24,6 +24,7 @@ from planted import PLANTED, TARGETS, exact, planted, short_fit
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "diagnose.json"
 FIT_STEPS = 600
+FIRST_SEED = 100  # the limits were chosen by what was seen at small ones
 
 
 def cases(planted_seeds: int, exact_seeds: int, fit_seeds: int) -> list[tuple[str, str, int]]:
@@ -31,7 +32,7 @@ def cases(planted_seeds: int, exact_seeds: int, fit_seeds: int) -> list[tuple[st
     found = [("planted", name, seed) for name in PLANTED for seed in range(planted_seeds)]
     found += [("exact", name, seed) for name in TARGETS for seed in range(exact_seeds)]
     found += [("fit", name, seed) for name in TARGETS for seed in range(fit_seeds)]
-    return found
+    return [(kind, name, FIRST_SEED + seed) for kind, name, seed in found]
 
 
 def source_of(kind: str, name: str, seed: int) -> tuple[Any, Callable[[], None]]:
