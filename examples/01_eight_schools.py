@@ -45,7 +45,6 @@ SCHOOLS = eight_schools()
 PAPER: dict[str, Any] = {
     "informed": False,
     "averaging": 0,
-    "tempering": None,
     "warm_start": 0,
     "lr": 1e-4,
     "adversary_lr": 2e-4,

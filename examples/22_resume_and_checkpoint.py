@@ -148,8 +148,7 @@ print(
 # %%
 # The picture
 # -----------
-# Above, the losses: the grey steps were taken twice, by the process that died and by the one that took its place. They
-# rise while the joint density is tempered, as each step then has another objective; at a power of 1 they are level.
+# Above, the losses: the grey steps were taken twice, by the process that died and by the one that took its place.
 # Below, every loss's distance from the fit that was never interrupted. Right, the draws, and the curves that they are.
 
 BLUE, VERMILION = plots.BLUE, plots.VERMILION
@@ -168,17 +167,6 @@ above.plot(
 low, high = np.quantile(whole.losses, [0.01, 0.985])
 above.set(ylabel="loss (nats)", ylim=(low - 0.2 * (high - low), high + 0.45 * (high - low)))
 above.set_title("The loss of every step", loc="left", weight="bold")
-tempered = int((whole.history["beta"] < 1).sum())
-above.annotate(
-    "tempered until here",
-    (tempered, whole.losses[tempered - 1]),
-    (-12, 0),
-    textcoords="offset points",
-    ha="right",
-    va="center",
-    color="0.35",
-    fontsize="small",
-)
 above.legend(loc="upper right", ncols=3, frameon=False)
 
 for name, colour, width in (("another seed", "0.55", 1), ("killed and resumed", BLUE, 3)):
