@@ -240,7 +240,7 @@ def draw_densities(results: dict[str, Result], sizes: Sizes) -> plt.Figure:
     """Draws of spread and mean effect, of three guides and of the truth, on the contours of the truth."""
     panels = {
         "mean-field Gaussian\nAutoNormal": ("AutoNormal", plots.VERMILION),
-        "autoregressive flow\nAutoIAFNormal": ("AutoIAFNormal", plots.PURPLE),
+        "autoregressive flow\nAutoIAFNormal": ("AutoIAFNormal", plots.GREEN),
         "implicit posterior\nImplicitGuide": ("AVB + AC (defaults)", plots.BLUE),
         "truth\nexact draws": ("floor", "0.25"),
     }
