@@ -157,7 +157,7 @@ for name, i in zip("abcd", hardest, strict=True):
         lambda z, x=shown[i : i + 1]: log_joint(x, z).squeeze(-1),
         masses=(0.5, 0.9),
         num_draws=600,
-        legend=name == "a",
+        legend=False,
         ax=ax,
     )
     ax.set(xlabel="$z_1$ (prior sd)", ylabel="$z_2$ (prior sd)")
@@ -165,6 +165,7 @@ for name, i in zip("abcd", hardest, strict=True):
     inset = ax.inset_axes((0.76, 0.72, 0.24, 0.28))
     inset.imshow(shown[i].reshape(8, 8).numpy(), cmap="gray_r")
     inset.set(xticks=[], yticks=[])
+figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "vae_in_pyro.png"
 figure.savefig(path, dpi=130)
