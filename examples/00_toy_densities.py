@@ -90,13 +90,16 @@ def draw(fitted: dict[str, Tensor], sizes: Sizes) -> plt.Figure:
             extent=density.extent,
             grid=sizes.grid,
             num_draws=sizes.shown,
-            legend=name == "torus",
+            legend=False,
             ax=below,
         )
         below.set_ylabel("")
         for panel in (above, below):
             panel.set_box_aspect(1)
             panel.locator_params(nbins=5)
+    figure.legend(
+        *below.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False
+    )
     axes[0, 0].set_ylabel("density\n$z_2$")
     axes[1, 0].set_ylabel("draws of the fit\n$z_2$")
     return figure

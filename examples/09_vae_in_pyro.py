@@ -25,6 +25,7 @@ from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
 
@@ -141,9 +142,11 @@ figure, axes = plt.subplot_mosaic(
     "mmab;mmcd", figsize=(12, 6), layout="constrained", gridspec_kw={"wspace": 0.05}
 )
 plots.decoded_plane(
-    lambda z: model.decoder(z).sigmoid().unflatten(-1, (8, 8)),
+    lambda z: pad(
+        model.decoder(z).sigmoid().unflatten(-1, (8, 8)), (2, 2, 2, 2)
+    ),  # white around each
     extent=(-2.35, 2.35, -2.35, 2.35),
-    num=14,
+    num=12,
     ax=axes["m"],
 )
 axes["m"].set_title("What the decoder makes of the latent plane")
@@ -154,13 +157,15 @@ for name, i in zip("abcd", hardest, strict=True):
         lambda z, x=shown[i : i + 1]: log_joint(x, z).squeeze(-1),
         masses=(0.5, 0.9),
         num_draws=600,
-        legend=name == "a",
+        legend=False,
         ax=ax,
     )
+    ax.set(xlabel="$z_1$ (prior sd)", ylabel="$z_2$ (prior sd)")
     ax.set_title(f"an image of a {labels[i].item()}", fontsize=10)
     inset = ax.inset_axes((0.76, 0.72, 0.24, 0.28))
     inset.imshow(shown[i].reshape(8, 8).numpy(), cmap="gray_r")
     inset.set(xticks=[], yticks=[])
+figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "vae_in_pyro.png"
 figure.savefig(path, dpi=130)

@@ -135,9 +135,9 @@ for column, (name, model) in zip(axes.T, fitted.items(), strict=True):
     value = runs[-1][name]["log likelihood"]
     column[0].set(title=f"{name}: log p(x) = {value:.3f} nats", xlabel="", ylabel="")
     column[0].set(xlim=(-3, 3), ylim=(-3, 3))
-    column[1].set(xlabel="$z_1$")
-axes[0, 0].set(ylabel="$z_2$, draws of the codes")
-axes[1, 0].set(ylabel="$z_2$, what the decoder makes of a code")
+    column[1].set(xlabel="$z_1$ (prior sd)")
+axes[0, 0].set(ylabel="draws of the codes\n$z_2$ (prior sd)")
+axes[1, 0].set(ylabel="whose point the decoder sees\n$z_2$ (prior sd)")
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "four_points.png"
 figure.savefig(path, dpi=130)

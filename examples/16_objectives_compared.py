@@ -121,6 +121,10 @@ for (above, below), (name, model) in zip(pairs, fitted.items(), strict=False):
     plots.images(model.decode(torch.randn(25, 2)), ax=below)
 for unused in [ax for pair in pairs[len(fitted) :] for ax in pair]:
     unused.set_axis_off()
+figure.supxlabel(
+    "above: codes of images never seen, $z_1$ and $z_2$ in prior sd, a colour for each digit;  below: new images",
+    fontsize="medium",
+)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "objectives_compared.png"
 figure.savefig(path, dpi=110)

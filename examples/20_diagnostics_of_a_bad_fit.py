@@ -85,10 +85,9 @@ TRIED: dict[str, dict[str, Any]] = {
         "adversary_lr": 1e-7,
         "contrast": "prior",
         "informed": False,
-        "tempering": None,
         "max_modes": 1,
     },
-    "one mode": {"max_modes": 1, "tempering": None, "restarts": 4},
+    "one mode": {"max_modes": 1, "restarts": 4},
 }
 fits, reports, points, warned = {}, {}, {}, ""
 for name, tried in TRIED.items():

@@ -122,6 +122,13 @@ def draws(fit: Any) -> Tensor:
     return torch.stack([sites["level"], sites["slope"]], -1)
 
 
+def log_joint(z: Tensor) -> Tensor:
+    """Of level and slope ``[..., 2]``: ``[...]``, in nats."""
+    prior = dist.Normal(torch.zeros(2), torch.tensor([5.0, 15.0])).log_prob(z).sum(-1)
+    logits = z[..., :1] + z[..., 1:] * DOSE
+    return prior + dist.Binomial(5, logits=logits).log_prob(DEATHS).sum(-1)
+
+
 def weights(fit: Any) -> Tensor:
     """All that the guide has learned, in one vector."""
     return torch.cat([value.flatten() for value in fit.guide.state_dict().values()])
@@ -148,9 +155,9 @@ print(
 # %%
 # The picture
 # -----------
-# Above, the losses: the grey steps were taken twice, by the process that died and by the one that took its place. They
-# rise while the joint density is tempered, as each step then has another objective; at a power of 1 they are level.
-# Below, every loss's distance from the fit that was never interrupted. Right, the draws, and the curves that they are.
+# Above, the losses: the grey steps were taken twice, by the process that died and by the one that took its place.
+# Below, every loss's distance from the fit that was never interrupted. Right, the draws on the contours of the exact
+# posterior, and the curves that they are.
 
 BLUE, VERMILION = plots.BLUE, plots.VERMILION
 figure = plt.figure(figsize=(14, 7.6), layout="constrained")
@@ -168,18 +175,7 @@ above.plot(
 low, high = np.quantile(whole.losses, [0.01, 0.985])
 above.set(ylabel="loss (nats)", ylim=(low - 0.2 * (high - low), high + 0.45 * (high - low)))
 above.set_title("The loss of every step", loc="left", weight="bold")
-tempered = int((whole.history["beta"] < 1).sum())
-above.annotate(
-    "tempered until here",
-    (tempered, whole.losses[tempered - 1]),
-    (-12, 0),
-    textcoords="offset points",
-    ha="right",
-    va="center",
-    color="0.35",
-    fontsize="small",
-)
-above.legend(loc="upper right", ncols=3, frameon=False)
+above.legend(loc="upper right", ncols=3, framealpha=1, edgecolor="white")
 
 for name, colour, width in (("another seed", "0.55", 1), ("killed and resumed", BLUE, 3)):
     gap = np.abs(FITS[name][0].losses - whole.losses)
@@ -200,17 +196,20 @@ for ax in (above, below):
 marks = {"transform": above.get_xaxis_transform(), "va": "bottom", "fontsize": "small"}
 above.text(killed_at + steps / 100, 0.03, f"killed after step {killed_at}", **marks)
 middle = (kept.num_steps + killed_at) / 2
-above.text(middle, 0.14, "taken twice", ha="center", color="0.35", **marks)
+above.text(middle, 0.5, "taken twice", ha="center", color="0.35", **marks)
 above.text(
     kept.num_steps - steps / 100, 0.03, f"last state kept: {kept.num_steps}", ha="right", **marks
 )
 
 first, second = draws(whole), draws(resumed)
-right.plot(*first.T, "o", color="0.8", ms=5, label="never interrupted")
-right.plot(*second.T, ".", color=BLUE, ms=1.5, label="killed and resumed")
+shown = {"extent": (-2.5, 6.0, -3.0, 45.0), "legend": False}
+right.scatter(*first.T, s=24, color="0.8", lw=0, zorder=0, label="never interrupted")
+plots.draws_on_density(second, log_joint, masses=(0.5, 0.9), **shown, ax=right)
 right.set(xlabel="level (log odds)", ylabel="slope (log odds per log dose)")
-right.set_title("2,000 draws of both, with the same random numbers", loc="left", weight="bold")
-right.legend(loc="lower right", markerscale=2, frameon=False)
+right.set_title("2,000 draws of both, on the truth", loc="left", weight="bold")
+handles, names = right.get_legend_handles_labels()
+names = ["killed and resumed" if name == "draws" else name for name in names]
+right.legend(handles, names, loc="upper left", markerscale=2, frameon=False)
 
 dose = torch.linspace(-1.2, 1.2, 200)
 risk = torch.sigmoid(second[:, :1] + second[:, 1:] * dose)

@@ -2,8 +2,9 @@
 A contrast of your own
 ======================
 
-A contrast that knows the shape of a funnel, in thirty lines: less is left for the adversary to learn, and after as many
-steps the fit is nearer to the truth.
+A contrast that knows the shape of a funnel, in thirty lines. Less is left for the adversary to learn than with a
+Gaussian, and after as many steps the fit is nearer to the truth: as near as with the default, a mixture of eight, and
+this one learns two numbers.
 
 The posterior of a hierarchical model often is a funnel: where the log scale ``v`` is small, the effects ``x`` below it
 are confined to a narrow neck. Neal's funnel is the textbook case, ``v ~ Normal(0, 2)`` and
@@ -188,7 +189,7 @@ def log_unfunnelled(z: Tensor) -> Tensor:
 
 figure, axes = plt.subplots(2, 3, figsize=(12, 8), layout="constrained", sharex="row", sharey=True)
 for (above, below), (name, q) in zip(axes.T, fitted.items(), strict=True):
-    shown = {"legend": name == "Gaussian", "num_draws": 4000}
+    shown = {"num_draws": 4000, "legend": False}
     plots.draws_on_density(q, log_density, extent=(-12, 12, -7, 7), **shown, ax=above)
     above.set(title=f"{name}: KL(q‖p) = {knn_kl(q, truth):.3f} nats", xlabel="effect $x$")
     window = (-4.5, 4.5, -7, 7)
@@ -196,6 +197,7 @@ for (above, below), (name, q) in zip(axes.T, fitted.items(), strict=True):
     below.set(xlabel="effect over its true scale, $x / e^{v/2}$ (no unit)")
 for ax in axes.flat:
     ax.set_ylabel("log scale $v$" if ax in axes[:, 0] else "")
+figure.legend(*below.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "custom_contrast.png"
 figure.savefig(path, dpi=130)

@@ -2,14 +2,15 @@
 A sampler of your own
 =====================
 
-A posterior with a known symmetry, and a sampler that has it by construction: two far modes, both found, each with its
-weight, where a network by itself keeps one.
+A posterior with a known symmetry, and a sampler that has it by construction: two modes, each with half of the draws.
+The defaults have to learn as much.
 
 Of two factors only the product is observed, ``y ~ Normal(a b, 0.5)``, with normal priors of sd 2: the posterior is the
 same at ``(a, b)`` and ``(-a, -b)``, and lies along the two branches of a hyperbola. Every factor model has an ambiguity
-like this. A smooth network maps one connected cloud of noise to one connected cloud of draws, so it either
-keeps one branch or leaves a bridge between the two. A sampler of your own may do anything at all that can be drawn and
-differentiated; nobody asks for its density. So let it flip a coin.
+like this. A smooth network maps one connected cloud of noise to one connected cloud of draws, so by itself it either
+keeps one branch or leaves a bridge between the two. The default looks for far modes first and gives each a network and
+a weight, which is learned; whoever knows the symmetry can build it in. A sampler of your own may do anything at all
+that can be drawn and differentiated; nobody asks for its density. So let it flip a coin.
 
 The plane can be summed on a grid: draws and evidence are exact.
 

@@ -65,6 +65,7 @@ class Amortization:
                 raise ModelError(
                     f"plate {self.plate!r} observes nothing that could be shown to the network",
                     do="Pass amortize={plate: features} with a function of the model's arguments.",
+                    faq="a-latent-for-every-row",
                 )
             return run.observed
         rows = self.features(*args, **kwargs)
@@ -80,6 +81,7 @@ class Amortization:
                 else type(rows).__name__,
                 expected=f"[{layout.full_size}, ...]"
                 + (f" or [{layout.size}, ...]" if layout.size != layout.full_size else ""),
+                faq="a-latent-for-every-row",
             )
         return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
 

@@ -95,12 +95,15 @@ def log_sum(trace: Any) -> Tensor:
             got=", ".join(f"{name}: {scale}" for name, scale in scales.items()),
             expected="one number",
             do="Keep minibatches and poutine.scale away from discrete sites that all data share, or pass all data.",
+            faq="a-discrete-latent-is-refused",
         )
     try:
         total = _contract(trace, dependent, frozenset())
     except NotImplementedError as error:
         raise ModelError(
-            "the discrete sites of the model cannot be summed out exactly", got=str(error)
+            "the discrete sites of the model cannot be summed out exactly",
+            got=str(error),
+            faq="a-discrete-latent-is-refused",
         ) from error
     summed: Tensor = scales[next(iter(scales))] * total
     return sum(rest, summed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+FAQ = "docs/howto/faq.md"
+
 
 class ImplicitVIError(Exception):
     """Base of every error that implicitvi raises on purpose.
@@ -14,18 +16,36 @@ class ImplicitVIError(Exception):
         got: What was given; left out of the message when ``None``.
         expected: What would have been right; left out when ``None``.
         do: What the reader can do about it.
+        faq: Heading in the FAQ that says more, as links write it; shown on a line of its own. ``None`` for that of the
+            class, which most have not.
+
+    Attributes:
+        faq: The heading, or nothing.
 
     >>> print(ImplicitVIError("the plate is empty", got=0, expected="at least 1", do="Pass data."))
     the plate is empty; got 0, expected at least 1. Pass data.
+    >>> print(CheckpointError("the checkpoint cannot be read", do="Take an older copy."))
+    the checkpoint cannot be read. Take an older copy.
+    More: docs/howto/faq.md#a-checkpoint-is-refused
     """
 
+    faq = ""
+
     def __init__(
-        self, what: str, *, got: object = None, expected: object = None, do: str = ""
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        do: str = "",
+        faq: str | None = None,
     ) -> None:
         parts = [f"got {got}"] if got is not None else []
         parts += [f"expected {expected}"] if expected is not None else []
         detail = "; " + ", ".join(parts) if parts else ""
-        super().__init__(f"{what}{detail}.{' ' + do if do else ''}")
+        self.faq = self.faq if faq is None else faq
+        more = f"\nMore: {FAQ}#{self.faq}" if self.faq else ""
+        super().__init__(f"{what}{detail}.{' ' + do if do else ''}{more}")
 
 
 class OptionError(ImplicitVIError, ValueError):
@@ -51,6 +71,8 @@ class DataError(ImplicitVIError, ValueError):
 class CheckpointError(ImplicitVIError, ValueError):
     """A checkpoint cannot be read, or belongs to something else."""
 
+    faq = "a-checkpoint-is-refused"
+
 
 class NonFiniteError(ImplicitVIError, FloatingPointError):
     """Training met too many non-finite steps; the last good state has been restored.
@@ -59,6 +81,8 @@ class NonFiniteError(ImplicitVIError, FloatingPointError):
         player: Name of the player whose loss or gradient was not finite.
         step: The step at which training gave up.
     """
+
+    faq = "turns-are-skipped-or-draws-dropped"
 
     def __init__(self, what: str, *, player: str, step: int, do: str = "") -> None:
         super().__init__(what, do=do)

@@ -75,6 +75,7 @@ class ImplicitDistribution(TorchDistribution):
                 "the density of an implicit posterior is not known, only learned beside its draws",
                 do="Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO "
                 "cannot.",
+                faq="the-density-of-the-posterior-is-not-known",
             )
         flat = value.reshape(-1, *self.event_shape)
         return self.log_density(flat).reshape(value.shape[:-1])

@@ -33,18 +33,21 @@ def check_site(name: str, fn: Any) -> None:
             f"the discrete latent site {name!r} is not marked to be summed out",
             do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
             "@pyro.infer.config_enumerate.",
+            faq="a-discrete-latent-is-refused",
         )
     if isinstance(fn, Independent):
         raise ModelError(
             f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
             "enumerate",
             do="Declare them independent: a pyro.plate in place of to_event.",
+            faq="a-discrete-latent-is-refused",
         )
     raise ModelError(
         f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
         "summed out",
         got=type(fn).__name__,
         do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
+        faq="a-discrete-latent-is-refused",
     )
 
 
@@ -92,6 +95,7 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
         raise ModelError(
             "the model has no latent site to draw",
             do="Check that the sites to infer are not observed, and that observed ones get obs=.",
+            faq="the-model-has-no-latent-site",
         )
     local = {
         frame.name
@@ -104,4 +108,5 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
             f"latent sites stand in a subsampled plate: {', '.join(sorted(local))}",
             do=f"Amortize the guide over it, ImplicitGuide(model, amortize={{{min(local)!r}: features}}) with a "
             "function of the model's arguments that returns a row for each element; or run the plate in full.",
+            faq="a-latent-for-every-row",
         )

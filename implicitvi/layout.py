@@ -163,12 +163,14 @@ def bijection(name: str, fn: Any) -> Transform:
             got=kind,
             do="Sample Uniform(-π, π) and add the density with pyro.factor, or use ProjectedNormal with "
             "ProjectedNormalReparam.",
+            faq="a-site-cannot-be-mapped-to-the-real-line",
         )
     if kind in ("Delta", "Empirical"):
         raise ModelError(
             f"site {name!r} takes single values only, so it has no density",
             got=kind,
             do="Use pyro.deterministic for a value that follows from others.",
+            faq="a-site-cannot-be-mapped-to-the-real-line",
         )
     try:
         transform: Transform = biject_to(fn.support)
@@ -177,6 +179,7 @@ def bijection(name: str, fn: Any) -> Transform:
             f"site {name!r} cannot be mapped to the real line",
             got=f"{kind}: {str(error).splitlines()[0] if str(error) else 'no support'}",
             do=HINTS.get(kind, "Reparameterise the site (pyro.infer.reparam)."),
+            faq="a-site-cannot-be-mapped-to-the-real-line",
         ) from error
     return transform
 

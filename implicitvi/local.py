@@ -124,6 +124,7 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
             "the model has no plate of the name to amortize",
             got=repr(plate),
             expected=f"one of {', '.join(map(repr, sorted(frames))) or 'none: it has no plate'}",
+            faq="a-latent-for-every-row",
         )
     frame = frames[plate]
     if not frame.vectorized:
@@ -140,6 +141,7 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
         raise ModelError(
             "a guide amortized over a plate does not sum discrete sites out",
             do="Sum them out by hand, for instance with dist.MixtureSameFamily.",
+            faq="a-discrete-latent-is-refused",
         )
     everything = SiteLayout.from_trace(trace)
     layout = LocalLayout(

@@ -256,6 +256,7 @@ class LogJoint:
                     f"the support of site {site.name!r} depends on other latent sites",
                     do="Sample a site of fixed support and transform it: for Uniform(0, b) sample "
                     "Uniform(0, 1) and multiply by b.",
+                    faq="a-site-cannot-be-mapped-to-the-real-line",
                 )
 
     def _run(self, mode: str) -> Run:

@@ -101,6 +101,7 @@ class ProblemOptions:
                 "the model mixes tensors of different devices",
                 got=f"{first_line(error)}, with arguments on {', '.join(sorted(arguments.devices()))}",
                 do="Make its constants from its data, as in dist.Normal(y.new_tensor(0.0), 1.0), or move the data.",
+                faq="tensors-on-different-devices",
             ) from error
         warn_of_noise(problem, num_steps)
         return problem
@@ -290,6 +291,7 @@ class ProblemOptions:
                 "that adapts to the posterior needs",
                 got=f"contrast={self.contrast!r}",
                 do="Use contrast='prior': the ratio of posterior to prior is learned from draws of both.",
+                faq="a-distribution-has-no-density",
             )
         if self.contrast == "prior":
             flat = flat_sites(model, values, *arguments.args, **arguments.kwargs)
@@ -315,6 +317,7 @@ def check_devices(arguments: Arguments, first: Arguments) -> None:
             got=", ".join(sorted(arguments.devices())),
             expected=", ".join(sorted(first.devices())),
             do="Move them back; a fit stays on the device that it began on.",
+            faq="tensors-on-different-devices",
         )
 
 
@@ -378,4 +381,5 @@ def check_match(model: Model, guide: ImplicitGuide, arguments: Arguments) -> Non
             got=found,
             expected=known,
             do="Give ImplicitGuide and AVBSVI the same model, and data of the same size.",
+            faq="sites-or-shapes-have-changed",
         )

@@ -50,6 +50,7 @@ def model_parameters(
                 f"the model's parameter {name} is hidden by an older one of that name in Pyro's store",
                 do="Call pyro.clear_param_store() before the second model, or set "
                 "pyro.settings.set(module_local_params=True).",
+                faq="a-parameter-keeps-its-old-value",
             )
         if leaf.requires_grad:
             leaves[name] = leaf

@@ -102,7 +102,7 @@ def loss(
 
 
 def schedule(plan: Schedule | Any, *, ax: Axes | None = None) -> Axes:
-    """The power ``β`` of the joint density and both rates over the steps, on one logarithmic axis.
+    """Both rates over the steps, and the share ``β`` of the log joint where the fit is tempered, on a logarithmic axis.
 
     Args:
         plan: A `Schedule`, or what has one: an `AVBSVI` or a trainer.
@@ -129,11 +129,12 @@ def schedule(plan: Schedule | Any, *, ax: Axes | None = None) -> Axes:
     steps = np.unique(np.linspace(0, plan.num_steps - 1, 400).round().astype(int))
     stages = [plan.at(step) for step in steps]
     lines = {
-        "β": ([stage.beta for stage in stages], BLACK, "-"),
+        "β, share of the log joint": ([stage.beta for stage in stages], BLACK, "-"),
         "adversary's rate": ([stage.adversary_lr for stage in stages], VERMILION, "--"),
         "sampler's rate": ([stage.lr for stage in stages], BLUE, "-."),
     }
-    for label, (values, colour, style) in lines.items():
+    tempered = stages[0].beta < 1
+    for label, (values, colour, style) in list(lines.items())[not tempered :]:
         ax.plot(steps + 1, values, ls=style, color=colour, label=_change(label, values))
     ax.set_yscale("log")
     ax.set_xlim(0, plan.num_steps)
@@ -141,7 +142,7 @@ def schedule(plan: Schedule | Any, *, ax: Axes | None = None) -> Axes:
     turns = _change("adversary's turns", [stage.adversary_steps for stage in stages])
     ax.set_title(f"{draws}; {turns}", fontsize="small")
     ax.set_xlabel("step")
-    ax.set_ylabel("β and rates (no unit)")
+    ax.set_ylabel("β and rates (no unit)" if tempered else "rates (no unit)")
     ax.legend(frameon=False, fontsize="small")
     return ax
 

@@ -125,6 +125,7 @@ def check_sites(trace: Any, shapes: Mapping[str, tuple[int, ...]], *, wider: boo
                     got=tuple(shape),
                     expected=known,
                     do="Give the model data of the same size in every call, or make a new guide.",
+                    faq="sites-or-shapes-have-changed",
                 )
         elif (
             node["type"] == "sample"
@@ -136,11 +137,14 @@ def check_sites(trace: Any, shapes: Mapping[str, tuple[int, ...]], *, wider: boo
                 f"the model visits a latent site that it did not have before: {name!r}",
                 expected=", ".join(shapes),
                 do=SAME_SITES,
+                faq="sites-or-shapes-have-changed",
             )
     if visited < len(shapes):
         missing = ", ".join(repr(name) for name in shapes if name not in trace.nodes)
         raise ModelError(
-            f"the model does not visit its latent sites any more: {missing}", do=SAME_SITES
+            f"the model does not visit its latent sites any more: {missing}",
+            do=SAME_SITES,
+            faq="sites-or-shapes-have-changed",
         )
 
 
@@ -166,11 +170,13 @@ def _no_density(name: str, *, latent: bool, got: str | None) -> ModelError:
             f"the prior of site {name!r} can be drawn from but has no density",
             got=got,
             do="Use contrast='prior', which needs none, or give the site a distribution with a log_prob.",
+            faq="a-distribution-has-no-density",
         )
     return ModelError(
         f"the distribution of site {name!r} has no density",
         got=got,
         do="Observe it through a distribution with a log_prob, or reparameterise it (pyro.infer.reparam).",
+        faq="a-distribution-has-no-density",
     )
 
 

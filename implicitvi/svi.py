@@ -108,8 +108,8 @@ class AVBSVI:
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; algorithm 1 and
         section 4. The paper's own settings: ``contrast="diagonal"`` or ``"prior"``, ``informed=False``,
-        ``averaging=0``, ``tempering=None``, ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``,
-        ``num_particles=512``, ``adversary_steps=2``, ``num_steps=10_000``.
+        ``averaging=0``, ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``, ``num_particles=512``,
+        ``adversary_steps=2``, ``num_steps=10_000``.
     """
 
     def __init__(

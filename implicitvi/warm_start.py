@@ -37,6 +37,7 @@ def starting_point(log_joint: LogDensity, u: Tensor, describe: Callable[[Tensor]
         got=describe(u) or "a finite log density whose gradient is not",
         expected="a finite log density",
         do="Look for NaN in the data, observations outside their support, and priors that exclude the data.",
+        faq="the-log-density-is-not-finite-at-the-start",
     )
 
 

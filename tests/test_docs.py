@@ -7,6 +7,7 @@ what it prints.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import pkgutil
@@ -19,9 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 
 import implicitvi
+from implicitvi.errors import FAQ, ModelError
 from implicitvi.ratios import RatioLoss
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +214,35 @@ def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     return slugs | {full for full, _ in public()}
+
+
+def faq_named() -> set[str]:
+    """Entries of the FAQ that errors point to: a literal ``faq`` of every call and class."""
+    classes = vars(import_module("implicitvi.errors")).values()
+    found = {each.faq for each in classes if hasattr(each, "faq")}
+    for path in (ROOT / "implicitvi").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                found |= {ast.literal_eval(k.value) for k in node.keywords if k.arg == "faq"}
+    return found - {""}
+
+
+def test_errors_point_to_entries_of_the_faq_that_exist() -> None:
+    assert (ROOT / FAQ).exists() and len(faq_named()) > 8
+    assert faq_named() <= anchors(ROOT / FAQ)
+
+
+def test_a_refused_model_says_where_to_read_on() -> None:
+    """The pointer is on a line of its own, so that who shows the first line only has a whole sentence."""
+
+    def coin() -> None:
+        pyro.sample("coin", dist.Bernoulli(0.5))
+
+    with pytest.raises(ModelError) as caught:
+        implicitvi.ImplicitGuide(coin).setup()
+    said, more = str(caught.value).splitlines()
+    assert said.endswith("config_enumerate.")
+    assert more.partition("#")[2] == caught.value.faq == "a-discrete-latent-is-refused"
 
 
 # docstrings

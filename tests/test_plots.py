@@ -206,6 +206,11 @@ def test_training_shows_losses_before_other_metrics_and_no_counts() -> None:
     assert labels == ["model's loss (nats)", "squared error", "β and rates (no unit)"]
 
 
+def test_a_schedule_without_tempering_shows_no_share_of_the_log_joint(ax: Axes) -> None:
+    plots.schedule(Schedule(num_steps=30), ax=ax)
+    assert len(ax.lines) == 2 and ax.get_ylabel() == "rates (no unit)"
+
+
 # draws on a density
 
 
