@@ -488,7 +488,7 @@ def _check_evidence(
 
 def _predictive_shares(value: Tensor, drawn: Tensor) -> dict[str, float]:
     """Share of replicates ``[S, ...]`` with a statistic above that of ``value [...]``, ties for one half."""
-    x, y = value.detach().double().flatten(), drawn.detach().double().flatten(1)
+    x, y = value.detach().double().flatten(), drawn.detach().double().reshape(len(drawn), -1)
     if not x.isfinite().all() or not y.isfinite().all() or not len(x):
         return {}
     statistics: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda v: v.mean(-1)}

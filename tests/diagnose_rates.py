@@ -92,8 +92,11 @@ def main() -> None:
     parser.add_argument("--fits", type=int, default=4, help="seeds of each target, default fits")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
-    rows = []
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    done = {(r["kind"], r["name"], r["seed"]) for r in rows}
     for case in cases(options.planted, options.exact, options.fits):
+        if case in done:
+            continue
         rows.append(measure(*case))
         print(f"{' '.join(map(str, case))}: {', '.join(rows[-1]['failed']) or 'ok'}", flush=True)
         about = {

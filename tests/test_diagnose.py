@@ -196,3 +196,14 @@ def test_a_report_prints_and_goes_through_json() -> None:
     ]
     with pytest.raises(KeyError, match="no check 'four'; there are one, two, three"):
         report["four"]
+
+
+def test_a_single_observation_is_predicted() -> None:
+    def single(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    exact_draws = 0.5 + 0.5**0.5 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    report = diagnose({"mu": exact_draws}, single, torch.tensor(1.0))
+    assert report.ok
+    assert 0.2 < report["predictive"].value < 0.5
