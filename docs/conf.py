@@ -116,19 +116,9 @@ sphinx_gallery_conf = {
 # pages made of results files: their titles, and the commands that measured them
 RESULTS = {
     "accuracy": ("Every posterior of the suite", "make accuracy", "../images/accuracy.png"),
-    "eight-schools": ("Eight Schools beside an IAF guide, version 0.1", None, None),
+    "accuracy-brief": ("The suite in brief", "make accuracy", None),
     "diagnose": ("How often a report is right", "make diagnose-rates", None),
     "conjugate": ("Where the posterior is known", "make conjugate", None),
-    "contrast-gaussian": (
-        "Eight Schools with a Gaussian contrast",
-        None,
-        None,
-    ),
-    "contrast-flow": (
-        "Eight Schools with a flow as contrast",
-        None,
-        None,
-    ),
     "bench": ("Time and memory of a step", "make bench", "../images/bench.png"),
     "vae": ("Latent variable models", "make accuracy-vae", None),
     "vae-bench": ("Time of latent variable models", "make bench-vae", None),

@@ -169,6 +169,32 @@ def table(result: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
+def brief(result: Row) -> str:
+    """C2ST and both divergences of ours, beside the best variational peer of each figure: for the README."""
+    figures = ("c2st", "kl_qp", "kl_pq")
+    head = ["posterior", *(f"{HEADINGS[f]} ours, best peer" for f in figures), "C2ST NUTS"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    (ours,) = OURS
+    for target, methods in groups(result).items():
+        if ours not in methods:
+            continue
+        shown = [target]
+        for figure in figures:
+            mine = median(methods[ours], figure)
+            found = {
+                name: value
+                for name in PEERS
+                if name != "nuts" and (value := median(methods.get(name, []), figure)) is not None
+            }
+            best = min(found, key=lambda name: found[name], default=None)
+            theirs = "" if best is None else f", {found[best]:.3f} ({best})"
+            shown.append(f"{mine:.3f}{theirs}")
+        nuts = median(methods.get("nuts", []), "c2st")
+        shown.append("" if nuts is None else f"{nuts:.3f}")
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def cells(rows: Sequence[Row]) -> list[str]:
     """Seeds that gave draws, then each figure."""
     shown = [str(sum("figures" in row for row in rows))]
@@ -320,6 +346,8 @@ def main() -> None:
             print(name, method, seed, row.get("failed", short), flush=True)
         if any(row["target"] == name for row in results.rows):
             write_whole(options.output.with_suffix(".md"), table(results.whole()))
+            short = options.output.with_name(options.output.stem + "-brief.md")
+            write_whole(short, brief(results.whole()))
             picture(results.whole(), options.picture)
 
 

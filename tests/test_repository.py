@@ -39,8 +39,11 @@ def commands(path: Path) -> set[str]:
 
 
 def test_readme_shows_a_measured_table() -> None:
-    """Every figure of the README comes from the results of version 0.1 on Eight Schools."""
-    shown = (ROOT / "docs" / "results" / "eight-schools.md").read_text(encoding="utf-8")
+    """Every figure of the README comes from the accuracy suite."""
+    import accuracy
+
+    shown = accuracy.brief(json.loads(accuracy.OUTPUT.read_text(encoding="utf-8")))
+    assert accuracy.OUTPUT.with_name("accuracy-brief.md").read_text(encoding="utf-8") == shown
     assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
