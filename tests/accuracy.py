@@ -270,12 +270,19 @@ def picture(result: Row, path: Path) -> None:
     """C2ST and both divergences of every method, target by target."""
     import matplotlib.pyplot as plt
 
+    from implicitvi.plots import PALETTE
+
     grouped = groups(result)
     shown = [name for name in [EXACT, *OURS, *PEERS] if any(name in m for m in grouped.values())]
     fig, axes = plt.subplots(
         1, 3, figsize=(12, 1.2 + 0.32 * len(grouped)), sharey=True, layout="constrained"
     )
-    panels = {"c2st": "C2ST (0.5 is perfect)", "kl_qp": "KL(q‖p), nats", "kl_pq": "KL(p‖q), nats"}
+    panels = {
+        "c2st": "C2ST (0.5 is perfect)",
+        "kl_qp": "KL(q‖p), nats; 0.001 or less at the edge",
+        "kl_pq": "KL(p‖q), nats; 0.001 or less at the edge",
+    }
+    colours = dict(zip([*OURS, *PEERS], PALETTE, strict=False))
     for ax, (figure, label) in zip(axes, panels.items(), strict=True):
         for method in shown:
             points = [
@@ -285,7 +292,9 @@ def picture(result: Row, path: Path) -> None:
             ]
             if points:
                 x, y = zip(*points, strict=True)
-                style = {"marker": "|", "s": 90, "color": "0.6"} if method == EXACT else {"s": 22}
+                style: dict[str, Any] = {"s": 22, "color": colours.get(method)}
+                if method == EXACT:
+                    style = {"marker": "|", "s": 90, "color": "0.6"}
                 x = x if figure == "c2st" else [max(value, 1e-3) for value in x]
                 ax.scatter(x, y, label=method, zorder=3 if method in OURS else 2, **style)
         if figure == "c2st":

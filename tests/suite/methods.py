@@ -74,7 +74,7 @@ class Whole(MixtureContrast):
 
 
 def autoguide(
-    target: Target, *, seed: int, quick: bool, make: Callable[[Any], Any], rate: float = 5e-3
+    target: Target, *, seed: int, quick: bool, make: Callable[[Any], Any], rate: float = 5e-2
 ) -> Sites:
     """A guide of Pyro's, by Adam with a rate that falls a hundredfold."""
     torch.manual_seed(seed)
