@@ -111,8 +111,9 @@ def spline(target: Target, *, seed: int, quick: bool) -> Sites:
         )
     loc = torch.zeros(layout.dim, requires_grad=True)
     log_scale = torch.full((layout.dim,), -2.0, requires_grad=True)
-    parameters = [*flow.parameters(), loc, log_scale]
-    optimiser = torch.optim.Adam(parameters, lr=5e-3)
+    affine, weights = [loc, log_scale], list(flow.parameters())
+    parameters = weights + affine
+    optimiser = torch.optim.Adam([{"params": weights}, {"params": affine, "lr": 5e-2}], lr=5e-3)
     cooling = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.01 ** (1 / steps))
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
