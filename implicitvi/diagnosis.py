@@ -210,8 +210,8 @@ def _check_moves(target: ModelDensity, u: Tensor, seed: int) -> list[Check]:
             f"{change.tail:.1%} of the draws move to the outermost {TAIL:.0%}",
             failed=change.tail > TAIL_SHARE
             and change.tail - TAIL > SIGNIFICANT * change.tail_error,
-            advice="The draws leave out the posterior's tails: intervals are too short. Try contrast='flow', or "
-            "more noise dimensions in the sampler.",
+            advice="The draws leave out the posterior's tails: intervals are too short. Larger batches (num_particles) "
+            "bring draws there; fit.polish() moves those that there are.",
         ),
         Check.of(
             "other modes",
