@@ -462,7 +462,7 @@ class Assembly(Distribution):
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
         counts = which.bincount(minlength=len(self.parts)).tolist()
-        draws = [part.sample((n,)) for part, n in zip(self.parts, counts, strict=True)]
+        draws = [part.sample((n,)) for part, n in zip(self.parts, counts, strict=True) if n]
         ordered = torch.cat(draws)[which.argsort().argsort()]
         return ordered.reshape(shape + self.event_shape)
 

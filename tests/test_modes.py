@@ -187,6 +187,15 @@ def test_each_mode_has_coordinates_of_its_own() -> None:
         assert (part[:, :2].std(0) - 1).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+def test_a_mode_that_is_hardly_there_need_not_be_drawn(kind: str) -> None:
+    z = torch.randn(100, 2)
+    contrast = GaussianContrast() if kind == "gaussian" else MixtureContrast(2, components=2)
+    r = contrast(z)
+    draws = Assembly(torch.tensor([1 - 1e-7, 1e-7]), [r, r]).sample(torch.Size([50]))
+    assert draws.shape == (50, 2) and draws.isfinite().all()
+
+
 def test_the_contrast_of_far_modes_is_a_density_that_follows_the_draws() -> None:
     contrast, z = modal()
     r = contrast(z)
