@@ -90,7 +90,8 @@ def example_arguments(gallery: Any, script: dict[str, Any]) -> list[str]:
     source = Path(script["src_file"]).read_text(encoding="utf-8")
     script["example_globals"]["__doc__"] = ast.get_docstring(ast.parse(source), clean=False)
     output = ["--output", str(Path(__file__).parent / "_build" / "figures")]
-    return [*output, "--smoke"] if GALLERY == "smoke" else output
+    short = ["--paper", "none"] if Path(script["src_file"]).name.startswith("01_") else []
+    return [*output, *short, *(["--smoke"] if GALLERY == "smoke" else [])]
 
 
 sphinx_gallery_conf = {

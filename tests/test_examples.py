@@ -80,7 +80,7 @@ ROWS = {
         "biadversarial, f-GAN",
     },
 }
-OPTIONS = {"01_eight_schools.py": ["--paper-ac"]}
+OPTIONS = {"01_eight_schools.py": ["--paper", "both"]}
 PICTURES = {
     "00_toy_densities.py": {"toy_densities.png"},
     "01_eight_schools.py": {"eight_schools.png", "eight_schools_kl.png"},
