@@ -91,7 +91,7 @@ if options.victim:
 
 place = tempfile.TemporaryDirectory()
 folder = Path(place.name) / "fit"
-command = [sys.executable, __file__, "--victim", str(folder), "--seed", str(options.seed)]
+command = [sys.executable, sys.argv[0], "--victim", str(folder), "--seed", str(options.seed)]
 died = subprocess.run(command + ["--smoke"] * options.smoke, check=False)
 kept = AVBSVI.load(folder, model, progress=False).setup(DOSE, DEATHS).fit
 print(
