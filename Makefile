@@ -66,7 +66,7 @@ conjugate: $(STAMP) ## Measure the defaults where the posterior is known exactly
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conjugate.py
 
 diagnose-rates: $(STAMP) ## Measure how often a diagnosis flags bad and good draws; writes docs/results (an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/diagnose_rates.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/diagnose_rates.py --again
 
 bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py

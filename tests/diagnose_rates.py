@@ -90,9 +90,11 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=5, help="seeds of each planted failure")
     parser.add_argument("--exact", type=int, default=4, help="seeds of each target, exact draws")
     parser.add_argument("--fits", type=int, default=4, help="seeds of each target, default fits")
+    parser.add_argument("--again", action="store_true", help="measure anew what has a row")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    kept = options.output.exists() and not options.again
+    rows = json.loads(options.output.read_text())["rows"] if kept else []
     done = {(r["kind"], r["name"], r["seed"]) for r in rows}
     for case in cases(options.planted, options.exact, options.fits):
         if case in done:

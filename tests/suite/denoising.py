@@ -10,7 +10,6 @@ such a mixture can be had from very many ``ε``, so that adversary and denoiser 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +63,9 @@ def regression(sampler: SemiImplicitSampler, denoiser: Denoiser) -> Player:
     return Player("denoiser", denoiser, losses, lambda stage: stage.adversary_lr)
 
 
-def denoised(target: Target, *, seed: int, quick: bool, **options: Any) -> Sites:
+def denoised(target: Target, *, seed: int, quick: bool) -> Sites:
     """Fit with the schedule, the warm start and the sampler of the library, the adversary left out."""
-    if quick:
-        options |= {"num_steps": 20, "warm_start": 20}
-    guide, _ = fit(target, seed=seed, **options)
-    return guide.sample(target.num_draws)
-
-
-def fit(
-    target: Target, *, seed: int, num_steps: int = Schedule.num_steps, warm_start: int = 600
-) -> tuple[ImplicitGuide, Denoiser]:
-    """The trained guide and its denoiser."""
+    num_steps, warm_start = (20, 20) if quick else (Schedule.num_steps, 600)
     torch.manual_seed(seed)
     guide = ImplicitGuide(target.model, sampler="semi_implicit")
     svi = AVBSVI(
@@ -106,7 +96,7 @@ def fit(
         Player("sampler", sampler, ascent, lambda stage: stage.lr),
     ]
     Trainer(players, schedule=svi.schedule, stream=svi.trainer.stream).run(num_steps)
-    return guide, denoiser
+    return guide.sample(target.num_draws)
 
 
 def agreement(

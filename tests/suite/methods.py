@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNorm
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi import AVBSVI, Fit, ImplicitGuide
 from implicitvi.contrasts import MixtureContrast, zuko_imported
 from implicitvi.log_joint import LogJoint
 from suite.denoising import denoised
@@ -29,25 +29,25 @@ STEPS, PARTICLES = 4000, 32  # of every variational peer
 QUICK_STEPS = 20
 
 
-def implicit(
+def fitted(
     target: Target, *, seed: int, quick: bool, sampler: str = "gated", **options: Any
-) -> Sites:
-    """This package with its defaults, or with ``options``."""
+) -> Fit:
+    """A fit by this package with its defaults, or with ``options``."""
     if quick:
         options |= {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS}
     torch.manual_seed(seed)
     guide = ImplicitGuide(target.model, sampler=sampler)
-    AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
-    return guide.sample(target.num_draws)
+    return AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
 
 
-def refined(target: Target, *, seed: int, quick: bool, how: str) -> Sites:
+def implicit(target: Target, **options: Any) -> Sites:
+    """Draws of a fit with the defaults, or with ``options``."""
+    return fitted(target, **options).guide.sample(target.num_draws)
+
+
+def refined(target: Target, *, how: str, **options: Any) -> Sites:
     """The draws of the defaults, weighed anew or moved on."""
-    options = {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS} if quick else {}
-    torch.manual_seed(seed)
-    guide = ImplicitGuide(target.model)
-    fit = AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
-    draws: Sites = getattr(fit, how)(num_samples=target.num_draws).draws
+    draws: Sites = getattr(fitted(target, **options), how)(num_samples=target.num_draws).draws
     return draws
 
 
