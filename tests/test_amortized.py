@@ -115,6 +115,18 @@ def test_rows_that_are_picked_have_the_terms_they_had() -> None:
     torch.testing.assert_close(terms[:, 1:], source.terms(g, z, batch)[:, 1 + part.picked])
 
 
+def test_a_row_of_data_may_be_larger_than_its_distribution() -> None:
+    y = torch.arange(6.0).reshape(2, 3)
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("row", 3, dim=-1):
+            pyro.sample("obs", dist.Normal(pyro.sample("z", dist.Normal(0, 5)), 1), obs=y)
+
+    observed = read_plate(model, "row", y).observed
+    assert observed is not None
+    assert torch.equal(observed, y.T)
+
+
 def test_a_particle_that_fails_takes_no_other_with_it() -> None:
     def fragile(y: Tensor) -> None:
         rho = pyro.sample("rho", dist.Normal(y.new_tensor(0.0), 1.0))

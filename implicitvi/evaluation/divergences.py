@@ -21,6 +21,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
+from implicitvi.evaluation.stein import frame, standardise
 
 __all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]
 
@@ -291,18 +292,8 @@ def whiten(draws: Draws, reference: Draws) -> Tensor:
     """
     draws, reference = _pair(draws, reference, least_rows=1)
     _check_rows("the second set", reference, reference.shape[1] + 1)
-    centre, scale = reference.mean(0), _spread(reference)
-    # The correlation is factored, not the covariance: its pivots do not depend on the units.
-    correlation = ((reference - centre) / scale).mT.cov().reshape(len(scale), len(scale))
-    factor, _ = torch.linalg.cholesky_ex(correlation)
-    if not factor.diagonal().min() > 1e-6:
-        raise OptionError(
-            "the reference's covariance is singular",
-            do="Drop the dimensions that are functions of others.",
-        )
-    scaled = ((draws - centre) / scale).mT
-    white: Tensor = torch.linalg.solve_triangular(factor, scaled, upper=False).mT
-    return white
+    _spread(reference)  # names the constant dimensions
+    return standardise(draws, *frame(reference))
 
 
 def _pair(first: Draws, second: Draws, *, least_rows: int) -> tuple[Tensor, Tensor]:

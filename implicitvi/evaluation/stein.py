@@ -177,7 +177,7 @@ def frame(z: Tensor) -> tuple[Tensor, Tensor]:
     if info or not factor.diagonal().min() > 1e-7:
         raise OptionError(
             "the draws lie on a plane: their covariance is singular",
-            do="Look whether the fit has collapsed, or one site is a function of others.",
+            do="Look whether the fit has collapsed, or one coordinate is a function of others.",
         )
     return loc, scale[:, None] * factor
 
