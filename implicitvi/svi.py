@@ -297,7 +297,7 @@ class AVBSVI:
         if resumed and trainer.step_count >= num_steps:
             return self._alone()
         self._record = UNFINISHED | {"setup_seconds": setup_seconds}
-        bar = Progress(ahead, {"elbo": "elbo", "adversary": "adversary"}) if self.progress else None
+        bar = Progress(ahead, {"sampler": "loss", "adversary": "adversary"}) if self.progress else None
         watchers = [c for c in (bar, *self.callbacks, keeper) if c is not None]
         try:
             stop_reason = trainer.run(ahead, watchers)

@@ -306,7 +306,7 @@ def test_a_trained_guide_is_not_moved_by_a_second_svi() -> None:
 def test_the_bar_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     small(progress=True).run(Y)
     shown = capsys.readouterr().err
-    assert "6/6" in shown and "elbo=" in shown and "adversary=" in shown
+    assert "6/6" in shown and "loss=" in shown and "adversary=" in shown
 
 
 def test_a_fit_prints_itself() -> None:
