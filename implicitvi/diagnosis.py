@@ -21,9 +21,9 @@ from implicitvi.errors import (
 )
 from implicitvi.evaluation.audit import TRUSTED_AUC, Audit, audit, psis
 from implicitvi.evaluation.evidence import semi_implicit_bound
-from implicitvi.evaluation.moves import TAIL, elsewhere, moved
+from implicitvi.evaluation.moves import TAIL, Moved, elsewhere, moved
 from implicitvi.evaluation.report import Check, Report
-from implicitvi.evaluation.stein import kernel_stein, stein_identities
+from implicitvi.evaluation.stein import FRAME, kernel_stein, stein_identities
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import SiteLayout
 from implicitvi.model_density import Draws, ModelDensity
@@ -42,6 +42,7 @@ SCORE_ERROR = 0.15  # sd; see KernelStein.score_error
 MEAN_ERROR = 0.2  # sd
 SD_ERROR = 0.2  # of log sd: 0.82 to 1.22
 TAIL_SHARE = 0.03
+LEAST_ACCEPTED = 0.2  # of the moves of chains from the draws; below, they have said nothing
 FAR_SHARE = 0.04
 SITE_ERROR = 0.25
 BAD_STEPS = 0.01
@@ -85,7 +86,7 @@ def diagnose(
             left out.
         model: The Pyro model.
         *args: Its arguments, as in training.
-        num_samples: Draws that are looked at; of more, evenly spaced ones.
+        num_samples: Draws that are looked at, of a guide at least two for each dimension; of more, evenly spaced ones.
         seed: Of all that is random; the report is a function of source, arguments and seed.
         **kwargs: Its keyword arguments.
 
@@ -117,7 +118,7 @@ def diagnose(
     if isinstance(guide, ImplicitGuide):
         target = ModelDensity.of_guide(guide, model, args, kwargs, seed)
         with RandomStream(seed):
-            u = guide.sample_unconstrained(num_samples)
+            u = guide.sample_unconstrained(max(num_samples, 2 * target.layout.dim))
             pool = guide.sample_unconstrained(max(AUDIT_DRAWS, 40 * target.layout.dim))
     else:
         target = ModelDensity.of(model, args, kwargs, _first(guide), seed)
@@ -128,11 +129,11 @@ def diagnose(
     log_p, score = target.score(u)
     finite = log_p.isfinite() & score.isfinite().all(1)
     checks.append(_check_density(finite))
-    if int(finite.sum()) < max(LEAST // 2, 2 * u.shape[1]):
+    if not finite.all() and int(finite.sum()) < max(LEAST // 2, 2 * u.shape[1]):
         return Report(tuple(checks))
     u, score = u[finite], score[finite]
     try:
-        checks += _check_stein(target.layout, u, score, seed)
+        checks += _check_stein(target.layout, u, score, pool, seed)
     except ImplicitVIError as error:  # a collapsed fit: draws on a plane, or at a point
         checks.append(Check("Stein discrepancy", "failed", None, None, "not defined", str(error)))
         return Report(tuple(checks))
@@ -162,9 +163,11 @@ def stein_error(
     """
     target = ModelDensity.of_guide(guide, model, args, kwargs, seed)
     with RandomStream(seed):
-        u = guide.sample_unconstrained(num_samples)
+        pool = guide.sample_unconstrained(max(num_samples, FRAME * target.layout.dim))
+    u = pool[:num_samples]
+    _, score = target.score(u)
     try:
-        return kernel_stein(u, target.score(u)[1], num_bootstrap=1, seed=seed).score_error
+        return kernel_stein(u, score, reference=pool, num_bootstrap=1, seed=seed).score_error
     except OptionError:  # a collapsed fit, or draws without a density
         return inf
 
@@ -176,15 +179,47 @@ def _check_moves(target: ModelDensity, u: Tensor, seed: int) -> list[Check]:
         why = "The model is scored one draw at a time, which takes too long for chains."
         return [Check.left_out(name, why) for name in names]
     change = moved(target, u, seed=seed)
-    where = target.layout.coordinates()
-    log_sd = change.sd.log()
-    i, j = _worst(change.mean, change.mean_error), _worst(log_sd, change.sd_error)
-    ratio = change.sd[j].item()
-    wide = "narrow" if ratio > 1 else "wide"
     seen = elsewhere(
         target, u, target.prior_draws(CHAINS, u[0], seed), num_chains=CHAINS, seed=seed
     )
     ends = target.layout.unpack(seen.ends[seen.is_far][:1])[0] if seen.is_far.any() else {}
+    return [
+        *_check_change(change, target.layout.coordinates()),
+        Check.of(
+            "other modes",
+            seen.share,
+            FAR_SHARE,
+            f"{int(seen.is_far.sum())} of {seen.arrived} chains end far away",
+            failed=seen.share > FAR_SHARE and int(seen.is_far.sum()) > 1,
+            advice="Chains from afar end at a density as high as that of the draws, where there are no draws: "
+            f"the fit has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
+            "seed) with tempering=0.1, or order the sites that can change places.",
+        ),
+    ]
+
+
+def _check_change(change: Moved, where: list[str]) -> list[Check]:
+    """What chains from the draws have changed in the coordinates ``where``."""
+    if change.acceptance < LEAST_ACCEPTED:
+        why = "Chains from the draws cannot move, so they say nothing."
+        return [
+            Check.left_out("mean", why),
+            Check.of(
+                "spread",
+                change.acceptance,
+                LEAST_ACCEPTED,
+                f"{change.acceptance:.0%} of the moves of chains accepted",
+                failed=True,
+                advice="However short their steps, chains from the draws cannot move: the log density falls over "
+                "distances that are far smaller than those between the draws. They are much too wide, or lie "
+                f"on an edge of it. {TRAIN}",
+            ),
+            Check.left_out("tails", why),
+        ]
+    log_sd = change.sd.log()
+    i, j = _worst(change.mean, change.mean_error), _worst(log_sd, change.sd_error)
+    ratio = change.sd[j].item()
+    wide = "narrow" if ratio > 1 else "wide"
     return [
         Check.of(
             "mean",
@@ -212,16 +247,6 @@ def _check_moves(target: ModelDensity, u: Tensor, seed: int) -> list[Check]:
             and change.tail - TAIL > SIGNIFICANT * change.tail_error,
             advice="The draws leave out the posterior's tails: intervals are too short. Larger batches (num_particles) "
             "bring draws there; fit.polish() moves those that there are.",
-        ),
-        Check.of(
-            "other modes",
-            seen.share,
-            FAR_SHARE,
-            f"{int(seen.is_far.sum())} of {seen.arrived} chains end far away",
-            failed=seen.share > FAR_SHARE and int(seen.is_far.sum()) > 1,
-            advice="Chains from afar end at a density as high as that of the draws, where there are no draws: "
-            f"the fit has lost a mode, at {_values(ends)} for instance. Fit again from other starts (init_loc_fn, "
-            "seed) with tempering=0.1, or order the sites that can change places.",
         ),
     ]
 
@@ -338,10 +363,16 @@ def _check_density(finite: Tensor) -> Check:
     )
 
 
-def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, seed: int) -> list[Check]:
+def _check_stein(
+    layout: SiteLayout, u: Tensor, score: Tensor, pool: Tensor | None, seed: int
+) -> list[Check]:
     """Kernel Stein discrepancy, then Stein's identities of every coordinate."""
-    part = slice(0, STEIN_DRAWS)
-    kernel = kernel_stein(u[part], score[part], seed=seed)
+    kernel = kernel_stein(
+        _thin(u, STEIN_DRAWS),
+        _thin(score, STEIN_DRAWS),
+        reference=u if pool is None else pool,
+        seed=seed,
+    )
     sites = stein_identities(u, score)
     size = torch.cat([sites.mean, sites.spread])
     errors = torch.cat([sites.mean_error, sites.spread_error])
@@ -406,7 +437,7 @@ def _check_sampler(
         witness = learned if learned.state == "failed" else fresh
         why = f"It would rest on a learned density, and {witness.name!r} says that none can be trusted here."
         held = [Check.left_out(name, why) for name in ("divergence", "Pareto k")]
-        return [learned, fresh, *held, _check_evidence(guide, target, found, None, seed)]
+        return [learned, fresh, *held, _check_evidence(guide, target, None, why, seed)]
     _, k = psis(found.log_weights)
     # truncated: a few draws in tails that the fresh density does not know must not decide
     cap = found.log_weights.median() + log(len(pool)) / 2
@@ -433,7 +464,7 @@ def _check_sampler(
             failed=k > limit and kl >= FLAT_WEIGHTS,
             advice="A few draws have nearly all the importance weight: the draws miss mass that they should have.",
         ),
-        _check_evidence(guide, target, found, log_mean, seed),
+        _check_evidence(guide, target, (found.log_weights.mean().item(), log_mean), "", seed),
     ]
 
 
@@ -473,17 +504,23 @@ def _check_fresh(found: Audit) -> Check:
 
 
 def _check_evidence(
-    guide: ImplicitGuide, target: ModelDensity, found: Audit, log_mean: float | None, seed: int
+    guide: ImplicitGuide,
+    target: ModelDensity,
+    estimates: tuple[float, float] | None,
+    why: str,
+    seed: int,
 ) -> Check:
-    elbo = found.log_weights.mean().item()
-    upper = "withheld" if log_mean is None else f"{log_mean:.2f}"
-    estimate = f"estimates: ELBO {elbo:.2f}, importance-weighted {upper}"
-    if not isinstance(guide.sampler, SemiImplicitSampler):
-        return Check.noted("evidence", elbo, f"log p(x) in nats, {estimate}")
-    bound, error = semi_implicit_bound(target, guide.sampler, seed=seed)
-    return Check.noted(
-        "evidence", bound, f"log p(x) >= {bound:.2f} ± {error:.2f} nats, certified; {estimate}"
-    )
+    """The certified bound, and estimates of ELBO and importance sampling; why, where those are withheld."""
+    words = "estimates withheld"
+    if estimates is not None:
+        words = f"estimates: ELBO {estimates[0]:.2f}, importance-weighted {estimates[1]:.2f}"
+    if isinstance(guide.sampler, SemiImplicitSampler):
+        bound, error = semi_implicit_bound(target, guide.sampler, seed=seed)
+        found = f"log p(x) >= {bound:.2f} ± {error:.2f} nats, certified; {words}"
+        return Check.noted("evidence", bound, found)
+    if estimates is None:
+        return Check.left_out("evidence", why)
+    return Check.noted("evidence", estimates[0], f"log p(x) in nats, {words}")
 
 
 def _predictive_shares(value: Tensor, drawn: Tensor) -> dict[str, float]:

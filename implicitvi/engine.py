@@ -50,7 +50,7 @@ class Engine:
         self.schedule = schedule
         self.options = options
         self.stream = RandomStream(seed)
-        self._seed = seed
+        self.seed = seed
         self.arguments = self._first = Arguments((), {})
         self._moves_sampler = moves_sampler
         self._clip_norm = clip_norm
@@ -75,7 +75,8 @@ class Engine:
     def twin(self, key: int) -> Engine:
         """An engine of the same options, not set up, with random numbers of its own: the same ones for one key."""
         other = copy(self)
-        other.stream = RandomStream(None if self._seed is None else derived_seed(self._seed, key))
+        other.seed = None if self.seed is None else derived_seed(self.seed, key)
+        other.stream = RandomStream(other.seed)
         return other
 
     def setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:

@@ -170,8 +170,8 @@ class Fit:
             SetupError: The guide is amortized.
             ModelError: The model looked at minibatches of its data.
         """
-        with_options: Callable[..., Report] = partial(diagnose, num_samples=num_samples, seed=seed)
-        return with_options(self, self.model, *self.args, **self.kwargs)
+        judge: Callable[..., Report] = diagnose
+        return judge(self, self._as_run, *self.args, num_samples=num_samples, seed=seed)
 
     def resample(self, *, num_samples: int = 4000, seed: int = 0) -> Resampled:
         """Draws chosen again by their importance weights: `implicitvi.refine.resample` with the run's arguments.
@@ -184,10 +184,7 @@ class Fit:
             SetupError: The guide is amortized.
             ModelError: The density of the draws cannot be learned well enough to weigh them by.
         """
-        with_options: Callable[..., Resampled] = partial(
-            resample, num_samples=num_samples, seed=seed
-        )
-        return with_options(self.guide, self.model, *self.args, **self.kwargs)
+        return resample(self.guide, self._as_run, *self.args, num_samples=num_samples, seed=seed)
 
     def polish(self, num_steps: int = 15, *, num_samples: int = 4000, seed: int = 0) -> Polished:
         """Draws moved on by a Markov chain: `implicitvi.refine.polish` with the run's arguments.
@@ -200,10 +197,19 @@ class Fit:
         Raises:
             SetupError: The guide is amortized.
         """
-        with_options: Callable[..., Polished] = partial(
-            polish, num_steps=num_steps, num_samples=num_samples, seed=seed
+        return polish(
+            self.guide,
+            self._as_run,
+            *self.args,
+            num_steps=num_steps,
+            num_samples=num_samples,
+            seed=seed,
         )
-        return with_options(self.guide, self.model, *self.args, **self.kwargs)
+
+    @property
+    def _as_run(self) -> Callable[..., Any]:
+        """The model with its keyword arguments, whose names may be those of options here."""
+        return partial(self.model, **self.kwargs) if self.kwargs else self.model
 
     def __str__(self) -> str:
         loss = self.history.last("sampler", 100)

@@ -81,7 +81,7 @@ def find_modes(
     def score(v: Tensor) -> Tensor:
         """The log density in units of the first Gaussian, ``-inf`` where there is none: ``v [..., D]`` to ``[...]``."""
         scores = log_joint(loc + v.reshape(-1, len(loc)) @ scale_tril.mT)
-        return scores.nan_to_num(-torch.inf, -torch.inf).reshape(v.shape[:-1])
+        return scores.nan_to_num(-torch.inf, -torch.inf, -torch.inf).reshape(v.shape[:-1])
 
     unit = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
     fits = [(torch.zeros_like(loc), unit)]

@@ -40,7 +40,8 @@ from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import MixtureSampler, Sampler
 from implicitvi.scoring import PARTICLE_ERRORS, first_line, flat_sites, sites_without_density
 from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
-from implicitvi.warm_start import gaussian_fit, starting_point
+from implicitvi.training import RandomStream
+from implicitvi.warm_start import gaussian_fit, settle, starting_point
 
 STARTS = 32  # of each kind, from which far modes are looked for
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is read
@@ -140,9 +141,11 @@ class ProblemOptions:
                 sampler.set_frame(*moments(prior.sample((1000,))))
             elif self.warm_start:
                 leaves = list(parameters.values())
-                sampler.set_frame(
-                    *gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
-                )
+                place = gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
+                if not log_joint.minibatches:  # of which every look sees another posterior
+                    with RandomStream(0):  # the fit's own numbers do not depend on the look
+                        place = settle(score, *place)
+                sampler.set_frame(*place)
                 if not leaves and prior is None:
                     sampler = guide.split(self._modes(log_joint, sampler, arguments))
         contrast = self._contrast_of(sampler) if prior is None else _prior_contrast(prior)

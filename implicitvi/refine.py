@@ -13,6 +13,7 @@ from torch import Tensor
 from implicitvi.errors import ModelError, check_at_least
 from implicitvi.evaluation.audit import LEAST, audit, psis
 from implicitvi.evaluation.moves import transitions
+from implicitvi.evaluation.stein import FRAME
 from implicitvi.guide import ImplicitGuide
 from implicitvi.model_density import ModelDensity
 from implicitvi.training import RandomStream
@@ -154,10 +155,12 @@ def polish(
     Raises:
         SetupError: The guide has not been trained, or is amortized.
     """
-    check_at_least("num_samples", num_samples, 2)
+    check_at_least("num_samples", num_samples, 1)
     density = ModelDensity.of_guide(guide, model, args, kwargs, seed)
     with RandomStream(seed):
-        u = guide.sample_unconstrained(num_samples)
-    density.choose(u)
-    u, acceptance = transitions(density, u, num_steps=num_steps, seed=seed)
+        pool = guide.sample_unconstrained(max(num_samples, FRAME * density.layout.dim))
+    density.choose(pool)
+    u, acceptance = transitions(
+        density, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed
+    )
     return Polished(density.layout.unpack(u)[0], num_steps, acceptance)

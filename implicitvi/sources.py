@@ -96,19 +96,22 @@ class PlateSource:
         self.amortization = amortization
         self.mode = mode
         self._log_joints: dict[int, LogJoint] = {}
-        self._last: tuple[tuple[Any, ...], PlateRun] | None = None
+        self._last: tuple[tuple[Any, ...], list[int], PlateRun] | None = None
 
     def read(self, *args: Any, **kwargs: Any) -> PlateRun:
         """A run of the model on a fresh minibatch; the last one again where nothing can have changed."""
         leaves = tuple(tree_leaves((args, kwargs)))
-        if self._last is not None:
-            seen, run = self._last
+        # what is in a tensor may have changed, and data that no argument brings may too
+        versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+        if self._last is not None and versions:
+            seen, then, run = self._last
             whole = run.layout.size == run.layout.full_size
-            if whole and len(seen) == len(leaves) and all(map(is_, seen, leaves)):
+            same = len(seen) == len(leaves) and all(map(is_, seen, leaves))
+            if whole and same and then == versions:
                 return run
         with self.minibatch.pinned():
             run = read_plate(self.model, self.plate, *args, **kwargs)
-        self._last = (leaves, run)
+        self._last = (leaves, versions, run)
         return run
 
     def batch(self, *args: Any, **kwargs: Any) -> Batch:

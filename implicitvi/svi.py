@@ -275,7 +275,7 @@ class AVBSVI:
         other.guide = self.guide.twin()
         other._engine = self._engine.twin(key)
         other._twins = []
-        other._options = self._options | {"restarts": 1}
+        other._options = self._options | {"restarts": 1, "seed": other._engine.seed}
         return other
 
     def _run(
@@ -297,7 +297,11 @@ class AVBSVI:
         if resumed and trainer.step_count >= num_steps:
             return self._alone()
         self._record = UNFINISHED | {"setup_seconds": setup_seconds}
-        bar = Progress(ahead, {"sampler": "loss", "adversary": "adversary"}) if self.progress else None
+        bar = (
+            Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
+            if self.progress
+            else None
+        )
         watchers = [c for c in (bar, *self.callbacks, keeper) if c is not None]
         try:
             stop_reason = trainer.run(ahead, watchers)

@@ -112,7 +112,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def row_of(target: Target, method: str, seed: int, *, quick: bool) -> Row:
     """Fit, draw and measure; a method that cannot be had for this target says why."""
-    row: Row = {"target": target.name, "method": method, "seed": seed}
+    today = datetime.date.today().isoformat()
+    row: Row = {"target": target.name, "method": method, "seed": seed, "date": today}
     if method == EXACT:
         return {**row, "figures": measure(of_truth(target))}
     began = time.perf_counter()
@@ -165,7 +166,9 @@ def table(result: Row) -> str:
         lines += ["", "Not to be had:", "", *notes]
     lines += ["", *summary(result)]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines += ["", f"{result['date']}, Python {result['python']}, {versions}, one thread."]
+    dates = sorted({row.get("date", result["date"]) for row in result["rows"]})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else result["date"]
+    lines += ["", f"{when}, Python {result['python']}, {versions}, one thread."]
     return "\n".join(lines) + "\n"
 
 
@@ -207,8 +210,8 @@ def cells(rows: Sequence[Row]) -> list[str]:
 
 
 def faults(rows: Sequence[Row]) -> list[str]:
-    """Which of the limits the medians over seeds miss, in words; the modes by the worst seed."""
-    if not any("figures" in row for row in rows):
+    """Which of the limits the medians over seeds miss, in words; modes by the worst seed, which must all give draws."""
+    if not all("figures" in row for row in rows):
         return ["no draws"]
     checks = {
         "C2ST": median(rows, "c2st") <= C2ST,

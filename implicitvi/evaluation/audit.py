@@ -283,9 +283,11 @@ class _Adversary(nn.Module):
         self.hint = torch.zeros(2, dtype=torch.float64)
         sizes = [(dim, 2 * width), (width, 2 * width), (width, 1)]
         self.weights = nn.ParameterList(
-            torch.randn(i, o, generator=generator) * (i**-0.5 if o > 1 else 0.0) for i, o in sizes
+            torch.randn(i, o, generator=generator, dtype=torch.float32)
+            * (i**-0.5 if o > 1 else 0.0)
+            for i, o in sizes
         )
-        self.biases = nn.ParameterList(torch.zeros(o) for _, o in sizes)
+        self.biases = nn.ParameterList(torch.zeros(o, dtype=torch.float32) for _, o in sizes)
 
     def known(self, gap: Tensor) -> Tensor:
         """The clipped hint of ``log p - log r [S]``."""

@@ -109,23 +109,30 @@ def moved(
 
 
 def transitions(
-    log_joint: LogDensity, z: Tensor, *, num_steps: int, num_leapfrog: int = 6, seed: int = 0
+    log_joint: LogDensity,
+    z: Tensor,
+    *,
+    num_steps: int,
+    num_leapfrog: int = 6,
+    reference: Tensor | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, float]:
-    """Hamiltonian Monte Carlo from every draw: where each is afterwards ``[S, D]``, and the share of moves accepted.
+    """Hamiltonian Monte Carlo from every draw: where each is afterwards ``[S, D]``, and the share of moves taken.
 
-    The chains work in coordinates in which the draws have covariance ``I``. A pilot of the same length finds the step
-    size; the transitions that count start at the draws again and keep it.
+    The chains work in coordinates in which the reference has covariance ``I``. A pilot of the same length finds the
+    step size; the transitions that count start at the draws again and keep it.
 
     Args:
         log_joint: ``log p`` of points ``[S, D]`` up to a constant, ``[S]``, with gradients.
         z: Draws ``[S, D]``, unconstrained.
         num_steps: Transitions of each draw.
         num_leapfrog: Gradients in each.
+        reference: Draws ``[R, D]``, more than ``D``; ``None`` for ``z``.
         seed: Of momenta and acceptances.
     """
     check_at_least("num_steps", num_steps, 1)
     check_at_least("num_leapfrog", num_leapfrog, 1)
-    chain = _Chain(log_joint, *_placed(z), seed)
+    chain = _Chain(log_joint, *_placed(z if reference is None else reference), seed)
     w = chain.whiten(z)
     size, _, _ = chain.run(w, num_steps, num_leapfrog, 1.0 / w.shape[1] ** 0.25, adapt=True)
     _, there, acceptance = chain.run(w, num_steps, num_leapfrog, size)
@@ -231,8 +238,10 @@ class _Chain:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.loc)
 
     def log_p(self, w: Tensor) -> Tensor:
+        """``log p [C]``, ``-inf`` where there is none."""
         with torch.no_grad():
-            return self.log_joint(self.unwhiten(w)).nan_to_num(-torch.inf)
+            log_p = self.log_joint(self.unwhiten(w))
+        return log_p.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
     def at(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """``log p [C]``, ``-inf`` where there is none, and its gradient in ``w``, 0 there."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
 
+LEAST = 20  # draws
+FRAME = 20  # draws for each dimension, of which a covariance is taken
 _ENTRIES = 2**22  # of a kernel matrix made at once: 32 MiB
 
 
@@ -37,13 +39,18 @@ class KernelStein:
 
 
 def kernel_stein(
-    z: Tensor, score: Tensor, *, num_bootstrap: int = 500, seed: int = 0
+    z: Tensor,
+    score: Tensor,
+    *,
+    reference: Tensor | None = None,
+    num_bootstrap: int = 500,
+    seed: int = 0,
 ) -> KernelStein:
     """Kernel Stein discrepancy of draws to the distribution with a given score, and its significance.
 
         KSD² = E u(z, z')        u = s·s' k + s·∇' k + s'·∇ k + ∇·∇' k        k = (c² + |z - z'|²)^(-1/2)
 
-    in coordinates in which the draws have covariance ``I``, with the median distance of the draws as ``c``. This
+    in coordinates in which the reference has covariance ``I``, with the median distance of the draws as ``c``. This
     inverse multiquadric decides convergence where a Gaussian kernel does not (Gorham and Mackey). The bootstrap takes
     random signs: for independent draws of ``p`` the p-value is uniform. Draws of a Markov chain have too small ones:
     thin them. At enough draws every variational fit is significant: ``score_error`` says whether it matters.
@@ -51,11 +58,14 @@ def kernel_stein(
     Args:
         z: Draws ``[S, D]``, unconstrained.
         score: ``∇ log p`` at each ``[S, D]``; the evidence has no part in it.
+        reference: Other draws ``[R, D]`` of the same distribution, which give the coordinates; ``None`` for ``z``.
+            Where there are fewer than 20 for each dimension they are asked for variances alone: a covariance of so
+            few draws fits their noise, and hides what is wrong with them.
         num_bootstrap: Statistics of the bootstrap.
         seed: Of the bootstrap's signs.
 
     Raises:
-        ShapeError: The two are not matrices of one shape with more rows than columns.
+        ShapeError: The two are not matrices of one shape with 20 rows or more.
         OptionError: A value is not finite, the draws lie on a plane, or ``num_bootstrap`` is below 1.
 
     >>> generator = torch.Generator().manual_seed(0)
@@ -72,7 +82,7 @@ def kernel_stein(
     """
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
-    loc, scale_tril = frame(z)
+    loc, scale_tril = _frame_for(z if reference is None else reference.detach().to(z))
     w = standardise(z, loc, scale_tril)
     s = score @ scale_tril
     square = torch.nn.functional.pdist(w[:1000]).median().item() ** 2
@@ -102,7 +112,8 @@ class SteinIdentities:
     """What `stein_identities` has found, coordinate by coordinate; all ``[D]``.
 
     Attributes:
-        mean: ``-E[sd s]``: 0 for draws of ``p``; independent Gaussian draws ``δ`` standard deviations off have ``-δ``.
+        mean: ``-E[sd s]``: 0 for draws of ``p``; independent Gaussian draws whose mean is ``δ`` standard deviations too
+            high have ``δ``.
         mean_error: Its standard error.
         spread: ``-E[(z - m) s] - 1``: 0 for draws of ``p``; Gaussian draws of variance ``v`` times that of ``p`` have
             ``v - 1``.
@@ -132,7 +143,7 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
         score: ``∇ log p`` at each ``[S, D]``.
 
     Raises:
-        ShapeError: The two are not matrices of one shape with more rows than columns.
+        ShapeError: The two are not matrices of one shape with 20 rows or more.
         OptionError: A value is not finite.
 
     >>> z = 0.5 * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
@@ -158,19 +169,20 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     )
 
 
+def _frame_for(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """The `frame` of draws ``[R, D]``, of their variances alone where they are too few for more."""
+    if len(draws) >= FRAME * draws.shape[1]:
+        return frame(draws)
+    return draws.mean(0), torch.diag(_scale(draws))
+
+
 def frame(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[D]`` of draws ``[S, D]`` and the Cholesky factor ``[D, D]`` of their covariance, whatever their units.
 
     Raises:
         OptionError: They lie on a plane of lower dimension.
     """
-    loc, scale = z.mean(0), z.std(0)
-    if not (scale > 0).all():
-        raise OptionError(
-            "some coordinates of the draws are constant",
-            got=f"coordinates {(~(scale > 0)).nonzero().flatten().tolist()}",
-            do="Pass draws of all latent sites, not a point.",
-        )
+    loc, scale = z.mean(0), _scale(z)
     unit = ((z - loc) / scale).mT
     correlation = (unit @ unit.mT) / (len(z) - 1)
     factor, info = torch.linalg.cholesky_ex(correlation)
@@ -180,6 +192,18 @@ def frame(z: Tensor) -> tuple[Tensor, Tensor]:
             do="Look whether the fit has collapsed, or one coordinate is a function of others.",
         )
     return loc, scale[:, None] * factor
+
+
+def _scale(z: Tensor) -> Tensor:
+    """Standard deviations ``[D]`` of draws ``[S, D]``, none of them zero."""
+    scale = z.std(0)
+    if not (scale > 0).all():
+        raise OptionError(
+            "some coordinates of the draws are constant",
+            got=f"coordinates {(~(scale > 0)).nonzero().flatten().tolist()}",
+            do="Pass draws of all latent sites, not a point.",
+        )
+    return scale
 
 
 def standardise(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
@@ -210,12 +234,8 @@ def _pair(z: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
             got=f"shapes {tuple(z.shape)} and {tuple(score.shape)}",
             expected="[S, D] both",
         )
-    if len(z) < max(20, z.shape[1] + 2):
-        raise ShapeError(
-            "there are too few draws",
-            got=len(z),
-            expected=f">= {max(20, z.shape[1] + 2)} for {z.shape[1]} dimensions",
-        )
+    if len(z) < LEAST:
+        raise ShapeError("there are too few draws", got=len(z), expected=f">= {LEAST}")
     z, score = (t.detach().to("cpu", torch.float64) for t in (z, score))
     bad = ~(z.isfinite().all(1) & score.isfinite().all(1))
     if bad.any():

@@ -30,12 +30,14 @@ class RandomStream:
     def __init__(self, seed: int | None = None):
         if seed is None:
             seed = int(torch.randint(2**62, ()).item())
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self._state = self._read()
+        self._seed = seed
+        self._state = [torch.Generator().manual_seed(seed).get_state()]
 
     def __enter__(self) -> RandomStream:
         self._outside = self._read()
+        for index in range(len(self._state), len(self._outside)):  # devices not in use before
+            generator = torch.Generator(f"cuda:{index - 1}").manual_seed(self._seed)
+            self._state.append(generator.get_state())
         self._write(self._state)
         return self
 
@@ -64,8 +66,8 @@ class RandomStream:
     @staticmethod
     def _write(state: list[Tensor]) -> None:
         torch.set_rng_state(state[0])
-        if len(state) > 1:
-            torch.cuda.set_rng_state_all(state[1:])
+        if torch.cuda.is_initialized():  # a state may come from a machine with more devices
+            torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
 
 
 def derived_seed(seed: int, *key: int) -> int:

@@ -93,7 +93,7 @@ def stein(draws: Draws) -> Figure:
     u = target.unconstrain(draws.found[:STEIN]).to(torch.get_default_dtype())
     try:
         return kernel_stein(u, target.score(u)[1], num_bootstrap=1).score_error
-    except (RuntimeError, ValueError):
+    except (torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
         return None
 
 

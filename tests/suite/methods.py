@@ -136,9 +136,9 @@ def spline(target: Target, *, seed: int, quick: bool) -> Sites:
 
 
 def nuts(target: Target, *, seed: int, quick: bool) -> Sites:
-    """The No-U-Turn sampler, one chain, 500 draws of warm-up and 2 000 to keep."""
+    """The No-U-Turn sampler, one chain, after 500 draws of warm-up."""
     torch.manual_seed(seed)
-    warm_up, keep = (10, 60) if quick else (500, 2000)
+    warm_up, keep = (10, 60) if quick else (500, target.num_draws)
     kernel = NUTS(target.model, max_tree_depth=3 if quick else 10)
     chain = MCMC(kernel, num_samples=keep, warmup_steps=warm_up, disable_progbar=True)
     chain.run(*target.args)
