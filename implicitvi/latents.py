@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform, Independent
+from pyro.distributions import ImproperUniform, Independent, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint, is_dependent
 
 from implicitvi.enumeration import is_enumerated, is_finite
 from implicitvi.errors import ModelError
 from implicitvi.layout import bijection
 from implicitvi.minibatch import check_subsample
+from implicitvi.scoring import is_scored
 
 
 def check_site(name: str, fn: Any) -> None:
@@ -51,6 +55,51 @@ def check_site(name: str, fn: Any) -> None:
     )
 
 
+def check_observed(node: Any) -> None:
+    """Raise `ModelError` unless data have the shape of their plates and lie where their distribution can give them."""
+    name, fn, value = node["name"], node["fn"], node["value"]
+    batch = value.shape[: value.dim() - fn.event_dim]
+    if any(frame.vectorized for frame in node["cond_indep_stack"]):
+        # a column beside a row would be compared with it each with each
+        together = torch.broadcast_shapes(fn.batch_shape, batch)
+        if together != fn.batch_shape:
+            raise ModelError(
+                f"the data of site {name!r} do not have the shape of its plates",
+                got=f"{tuple(batch)}, which makes {tuple(together)} log densities",
+                expected=f"a shape that fits into {tuple(fn.batch_shape)}",
+                do="Drop their dimensions of size 1, or declare all of their dimensions: a plate for each.",
+            )
+    support, masks = _base(fn)
+    masks += [node["mask"]]
+    if support is None or any(mask is False for mask in masks):
+        return
+    inside = support.check(value)
+    while inside.dim() > len(batch):
+        inside = inside.all(-1)
+    for mask in masks:
+        inside = inside | ~mask if isinstance(mask, Tensor) else inside
+    if not inside.all():
+        inside = inside.expand(batch)
+        raise ModelError(
+            f"data of site {name!r} lie outside the support of their distribution",
+            got=f"{int((~inside).sum())} of {inside.numel()}, the first of them {value[~inside][0].tolist()}",
+            expected=str(support),
+            do="Correct the data, or take a distribution that can give them. Missing data are left out by obs_mask.",
+        )
+
+
+def _base(fn: Any) -> tuple[Constraint | None, list[Any]]:
+    """Support of a distribution, where its parameters have no part in it, and the masks around it."""
+    masks = []
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            masks.append(fn._mask)
+        fn = fn.base_dist
+    support = getattr(type(fn), "support", None)
+    fixed = isinstance(support, Constraint) and not is_dependent(support)
+    return (support if fixed else None), masks
+
+
 class Readable(Messenger):
     """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
 
@@ -62,6 +111,8 @@ class Readable(Messenger):
             check_subsample(msg)
         elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
+        elif msg["is_observed"] and is_scored(msg):
+            check_observed(msg)
         msg["cond_indep_stack"] = tuple(
             frame
             for frame in msg["cond_indep_stack"]

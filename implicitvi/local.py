@@ -172,10 +172,8 @@ def _is_data(node: Any, frame: Any) -> bool:
 
 def _rows(node: Any, frame: Any) -> Tensor:
     """The value of a site, one row for each element of the plate: ``[B, ...]``."""
-    value, shape = node["value"], node["fn"].shape()
-    value = value.expand(torch.broadcast_shapes(value.shape, shape))  # either may be the larger
-    rows: Tensor = value.movedim(frame.dim - node["fn"].event_dim, 0).reshape(frame.size, -1)
-    return rows
+    value: Tensor = node["value"].expand(node["fn"].shape())
+    return value.movedim(frame.dim - node["fn"].event_dim, 0).reshape(frame.size, -1)
 
 
 def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from math import isclose, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from torch import Tensor
 
 from implicitvi.adversaries import GatedAdversary
 from implicitvi.amortized import AmortizedSampler
-from implicitvi.errors import CheckpointError
+from implicitvi.errors import CheckpointError, ModelError
 from implicitvi.guide import ImplicitGuide
 from implicitvi.ratios import RATIOS
 from implicitvi.samplers import SAMPLERS, Sampler
+from implicitvi.scoring import (
+    PARTICLE_ERRORS,
+    Model,
+    run_at,
+    score,
+    sites_without_density,
+    unvalidated,
+)
 from implicitvi.training import RandomStream, Trainer
 from implicitvi.training.checkpoint import check_same, read_state, save_state
 
@@ -34,7 +43,8 @@ class SavedFit:
 
     Attributes:
         config: What it belongs to: options, latent sites, shapes of all weights.
-        state: The trainer's state under ``"fit"``, a probe of the sampler, and the record of the last run.
+        state: The trainer's state under ``"fit"``, a probe of the sampler, the record of the last run, and the model's
+            `log_density`.
     """
 
     config: dict[str, Any]
@@ -55,6 +65,11 @@ class SavedFit:
     def step(self) -> int:
         """Steps taken."""
         return int(self.state["fit"]["step"])
+
+    @property
+    def log_density(self) -> float:
+        """The model's `log_density`, NaN in files from before it was kept."""
+        return float(self.state.get("log density", nan))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -116,6 +131,7 @@ def save(
     guide: ImplicitGuide,
     trainer: Trainer,
     record: dict[str, Any],
+    density: float,
     notes: dict[str, Any],
 ) -> None:
     """Write a fit into a folder."""
@@ -126,8 +142,42 @@ def save(
         "options": options,
         **belongings(guide, trainer),
     }
-    state = {"fit": trainer.state_dict(), "probe": _probe(guide), "record": record}
+    state = {
+        "fit": trainer.state_dict(),
+        "probe": _probe(guide),
+        "record": record,
+        "log density": density,
+    }
     save_state(folder, state, config=config)
+
+
+def log_density(guide: ImplicitGuide, model: Model, *args: Any, **kwargs: Any) -> float:
+    """Log density of the model's sites, in nats, at a place that a guide keeps: so a state knows its model and data.
+
+    NaN where the model cannot be scored there.
+    """
+    sampler, layout = guide.sampler, guide.layout
+    u = sampler.loc if isinstance(sampler, Sampler) else sampler.local.loc.new_zeros(layout.dim)
+    values, _ = layout.unpack(u)
+    with torch.no_grad(), RandomStream(0), unvalidated():
+        try:
+            trace = run_at(model, values, *args, **kwargs)
+            score(trace, values, sites_without_density(model, values, *args, **kwargs))
+        except (ModelError, RuntimeError, *PARTICLE_ERRORS):
+            return nan
+    nodes = trace.nodes.values()
+    return float(sum(node["log_prob_sum"].item() for node in nodes if "log_prob_sum" in node))
+
+
+def check_density(then: float, now: float) -> None:
+    """Raise `CheckpointError` where a model's `log_density` is not what it was; NaN is not compared."""
+    if isfinite(then) and not isclose(then, now, rel_tol=1e-4, abs_tol=1e-3):
+        raise CheckpointError(
+            "the checkpoint belongs to a fit of another model or other data",
+            got=f"a log density of {now:.6g} where it was left",
+            expected=f"{then:.6g}",
+            do="Use another folder; to go on from this fit with new data, AVBSVI.load(folder, model).run(...).",
+        )
 
 
 def belongings(guide: ImplicitGuide, trainer: Trainer) -> dict[str, Any]:

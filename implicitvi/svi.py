@@ -29,7 +29,17 @@ from implicitvi.parameters import parameter_values, show_parameters
 from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RatioLoss
 from implicitvi.restarts import agreement, restart_folder, warn_of_disagreement
-from implicitvi.saved import OF_GUIDE, SavedFit, as_written, belongings, decisive, save
+from implicitvi.saved import (
+    OF_GUIDE,
+    SavedFit,
+    as_written,
+    belongings,
+    check_density,
+    decisive,
+    log_density,
+    save,
+)
+from implicitvi.sources import dataset
 from implicitvi.training import (
     Callback,
     Checkpoint,
@@ -289,7 +299,10 @@ class AVBSVI:
         began = time.perf_counter()
         keeper = self._keeper(checkpoint, every)
         resumed = checkpoint is not None and self._take_up_later(as_folder(checkpoint))
+        then = nan if self._saved is None else self._saved.log_density
         self.setup(*args, **kwargs)
+        if resumed:
+            check_density(then, self._log_density())
         setup_seconds = time.perf_counter() - began
         trainer = self.trainer
         num_steps = self.schedule.num_steps
@@ -444,6 +457,14 @@ class AVBSVI:
         self._saved = saved
         self.guide.restore_with(saved.restore)
 
+    def _log_density(self) -> float:
+        """`log_density` of the model with the arguments of the run, of the first of several datasets."""
+        args, kwargs = self._engine.arguments.args, self._engine.arguments.kwargs
+        amortization = self.guide.amortization
+        if amortization is not None and amortization.plate is None:
+            args, kwargs = dataset(0, args, kwargs)
+        return log_density(self.guide, self.model, *args, **kwargs)
+
     def _write(self, folder: Path, notes: dict[str, Any]) -> None:
         save(
             folder,
@@ -451,6 +472,7 @@ class AVBSVI:
             guide=self.guide,
             trainer=self.trainer,
             record=self._record,
+            density=self._log_density(),
             notes=notes,
         )
 

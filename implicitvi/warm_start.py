@@ -118,16 +118,20 @@ def settle(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tens
     dim = len(loc)
     if dim > WIDEST:
         return loc, scale_tril
-    first = here = _at(log_joint, loc, scale_tril)
+    first = _at(log_joint, loc, scale_tril)
     if first is None or first.is_near(*NEAR):
         return loc, scale_tril
+    here, place = first, first.step()
     for _ in range(SETTLING):
-        if here is None or here.is_near(*SETTLED):
+        there = _at(log_joint, *place)
+        if there is None:  # over the edge of the support
+            place = (here.loc + place[0]) / 2, place[1] / 2
+            continue
+        here = there
+        if here.is_near(*SETTLED):
             break
-        here = _at(log_joint, *here.step())
-    if here is None or not here.elbo > first.elbo:
-        return loc, scale_tril
-    return here.loc, here.scale_tril
+        place = here.step()
+    return (here.loc, here.scale_tril) if here.elbo > first.elbo else (loc, scale_tril)
 
 
 @dataclass(frozen=True, eq=False)

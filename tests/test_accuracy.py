@@ -143,6 +143,7 @@ def test_modes_are_judged_by_the_worst_seed_the_rest_by_the_median() -> None:
     worst = row("banana", "implicit", 2, mode_error=0.3, c2st=0.9)
     assert faults([*seeds, worst]) == ["modes"]
     assert faults([{"failed": "no density"}]) == ["no draws"]
+    assert faults([*seeds, {"failed": "no density"}]) == ["no draws"]
 
 
 def test_peers_are_the_best_of_each_figure() -> None:

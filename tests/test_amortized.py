@@ -115,18 +115,6 @@ def test_rows_that_are_picked_have_the_terms_they_had() -> None:
     torch.testing.assert_close(terms[:, 1:], source.terms(g, z, batch)[:, 1 + part.picked])
 
 
-def test_a_row_of_data_may_be_larger_than_its_distribution() -> None:
-    y = torch.arange(6.0).reshape(2, 3)
-
-    def model(y: Tensor) -> None:
-        with pyro.plate("row", 3, dim=-1):
-            pyro.sample("obs", dist.Normal(pyro.sample("z", dist.Normal(0, 5)), 1), obs=y)
-
-    observed = read_plate(model, "row", y).observed
-    assert observed is not None
-    assert torch.equal(observed, y.T)
-
-
 def test_a_particle_that_fails_takes_no_other_with_it() -> None:
     def fragile(y: Tensor) -> None:
         rho = pyro.sample("rho", dist.Normal(y.new_tensor(0.0), 1.0))
@@ -463,3 +451,21 @@ def test_more_that_is_refused() -> None:
     over = ImplicitGuide(pairs, amortize=lambda y: y)
     with pytest.raises(ShapeError, match="trained on stacks"):
         AVBSVI(pairs, over, **SMALL).run(torch.tensor(1.0))
+
+
+def test_data_that_change_in_place_are_read_again() -> None:
+    y = Y.clone()
+    source = PlateSource(effects, Amortization("groups", features))
+    first = source.batch(y).rows.clone()
+    y.mul_(2)
+    assert torch.equal(source.batch(y).rows, 2 * first)
+    held = torch.zeros(3)
+
+    def closed() -> None:
+        with pyro.plate("row", 3):
+            pyro.sample("obs", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=held)
+
+    source = PlateSource(closed, Amortization("row", None))
+    assert source.batch().rows.sum() == 0
+    held.fill_(7.0)
+    assert source.batch().rows.min() > 0

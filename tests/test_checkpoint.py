@@ -271,3 +271,9 @@ def test_an_averaged_adversary_is_no_plain_one(tmp_path: Path) -> None:
     resumable(avb(averaging=0.5), tmp_path, data)
     with pytest.raises(CheckpointError, match="weights; got adversary: followers.1.x_net.0.weight"):
         resumable(avb(), tmp_path, data)
+
+
+def test_other_data_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    fit(vae(), checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="differs in its data"):
+        fit(vae(), 1 - data(), checkpoint=tmp_path)

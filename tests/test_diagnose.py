@@ -207,3 +207,70 @@ def test_a_single_observation_is_predicted() -> None:
     report = diagnose({"mu": exact_draws}, single, torch.tensor(1.0))
     assert report.ok
     assert 0.2 < report["predictive"].value < 0.5
+
+
+def wide(dim: int) -> Any:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.full((dim,), 100.0), 1e-3).to_event(1))
+
+    return model
+
+
+def test_a_guide_of_many_dimensions_is_not_passed_unseen() -> None:
+    """More draws than were asked for, where they are too few to judge by."""
+    guide = ImplicitGuide(wide(150)).setup()
+    report = diagnose(guide, wide(150), num_samples=200)
+    assert not report.ok and report["sites"].state == "failed"
+
+
+def test_chains_behind_each_other_are_all_looked_at() -> None:
+    """The first half exact, the second too narrow by far."""
+    draws = draw_several(4000)
+    draws[2000:] = draws.mean(0) + 0.4 * (draws[2000:] - draws.mean(0))
+    report = diagnose(bare(TARGETS["several sites"], draws), several_sites, num_samples=4000)
+    assert report["Stein discrepancy"].state == "failed"
+
+
+def test_chains_that_cannot_move_are_no_praise() -> None:
+    def needle() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1e-7).to_event(1))
+
+    z = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    report = diagnose({"z": z}, needle)
+    assert report["spread"].state == "failed" and "cannot move" in report["spread"].advice
+    assert report["mean"].state == report["tails"].state == "left out"
+
+
+def test_what_rests_on_a_density_that_cannot_be_trusted_is_withheld() -> None:
+    source, model = planted("wrong sign of T", seed=0)
+    report = diagnose(source, model)
+    held = [report[name] for name in ("divergence", "Pareto k", "evidence")]
+    assert [check.state for check in held] == ["left out"] * 3
+    assert "none can be trusted" in held[-1].advice
+
+
+def test_arguments_of_the_model_may_be_called_as_options_are() -> None:
+    """The model is looked at with the arguments of the run, and not with those of the diagnosis."""
+
+    def steps(y: Tensor, num_samples: int = 1, seed: int = 0) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(mu * num_samples + seed, 1.0), obs=y)
+
+    options: dict[str, Any] = {"num_steps": 150, "progress": False, "seed": 0}
+    svi = AVBSVI(steps, ImplicitGuide(steps), **options)
+    fit = svi.run(torch.full((20,), 110.0), num_samples=5, seed=100)
+    assert abs(fit.guide.sample(500)["mu"].mean().item() - 2) < 0.1
+    assert fit.diagnose()["mean"].state == "ok"
+    assert abs(fit.polish(num_samples=500).draws["mu"].mean().item() - 2) < 0.1
+
+
+def test_double_precision_by_default_is_no_obstacle() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        options: dict[str, Any] = {"num_steps": 100, "num_particles": 64, "progress": False}
+        svi = AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), seed=0, **options)
+        report = svi.run(torch.tensor([0.5, 1.0])).diagnose()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report["fresh adversary"].state == "ok"

@@ -162,3 +162,47 @@ def test_two_init_functions_give_two_starts() -> None:
 
     assert ImplicitGuide(model).setup().sampler.loc.item() == pytest.approx(5.0, abs=3)
     assert ImplicitGuide(model, init_loc_fn=at_seven).setup().sampler.loc.item() == 7.0
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def test_a_column_beside_a_row_is_refused() -> None:
+    """It would be compared with it each with each, and give another posterior without a word."""
+    x, y = torch.randn(50, 3), torch.randn(50)
+    ImplicitGuide(regression).setup(x, y)
+    with pytest.raises(
+        ModelError, match=r"shape of its plates; got \(50, 1\), which makes \(50, 50\)"
+    ):
+        ImplicitGuide(regression).setup(x, y[:, None])
+
+
+@pytest.mark.parametrize(
+    ("distribution", "good", "bad"),
+    [
+        (dist.Bernoulli, 1.0, 2.0),
+        (dist.Poisson, 3.0, 1.5),
+        (lambda p: dist.Beta(1 + p, 1.0), 0.5, 1.5),
+        (lambda p: dist.Normal(p, 1.0).expand([2, 3]).to_event(1), 0.5, torch.nan),
+    ],
+)
+def test_data_outside_the_support_are_refused(
+    distribution: Callable[..., Any], good: float, bad: float
+) -> None:
+    def model(y: Tensor, mask: Tensor | None = None) -> None:
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("rows", 2):
+            fn = distribution(p)
+            pyro.sample("obs", fn if mask is None else fn.mask(mask), obs=y)
+
+    with torch.no_grad():
+        event = distribution(torch.tensor(0.5)).event_shape
+    y = torch.full((2, *event), good)
+    ImplicitGuide(model).setup(y)
+    y[1] = bad
+    with pytest.raises(ModelError, match="data of site 'obs' lie outside.*got 1 of 2"):
+        ImplicitGuide(model).setup(y)
+    ImplicitGuide(model).setup(y, torch.tensor([True, False]))

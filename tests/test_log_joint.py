@@ -13,7 +13,7 @@ from torch import Tensor
 
 import models
 import zoo
-from implicitvi import ImplicitGuide
+from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.errors import ModelError
 from implicitvi.log_joint import LogJoint, _agree
 from implicitvi.model_prior import ModelPrior
@@ -283,3 +283,22 @@ def test_a_model_may_name_its_arguments_as_it_likes() -> None:
     named = {"u": y[0], "model": 1.0, "values": y}
     log_joint = LogJoint(model, ImplicitGuide(model).setup(**named).layout)
     assert log_joint(torch.zeros(2, 1).double(), **named).isfinite().all()
+
+
+def test_an_error_that_no_value_causes_is_the_models() -> None:
+    """Not a step that is skipped, again and again."""
+
+    def local(y: Tensor, known: bool = True) -> None:
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+        if not known:
+            raise ValueError("unknown option")
+
+    options: dict[str, Any] = {"num_steps": 2, "num_particles": 8, "warm_start": 2}
+    svi = AVBSVI(local, ImplicitGuide(local), progress=False, seed=0, **options)
+    svi.run(torch.zeros(3))
+    with pytest.raises(ModelError, match="whatever the values of its latents.*Shape mismatch"):
+        svi.step(torch.zeros(5))
+    with pytest.raises(ModelError, match="unknown option"):
+        svi.run(torch.zeros(3), known=False)

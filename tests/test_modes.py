@@ -23,6 +23,7 @@ from implicitvi.modes import (
     _log_densities,
     barriers,
     bent_barriers,
+    climb,
     evenly,
     find_modes,
     wide_starts,
@@ -308,3 +309,26 @@ def test_a_split_fit_is_saved_and_resumed(tmp_path: Path) -> None:
     AVBSVI(mirrored, again, **options).run(y, checkpoint=tmp_path)
     for mine, theirs in zip(guide.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_climbers_end_where_there_is_a_density() -> None:
+    """Of a normal without its left half a start outside is dropped, the others arrive."""
+
+    def half(z: Tensor) -> Tensor:
+        score = -0.5 * ((z[..., 0] - 1) ** 2 + z[..., 1] ** 2)
+        return score.where(z[..., 0] > 0, -torch.inf)
+
+    ends = climb(half, torch.tensor([[3.0, 1.0], [-5.0, 0.0], [0.5, 2.0]]))
+    assert torch.allclose(ends, torch.tensor([[1.0, 0.0]] * 2), atol=0.05)
+
+
+def test_what_has_no_density_is_no_mode() -> None:
+    """The planted bug took a density of 0 for a finite number, and points without one for ends."""
+
+    def hole(z: Tensor) -> Tensor:
+        return (-0.5 * (z - 1).square().sum(-1)).where(z[..., 0] > 0, torch.nan)
+
+    found = find_modes(
+        hole, torch.ones(2), torch.eye(2), 5 * torch.randn(20, 2), max_modes=4, num_steps=20
+    )
+    assert len(found) == 1

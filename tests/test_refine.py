@@ -143,3 +143,9 @@ def test_what_cannot_be_refined_is_refused() -> None:
         warnings.simplefilter("ignore")
         resample(spiky, TARGETS["funnel"].model, num_samples=500)
     assert isinstance(spiky.sampler, Drawn)
+
+
+def test_fewer_draws_than_dimensions_may_be_polished() -> None:
+    """The chains take their frame from more draws of the guide."""
+    moved = polish(exact("several sites"), TARGETS["several sites"].model, num_samples=2)
+    assert moved.draws["z"].shape == (2, 2) and moved.acceptance > 0.5

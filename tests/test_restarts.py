@@ -158,3 +158,10 @@ def test_restarts_are_saved_and_loaded_with_the_fit(tmp_path: Path) -> None:
     for mine, theirs in zip(svi.run(DATA).fits, again.run(DATA).fits, strict=True):
         assert mine.num_steps == theirs.num_steps == 12
         assert mine.losses.tolist() == theirs.losses.tolist()
+
+
+def test_a_restart_says_with_which_seed_it_can_be_had_alone() -> None:
+    fit = fitted(2)
+    assert fit.seed == 0 and fit.restarts[0].seed == derived_seed(0, 1)
+    again = fitted(1, seed=fit.restarts[0].seed)
+    assert again.losses.tolist() == fit.restarts[0].losses.tolist()

@@ -301,7 +301,8 @@ def test_the_best_by_a_diagnostic_is_kept_beside_the_last(num_steps: int, tmp_pa
     svi.run(Y)
     assert SavedFit.read(tmp_path).step == 8
     best = SavedFit.read(tmp_path / "best")
-    assert best.config["notes"] == {"score": 1.0, "step": 4} and best.step == 4
+    notes = best.config["notes"]
+    assert (notes["score"], notes["step"], best.step) == (1.0, 4, 4)
     assert json.loads((tmp_path / "best" / CONFIG).read_text())["notes"]["score"] == 1.0
     assert AVBSVI.load(tmp_path / "best", models.normal_normal).setup(Y).trainer.step_count == 4
 
@@ -535,3 +536,30 @@ def test_a_fit_made_by_hand_cannot_be_saved(tmp_path: Path) -> None:
     by_hand = Fit(**{k: v for k, v in vars(fit).items() if k != "write"})
     with pytest.raises(SetupError, match="only fits made by AVBSVI"):
         by_hand.save(tmp_path)
+
+
+def wider(y: Tensor) -> None:
+    """`models.normal_normal` with another prior: the same sites."""
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 3.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(("model", "y"), [(models.normal_normal, 2 * Y), (wider, Y)])
+def test_other_data_or_another_model_are_not_taken_for_the_same(
+    model: Any, y: Tensor, tmp_path: Path
+) -> None:
+    small().run(Y, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="another model or other data"):
+        small(model).run(y, checkpoint=tmp_path)
+    # on purpose it may be
+    assert AVBSVI.load(tmp_path, model, progress=False).run(y).num_steps == 16
+
+
+def test_the_best_of_an_earlier_fit_in_the_folder_is_not_kept(tmp_path: Path) -> None:
+    keep = partial(Checkpoint, tmp_path, every=2)
+    small(callbacks=[keep(best=lambda trainer: 0.0)]).run(Y)
+    later = keep(best=lambda trainer: 5.0)
+    small(seed=1, callbacks=[later]).run(Y)
+    assert later.lowest == 5.0
+    assert SavedFit.read(tmp_path / "best").options["seed"] == 1

@@ -337,3 +337,14 @@ def test_history_names_what_it_has() -> None:
     assert np.isnan(history.last("gain"))
     with pytest.raises(KeyError, match="there are"):
         history["gain"]
+
+
+def test_a_stream_from_a_machine_with_more_devices_goes_on() -> None:
+    stream = RandomStream(0)
+    state = stream.state_dict()
+    state["generators"] += 2 * state["generators"]
+    stream.load_state_dict(state)
+    with stream:
+        first = torch.rand(2)
+    with RandomStream(0):
+        assert torch.equal(torch.rand(2), first)

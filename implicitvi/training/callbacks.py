@@ -210,15 +210,20 @@ class Checkpoint:
         if self.best is None:
             return
         if not self._looked:
-            self.lowest, self._looked = self._lowest_so_far(), True
+            self.lowest, self._looked = self._lowest_so_far(trainer), True
         score = float(_ask(self.best, trainer))
         if score < self.lowest:
             self.lowest = score
-            trainer.save(self.folder / "best", score=score, step=trainer.step_count)
+            began = _beginning(trainer)
+            trainer.save(self.folder / "best", score=score, step=trainer.step_count, began=began)
 
-    def _lowest_so_far(self) -> float:
+    def _lowest_so_far(self, trainer: Trainer) -> float:
+        """The score of the state in ``best``, if that is of this fit and not of an earlier one in the same folder."""
         folder = self.folder / "best"
-        return float(read_state(folder)[0]["notes"]["score"]) if (folder / STATE).exists() else inf
+        if not (folder / STATE).exists():
+            return inf
+        notes = read_state(folder)[0]["notes"]
+        return float(notes["score"]) if notes.get("began") == _beginning(trainer) else inf
 
 
 class TensorBoard:
@@ -259,6 +264,11 @@ class TensorBoard:
     def close(self) -> None:
         """Close the file."""
         self.writer.close()
+
+
+def _beginning(trainer: Trainer) -> list[float]:
+    """The losses of the first step, by which a fit is known again."""
+    return [float(trainer.history[player.name][0]) for player in trainer.players]
 
 
 def _ask(function: Callable[[Trainer], T], trainer: Trainer) -> T:

@@ -366,6 +366,7 @@ class _Run:
             "weights": {name: list(tensor.shape) for name, tensor in self._tensors().items()},
             "options": {name: getattr(self.options, name) for name in DECISIVE},
             "steps of an epoch": self.train.steps,
+            "data": self.train.fingerprint(),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
