@@ -109,6 +109,15 @@ def check_at_least(option: str, value: float, least: float) -> None:
         raise OptionError(f"{option} is out of range", got=repr(value), expected=f">= {least}")
 
 
+def check_whole(option: str, value: float, least: int = 1) -> None:
+    """Raise `OptionError` unless ``value`` is a whole number and ``value >= least``."""
+    check_at_least(option, value, least)
+    if not isinstance(value, int):
+        raise OptionError(
+            f"{option} is not a whole number", got=repr(value), expected=f"an int >= {least}"
+        )
+
+
 def check_positive(option: str, value: float) -> None:
     """Raise `OptionError` unless ``value`` is a number and ``value > 0``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:

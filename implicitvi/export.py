@@ -24,7 +24,7 @@ from implicitvi.enumeration import (
     is_enumerated,
     log_sum_of,
 )
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import plate_names
@@ -91,7 +91,7 @@ def to_arviz(
         ModelError: The model looks at a minibatch of its data.
         OptionError: ``source`` is no guide and no fit, or there is none.
     """
-    check_at_least("num_samples", num_samples, 1)
+    check_whole("num_samples", num_samples)
     sources = _sources(source)
     chains, named, run = [], {}, None
     for guide in (s.guide if isinstance(s, Fit) else s for s in sources):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from implicitvi.amortized import Amortization, Amortize, AmortizedSampler
-from implicitvi.errors import ModelError, SetupError, check_at_least, check_choice
+from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
 from implicitvi.latents import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.layout import SiteLayout
 from implicitvi.local import PlateRun, read_plate
@@ -376,7 +376,7 @@ class ImplicitGuide(AutoContinuous):
     @torch.no_grad()
     def draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
         """Draws ``u [S, D]`` and how the sites stand in them. Arguments as for `sample`."""
-        check_at_least("num_samples", num_samples, 1)
+        check_whole("num_samples", num_samples)
         self._require_setup(*args, **kwargs)
         if self.amortization is None:
             return self.sampler(num_samples), self.layout

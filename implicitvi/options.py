@@ -25,7 +25,7 @@ from implicitvi.contrasts import (
     PriorContrast,
     moments,
 )
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least, check_choice
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_choice, check_whole
 from implicitvi.framed import FramedContrast, MomentContrast
 from implicitvi.guide import ImplicitGuide
 from implicitvi.latents import check_latents, latent_trace
@@ -67,9 +67,9 @@ class ProblemOptions:
             check_choice("contrast", self.contrast, CONTRASTS)
         if isinstance(self.ratio, str):
             check_choice("ratio", self.ratio, RATIOS)
-        check_at_least("warm_start", self.warm_start, 0)
-        check_at_least("max_modes", self.max_modes, 1)
-        check_at_least("num_importance", self.num_importance, 1)
+        check_whole("warm_start", self.warm_start, 0)
+        check_whole("max_modes", self.max_modes)
+        check_whole("num_importance", self.num_importance)
         check_compile(self.compile)
         if not 0 <= self.averaging < 1:
             raise OptionError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,43 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: AVBSVI(models.normal_normal, AutoNormal(models.normal_normal)),  # type: ignore[arg-type]
         OptionError,
         "ImplicitGuide",
+    ),
+    **{
+        f"{option} of {value}": (
+            partial(small, **{option: value}),
+            OptionError,
+            f"{option} is not a whole number; got .*, expected an int >= ",
+        )
+        for option, value in {
+            "num_steps": 1e2,
+            "num_particles": (64, 64.5),
+            "adversary_steps": 2.5,
+            "warm_start": 50.5,
+            "max_modes": 1.5,
+            "num_importance": 1.5,
+            "restarts": 2.5,
+            "max_skips": 1.5,
+        }.items()
+    },
+    "an adversary that never learns": (
+        lambda: small(adversary_steps=0),
+        OptionError,
+        "adversary_steps is out of range; got 0, expected >= 1",
+    ),
+    "nor at the end": (
+        lambda: small(adversary_steps=(3, 0)),
+        OptionError,
+        "adversary_steps is out of range; got 0",
+    ),
+    "one callback": (
+        lambda: small(callbacks=print),
+        OptionError,
+        r"callbacks is not a list; got .*callbacks=\[callback\]",
+    ),
+    "a callback that is none": (
+        lambda: small(callbacks=[3]),
+        OptionError,
+        "callbacks cannot be called; got 3",
     ),
     "before the first step": (lambda: small().state_dict(), SetupError, "has not seen its model"),
 }

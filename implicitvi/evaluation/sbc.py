@@ -19,7 +19,7 @@ from pyro.distributions import Unit
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from implicitvi.errors import ModelError, check_at_least
+from implicitvi.errors import ModelError, check_whole
 
 Values = dict[str, Tensor]
 SIMULATIONS = 10_000  # sets of uniform ranks that the bands are made from
@@ -138,8 +138,8 @@ def sbc(
         Daniel Simpson, Aki Vehtari, Andrew Gelman, 2018, algorithm 1. Simulation-Based Calibration Checking for
         Bayesian Computation: The Choice of Test Quantities Shapes Sensitivity, Martin Modrák and others, 2023.
     """
-    check_at_least("num_datasets", num_datasets, 10)
-    check_at_least("num_draws", num_draws, 9)
+    check_whole("num_datasets", num_datasets, 10)
+    check_whole("num_draws", num_draws, 9)
     ranks: dict[str, list[Tensor]] = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
