@@ -20,6 +20,7 @@ import models
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, StopTraining
 from implicitvi.contrasts import GaussianContrast
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, SetupError
+from implicitvi.fit import COLUMNS
 from implicitvi.ratios import FGanKL
 
 Y = torch.tensor([0.5, -0.3, 1.0])
@@ -351,6 +352,19 @@ def test_a_fit_prints_itself() -> None:
     fit = small().run(Y)
     assert "no bound" in str(fit) and "vmap" in str(fit)
     assert "mu" in fit.summary(50)
+
+
+def test_the_columns_of_a_summary_stay_apart() -> None:
+    """Of ordinary numbers they are ten characters wide; of others as wide as it takes."""
+    fit = small().run(Y)
+    header, row = fit.summary(50).splitlines()[1:]
+    assert header == f"{'':16}" + "".join(f"{name:>10}" for name in COLUMNS[1:])
+    assert len(row) == len(header) and len(row.split()) == 6
+    fit.guide.sampler.loc.fill_(-2.5e13)
+    fit.guide.sampler.scale_tril.fill_(123456.0)
+    header, row = fit.summary(50).splitlines()[1:]
+    assert len(row) == len(header) and len(row.split()) == 6
+    assert row.split()[1] == "-2.5e+13"
 
 
 def test_a_guide_that_was_set_up_by_hand_is_warm_started_all_the_same() -> None:
