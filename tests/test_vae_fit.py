@@ -447,6 +447,7 @@ def test_data_that_cannot_be_are_refused(role: str, case: str) -> None:
         ({"device": "gpu"}, "device cannot be used; got 'gpu', expected 'auto', 'cpu'"),
         ({"device": "meta"}, "device cannot be used; got 'meta'"),
         ({"device": "cuda:99"}, "device cannot be used; got 'cuda:99'"),
+        ({"callbacks": print}, r"callbacks is not a list; got .*callbacks=\[callback\]"),
         ({"callbacks": [3]}, "callbacks cannot be called; got 3"),
         ({"transform": "bernoulli"}, "transform cannot be called; got 'bernoulli'"),
         ({"transform": lambda x: x[:, :3]}, r"got \[8, 3\], expected \[N, 6\]"),

@@ -175,6 +175,13 @@ class LatentModel(nn.Module, ABC):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw where it has no mean."""
+        if z.shape[-1:] != (self.latent_dim,):
+            raise ShapeError(
+                "the codes do not have the dimension of the model's",
+                got=f"[{', '.join(map(str, z.shape))}]",
+                expected=f"[..., {self.latent_dim}]",
+                do="model.encode(x) and model.prior().sample([n]) give codes.",
+            )
         p = self.decoder(z)
         try:
             mean: Tensor = p.mean
