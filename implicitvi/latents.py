@@ -11,6 +11,7 @@ from pyro.distributions import ImproperUniform, Independent
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.distributions import biject_to
 
 from implicitvi.enumeration import is_enumerated, is_finite
@@ -54,10 +55,17 @@ def check_site(name: str, fn: Any) -> None:
 class Readable(Messenger):
     """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
 
-    Refuses sites of which a continuous guide can make nothing, before anything asks for their support.
+    Refuses sites of which a continuous guide can make nothing, before anything asks for their support, and data that
+    are no tensors, which Pyro cannot score.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not isinstance(msg["value"], Tensor):
+            raise ModelError(
+                f"the data of site {msg['name']!r} are not a tensor",
+                got=type(msg["value"]).__name__,
+                do="Pass torch.as_tensor(y) in place of y to the model.",
+            )
         if site_is_subsample(msg):
             check_subsample(msg)
         elif not is_hidden(msg):

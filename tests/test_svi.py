@@ -232,10 +232,27 @@ def test_a_model_that_becomes_impossible_ends_with_a_named_error() -> None:
     assert np.isfinite(svi.step(Y))
 
 
+def test_arguments_need_not_be_tensors() -> None:
+    """A model may make its tensors itself, of whatever it is given."""
+
+    def model(y: Any) -> None:
+        models.normal_normal(torch.as_tensor(y))
+
+    for y in (Y.tolist(), Y.numpy()):
+        assert np.array_equal(small(model).run(y).losses, small().run(Y).losses)
+
+
 @pytest.mark.filterwarnings("ignore:.*leave the posterior:UserWarning")
 def test_minibatches_share_the_plan() -> None:
     fit = small(models.global_latents_in_minibatches).run(torch.randn(50))
     assert np.isfinite(fit.losses).all() and fit.log_joint.startswith("vmap")
+
+
+def plain(y: Any) -> None:
+    """It asks no tensor of ``y``, before Pyro does."""
+    mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", pyro.distributions.Normal(mu, 1.0), obs=y)
 
 
 MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -246,6 +263,16 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: small().run(torch.tensor([0.1, torch.nan])),
         ModelError,
         r"obs: log density nan, value \[0\.1.*, nan\]",
+    ),
+    "an array": (
+        lambda: small(plain).run(Y.numpy()),
+        ModelError,
+        r"data of site 'obs' are not a tensor; got ndarray. Pass torch\.as_tensor",
+    ),
+    "a list": (
+        lambda: small(plain).run(Y.tolist()),
+        ModelError,
+        "'obs' are not a tensor; got list",
     ),
     "impossible model": (
         lambda: small(models.impossible).run(Y),
