@@ -318,6 +318,8 @@ def _setup_one(guide: ImplicitGuide, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         guide.setup(*args, **kwargs)
     except (IndexError, TypeError) as error:
+        if isinstance(error, TypeError) and "0-d tensor" not in str(error):
+            raise
         shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         raise ShapeError(
             "model or features do not take the first of the datasets that are stacked in the arguments",

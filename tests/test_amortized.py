@@ -497,6 +497,10 @@ def test_more_that_is_refused() -> None:
     one, stack = torch.tensor([1.0, 2.0]), torch.randn(4, 2)
     with pytest.raises(ShapeError, match=r"got IndexError: .* shape \(\), .*torch\.stack"):
         AVBSVI(pairs, over, **SMALL).run(one)
+    with pytest.raises(ShapeError, match=r"got TypeError: len\(\) of a 0-d tensor.*torch\.stack"):
+        AVBSVI(effects, ImplicitGuide(effects, amortize=lambda y: y), **SMALL).run(one)
+    with pytest.raises(TypeError, match="positional argument"):
+        AVBSVI(pairs, ImplicitGuide(pairs, amortize=lambda: one), **SMALL).run(stack)
     with pytest.raises(ModelError, match="got 1 such rows of 5"):
         AVBSVI(pairs, over, **SMALL).run(torch.cat([stack, one[None] * torch.nan]))
     AVBSVI(pairs, over, **SMALL).run(stack)
