@@ -131,6 +131,7 @@ class AmortizedSampler(nn.Module):
 
     def set_units(self, rows: Tensor) -> None:
         """Take the units of the features from typical ones, ``[N, C]``."""
+        _check_finite(rows)
         rows = rows.to(self.feature_loc)
         scale = rows.std(0, correction=0)
         self.feature_loc.copy_(rows.mean(0))
@@ -149,6 +150,7 @@ class AmortizedSampler(nn.Module):
                 got=f"[{', '.join(map(str, rows.shape))}]",
                 expected=f"[B, {len(self.feature_loc)}]",
             )
+        _check_finite(rows)
         x = (rows.to(self.feature_loc) - self.feature_loc) / self.feature_scale
         if g is None or self.shared is None:
             return x
@@ -162,3 +164,14 @@ class AmortizedSampler(nn.Module):
         g = None if self.shared is None else self.shared(num_samples)
         z: Tensor = self.local(num_samples, self.context(rows, g))
         return g, z
+
+
+def _check_finite(rows: Tensor) -> None:
+    """Raise `ModelError` unless features ``[N, C]`` are finite: of others a network makes draws that are not either."""
+    bad = (~rows.isfinite()).any(1)
+    if bad.any():
+        raise ModelError(
+            "what the network is shown is not finite",
+            got=f"{int(bad.sum())} such rows of {len(rows)}, the first of them row {int(bad.nonzero()[0])}",
+            do="Drop such rows, or pass features that are filled in and say which ones were.",
+        )

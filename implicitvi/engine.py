@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import copy
 
 from implicitvi.amortized_problem import AmortizedProblem
-from implicitvi.errors import SetupError, check_at_least, check_positive
+from implicitvi.errors import SetupError, check_at_least, check_positive, check_whole
 from implicitvi.guide import ImplicitGuide
 from implicitvi.options import ProblemOptions, check_devices, check_guide
 from implicitvi.problem import Arguments, Model, Problem
@@ -41,7 +41,7 @@ class Engine:
     ):
         if clip_norm is not None:
             check_positive("clip_norm", clip_norm)
-        check_at_least("max_skips", max_skips, 1)
+        check_whole("max_skips", max_skips)
         check_at_least(
             "num_particles",
             min(schedule.at(step).num_particles for step in (0, schedule.num_steps)),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 FAQ = "docs/howto/faq.md"
+SHAPES = "\nTrace Shapes:"  # what Pyro adds to an error that a model or guide raises
 
 
 class ImplicitVIError(Exception):
@@ -40,6 +41,9 @@ class ImplicitVIError(Exception):
         do: str = "",
         faq: str | None = None,
     ) -> None:
+        if SHAPES in what:  # made again by Pyro, of a whole message and a table that tells less
+            super().__init__(what.partition(SHAPES)[0])
+            return
         parts = [f"got {got}"] if got is not None else []
         parts += [f"expected {expected}"] if expected is not None else []
         detail = "; " + ", ".join(parts) if parts else ""
@@ -94,19 +98,33 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """Raise `OptionError` unless ``value`` is one of ``choices``; suggests the nearest one."""
     names = sorted(choices)
     if value not in names:
-        near = get_close_matches(str(value), names, n=1)
         raise OptionError(
             f"{option} is not known",
             got=repr(value),
             expected=f"one of {', '.join(map(repr, names))}",
-            do=f"Did you mean {near[0]!r}?" if near else "",
+            do=did_you_mean(value, names),
         )
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question for the name that is nearest to an unknown one; empty where none is near."""
+    near = get_close_matches(str(name), list(names), n=1)
+    return f"Did you mean {near[0]!r}?" if near else ""
 
 
 def check_at_least(option: str, value: float, least: float) -> None:
     """Raise `OptionError` unless ``value`` is a number and ``value >= least``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
         raise OptionError(f"{option} is out of range", got=repr(value), expected=f">= {least}")
+
+
+def check_whole(option: str, value: float, least: int = 1) -> None:
+    """Raise `OptionError` unless ``value`` is a whole number and ``value >= least``."""
+    check_at_least(option, value, least)
+    if not isinstance(value, int):
+        raise OptionError(
+            f"{option} is not a whole number", got=repr(value), expected=f"an int >= {least}"
+        )
 
 
 def check_positive(option: str, value: float) -> None:

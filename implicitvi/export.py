@@ -24,7 +24,7 @@ from implicitvi.enumeration import (
     is_enumerated,
     log_sum_of,
 )
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.layout import plate_names
@@ -79,7 +79,8 @@ def to_arviz(
         num_samples: Number of draws of each guide.
         prior: Whether to draw from the prior too.
         coords: Coordinates of the dimensions, as ArviZ takes them.
-        dims: Names of the dimensions of each site; the default is the names of its plates.
+        dims: Names of the dimensions of each site; the default is the names of its plates, where every dimension has
+            one.
         attrs: Attributes beside the versions and, of a `Fit`, its seed, steps, seconds and stop reason, such as
             ``{"report": str(report)}``.
         **kwargs: The model's keyword arguments.
@@ -91,7 +92,7 @@ def to_arviz(
         ModelError: The model looks at a minibatch of its data.
         OptionError: ``source`` is no guide and no fit, or there is none.
     """
-    check_at_least("num_samples", num_samples, 1)
+    check_whole("num_samples", num_samples)
     sources = _sources(source)
     chains, named, run = [], {}, None
     for guide in (s.guide if isinstance(s, Fit) else s for s in sources):
@@ -124,9 +125,8 @@ def to_arviz(
         groups |= {name: _chains([drawn]) for name, drawn in run.prior(num_samples).items()}
     groups["observed_data"] = {k: n["value"].numpy(force=True) for k, n in run.observed.items()}
     groups["constant_data"] = {k: v.numpy(force=True) for k, v in run.constant().items()}
-    named |= {
-        name: plate_names(node)
-        for name, node in (run.summed_out | run.computed | run.observed).items()
+    named |= {name: plate_names(node) for name, node in (run.summed_out | run.observed).items()} | {
+        name: _computed_dims(node) for name, node in run.computed.items()
     }
     given = {} if dims is None else {name: list(value) for name, value in dims.items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
@@ -145,6 +145,19 @@ def _sources(source: Any) -> list[ImplicitGuide | Fit]:
             do="Write to_arviz(fit, model, *args); for MCMC there is az.from_pyro.",
         )
     return found
+
+
+def _computed_dims(node: dict[str, Any]) -> tuple[str | None, ...]:
+    """As `plate_names`, of a deterministic site; Pyro takes its value for one event where nobody says otherwise."""
+    value, frames = node["value"], node["cond_indep_stack"]
+    if node["fn"].event_dim < value.dim():
+        return plate_names(node)
+    names = {
+        frame.dim: frame.name
+        for frame in frames
+        if frame.vectorized and -frame.dim <= value.dim() and value.shape[frame.dim] == frame.size
+    }
+    return tuple(names.get(dim) for dim in range(-value.dim(), 0))
 
 
 def _stats(guide: ImplicitGuide, log_p: Tensor, u: Tensor, log_det: Tensor) -> dict[str, Tensor]:

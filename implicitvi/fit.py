@@ -144,7 +144,13 @@ class Fit:
     def summary(self, num_samples: int = 4000) -> str:
         """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
         rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
-        lines = [f"{name:16}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+        widths = [
+            max(10, 1 + max(map(len, column))) for column in list(zip(*rows, strict=True))[1:]
+        ]
+        lines = [
+            f"{name:16}" + "".join(f"{cell:>{n}}" for n, cell in zip(widths, cells, strict=True))
+            for name, *cells in rows
+        ]
         return "\n".join([str(self), *lines])
 
     def _repr_html_(self) -> str:
@@ -228,14 +234,18 @@ def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
         for index, column in zip(indices, value.reshape(len(value), -1).T, strict=True):
             marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
             numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
-            yield [_label(name, index), *(f"{number:.3f}" for number in numbers)]
+            yield [_label(name, index), *map(_number, numbers)]
 
 
 def _entries(values: dict[str, Tensor]) -> Iterator[list[str]]:
     """Name and value of every entry of tensors."""
     for name, value in values.items():
         for index, entry in zip(np.ndindex(*value.shape), value.flatten().tolist(), strict=True):
-            yield [_label(name, index), f"{entry:.3f}"]
+            yield [_label(name, index), _number(entry)]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _label(name: str, index: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from implicitvi.amortized import Amortization, Amortize, AmortizedSampler
-from implicitvi.errors import ModelError, SetupError, check_at_least, check_choice
+from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
 from implicitvi.latents import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.layout import SiteLayout
 from implicitvi.local import PlateRun, read_plate
@@ -26,6 +26,16 @@ from implicitvi.modes import Mode
 from implicitvi.samplers import SAMPLERS, MixtureSampler, Sampler
 
 _instances = itertools.count(1)
+
+
+def _unknown_of_dataset(_: Tensor) -> Tensor:
+    """In place of a learned log density, for guides that have none to give."""
+    raise SetupError(
+        "a guide amortized over datasets draws from the posterior of each and keeps no density of any",
+        do="Compare draws, guide.sample(num_samples, ...); or fit ImplicitGuide(model), not amortized, to this dataset "
+        "with AVBSVI: the log_prob of its get_posterior() is learned.",
+        faq="the-density-of-the-posterior-is-not-known",
+    )
 
 
 class ImplicitDistribution(TorchDistribution):
@@ -184,19 +194,22 @@ class ImplicitGuide(AutoContinuous):
             self._restore = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._build(*args, **kwargs)
         try:
+            self._build(*args, **kwargs)
             self._restore_now()
         except Exception:
-            self.prototype_trace = None  # not the guide that was to be restored, so none at all
+            self.prototype_trace = (
+                None  # without networks, or not those to be restored: not set up at all
+            )
             raise
 
     def _build(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             trace = latent_trace(self.model, *args, **kwargs)
+        run = None if self.plate is None else self._read_plate(*args, **kwargs)
         check_latents(trace, amortized=self.plate)
-        if self.plate is not None:
-            self._setup_plate(*args, **kwargs)
+        if run is not None:
+            self._setup_plate(run, *args, **kwargs)
             self.prototype_trace = trace
             return
         super()._setup_prototype(*args, **kwargs)
@@ -213,9 +226,8 @@ class ImplicitGuide(AutoContinuous):
         ).to(start)
         self.sampler.local.loc.copy_(start)
 
-    def _setup_plate(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_plate(self, run: PlateRun, *args: Any, **kwargs: Any) -> None:
         """Build the networks of shared and local latents."""
-        run = self._read_plate(*args, **kwargs)
         g, z = run.layout.part(run.u[None])
         rows = self._amortization.rows(run, *args, **kwargs)
         shared = None if g is None else self._make_sampler(g.shape[1])
@@ -277,18 +289,22 @@ class ImplicitGuide(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         """The distribution of ``u [D]``; its ``log_prob`` is the learned one where there is one."""
-        log_density = None if self._learned is None else self._learned[0]
-        if self.amortization is None:
-            sampler = self.sampler
-            return ImplicitDistribution(sampler, sampler.latent_dim, log_density=log_density)
         if self.plate is not None:
             raise SetupError(
                 "the latents of a plate have no single distribution",
                 do="Draw them with guide.sample(num_samples, ...) and the model's arguments.",
             )
+        self._require_setup(*args, **kwargs)
+        if self.amortization is None:
+            log_density = None if self._learned is None else self._learned[0]
+            sampler = self.sampler
+            return ImplicitDistribution(sampler, sampler.latent_dim, log_density=log_density)
+        self._require_data(*args, **kwargs)
         local = self.sampler.local
         x = self.sampler.context(self._amortization.row(*args, **kwargs), None)
-        return ImplicitDistribution(lambda count: local(count, x)[:, 0], local.latent_dim)
+        return ImplicitDistribution(
+            lambda count: local(count, x)[:, 0], local.latent_dim, log_density=_unknown_of_dataset
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site once as a Pyro guide does, inside its plates: ``{site: [*site shape]}``."""
@@ -376,15 +392,11 @@ class ImplicitGuide(AutoContinuous):
     @torch.no_grad()
     def draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
         """Draws ``u [S, D]`` and how the sites stand in them. Arguments as for `sample`."""
-        check_at_least("num_samples", num_samples, 1)
+        check_whole("num_samples", num_samples)
         self._require_setup(*args, **kwargs)
         if self.amortization is None:
             return self.sampler(num_samples), self.layout
-        if not args and not kwargs:
-            raise SetupError(
-                "an amortized guide has a posterior for each set of data, and got none",
-                do="Pass the model's arguments: guide.sample(num_samples, ...).",
-            )
+        self._require_data(*args, **kwargs)
         if self.plate is None:
             return self.get_posterior(*args, **kwargs).rsample((num_samples,)), self.layout
         run = self._read_plate(*args, **kwargs)
@@ -421,6 +433,15 @@ class ImplicitGuide(AutoContinuous):
         self._require_setup()
         self.split_as(state_dict.get("sampler.weights"))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @staticmethod
+    def _require_data(*args: Any, **kwargs: Any) -> None:
+        """Raise `SetupError` where an amortized guide is not told of which data the posterior is wanted."""
+        if not args and not kwargs:
+            raise SetupError(
+                "an amortized guide has a posterior for each set of data, and got none",
+                do="Pass the model's arguments: guide.sample(num_samples, ...).",
+            )
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:
         if self.is_set_up:

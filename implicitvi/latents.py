@@ -103,10 +103,17 @@ def _base(fn: Any) -> tuple[Constraint | None, list[Any]]:
 class Readable(Messenger):
     """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
 
-    Refuses sites of which a continuous guide can make nothing, before anything asks for their support.
+    Refuses sites of which a continuous guide can make nothing, before anything asks for their support, and data that
+    are no tensors, which Pyro cannot score.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not isinstance(msg["value"], Tensor):
+            raise ModelError(
+                f"the data of site {msg['name']!r} are not a tensor",
+                got=type(msg["value"]).__name__,
+                do="Pass torch.as_tensor(y) in place of y to the model.",
+            )
         if site_is_subsample(msg):
             check_subsample(msg)
         elif not is_hidden(msg):

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from implicitvi.enumeration import is_enumerated
-from implicitvi.errors import ModelError
+from implicitvi.errors import ModelError, did_you_mean
 from implicitvi.layout import Site, SiteLayout, latent_nodes
 
 Model = Callable[..., Any]
@@ -124,6 +124,7 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
             "the model has no plate of the name to amortize",
             got=repr(plate),
             expected=f"one of {', '.join(map(repr, sorted(frames))) or 'none: it has no plate'}",
+            do=did_you_mean(plate, sorted(frames)),
             faq="a-latent-for-every-row",
         )
     frame = frames[plate]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from implicitvi.adversaries import GatedAdversary, InformedAdversary
 from implicitvi.amortized import AmortizedSampler
@@ -25,7 +26,14 @@ from implicitvi.contrasts import (
     PriorContrast,
     moments,
 )
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_at_least, check_choice
+from implicitvi.errors import (
+    ImplicitVIError,
+    ModelError,
+    OptionError,
+    ShapeError,
+    check_choice,
+    check_whole,
+)
 from implicitvi.framed import FramedContrast, MomentContrast
 from implicitvi.guide import ImplicitGuide
 from implicitvi.latents import check_latents, latent_trace
@@ -39,12 +47,13 @@ from implicitvi.problem import Arguments, Model, Problem
 from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import MixtureSampler, Sampler
 from implicitvi.scoring import PARTICLE_ERRORS, first_line, flat_sites, sites_without_density
-from implicitvi.sources import DatasetSource, PlateSource, Source, count_datasets, dataset
+from implicitvi.sources import Batch, DatasetSource, PlateSource, Source, count_datasets, dataset
 from implicitvi.training import RandomStream
 from implicitvi.warm_start import gaussian_fit, settle, starting_point
 
 STARTS = 32  # of each kind, from which far modes are looked for
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is read
+PROBES = 16  # draws of which one at least should have a density for each datum
 CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "moments", "prior")
 
 
@@ -68,9 +77,9 @@ class ProblemOptions:
             check_choice("contrast", self.contrast, CONTRASTS)
         if isinstance(self.ratio, str):
             check_choice("ratio", self.ratio, RATIOS)
-        check_at_least("warm_start", self.warm_start, 0)
-        check_at_least("max_modes", self.max_modes, 1)
-        check_at_least("num_importance", self.num_importance, 1)
+        check_whole("warm_start", self.warm_start, 0)
+        check_whole("max_modes", self.max_modes)
+        check_whole("num_importance", self.num_importance)
         check_compile(self.compile)
         if not 0 <= self.averaging < 1:
             raise OptionError(
@@ -181,7 +190,7 @@ class ProblemOptions:
         else:
             count_datasets(args, kwargs)
             args, kwargs = dataset(0, args, kwargs)
-            guide.setup(*args, **kwargs)
+            _setup_one(guide, args, kwargs)
             source = DatasetSource(model, amortization, guide.layout, mode=self.mode)
         check_match(model, guide, Arguments(args, kwargs))
         sampler = guide.sampler
@@ -208,7 +217,7 @@ class ProblemOptions:
             shared=None if shared is None else self._avb_of_shared(shared),
             parameters=parameters,
         )
-        source.terms(g, z, batch)
+        _check_terms(source, sampler, batch, source.terms(g, z, batch))
         if not sampler.local.placed:
             problem.warm_start(arguments, num_steps=self.warm_start)
         return problem
@@ -305,6 +314,38 @@ class ProblemOptions:
                     do="Use contrast='mixture', or give every latent site a proper prior.",
                 )
         return implicit
+
+
+def _setup_one(guide: ImplicitGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Set a guide up with the first of stacked datasets; what is no stack has too few dimensions for the model."""
+    try:
+        guide.setup(*args, **kwargs)
+    except (IndexError, TypeError) as error:
+        if isinstance(error, TypeError) and "0-d tensor" not in str(error):
+            raise
+        shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise ShapeError(
+            "model or features do not take the first of the datasets that are stacked in the arguments",
+            got=f"{first_line(error)}, with tensors of shape {', '.join(map(str, shapes))}",
+            expected="stacked datasets, tensors [M, ...] of M datasets each",
+            do="Stack the arguments of the datasets with torch.stack; guide.sample takes those of one.",
+        ) from error
+
+
+def _check_terms(source: Source, sampler: AmortizedSampler, batch: Batch, terms: Tensor) -> None:
+    """Raise `ModelError` where the log density ``terms [S, 1 + B]`` of a datum is NaN, and is for other draws too."""
+    if not terms.isnan().any():
+        return
+    with torch.no_grad(), torch.random.fork_rng():
+        g, z = sampler(PROBES, batch.rows)
+        shared, *rows = source.terms(g, z, batch).isnan().all(0).tolist()
+    if shared or any(rows):
+        raise ModelError(
+            "the log density of the model is NaN whatever is drawn",
+            got=f"{sum(rows)} such rows of {len(rows)}"
+            + (", and outside of them" if shared else ""),
+            do="Look for NaN among the data: drop those, fill them in, or mask them with poutine.mask.",
+        )
 
 
 def _prior_contrast(prior: ModelPrior) -> PriorContrast:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from implicitvi.errors import ModelError, check_at_least
+from implicitvi.errors import ModelError, SetupError, check_at_least
 from implicitvi.evaluation.audit import LEAST, audit, psis
 from implicitvi.evaluation.moves import transitions
 from implicitvi.evaluation.stein import FRAME
@@ -20,6 +20,12 @@ from implicitvi.training import RandomStream
 
 _POOL = 4  # draws of the guide for each that is kept
 _PARETO_K = 0.7
+
+
+class Fitted(Protocol):
+    """What has a trained guide: a `Fit`."""
+
+    guide: ImplicitGuide
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +73,7 @@ class Polished:
 
 
 def resample(
-    guide: ImplicitGuide,
+    guide: ImplicitGuide | Fitted,
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = 4000,
@@ -80,7 +86,7 @@ def resample(
     on it. It corrects shape and the weights of modes that are there; what has no draws it cannot bring.
 
     Args:
-        guide: A guide that has been trained.
+        guide: A guide that has been trained, or the fit of one.
         model: The Pyro model.
         *args: Its arguments, as in training.
         num_samples: Draws to return, of four times as many of the guide.
@@ -88,13 +94,14 @@ def resample(
         **kwargs: Its keyword arguments.
 
     Raises:
-        SetupError: The guide has not been trained, or is amortized.
+        SetupError: The guide has not been trained, or is amortized, or is none.
         ModelError: The density cannot be learned well enough to weigh draws by.
 
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
     """
     check_at_least("num_samples", num_samples, 1)
+    guide = _guide_of(guide)
     density = ModelDensity.of_guide(guide, model, args, kwargs, seed)
     count = max(_POOL * num_samples, LEAST, 40 * density.layout.dim)
     with RandomStream(seed):
@@ -130,7 +137,7 @@ def resample(
 
 
 def polish(
-    guide: ImplicitGuide,
+    guide: ImplicitGuide | Fitted,
     model: Callable[..., Any],
     *args: Any,
     num_steps: int = 15,
@@ -144,7 +151,7 @@ def polish(
     anywhere within ``num_steps``: details of shape, hardly the weights of modes that lie apart.
 
     Args:
-        guide: A guide that has been trained.
+        guide: A guide that has been trained, or the fit of one.
         model: The Pyro model.
         *args: Its arguments, as in training.
         num_steps: Transitions, of six gradients each; as many again find the step size.
@@ -153,9 +160,10 @@ def polish(
         **kwargs: Its keyword arguments.
 
     Raises:
-        SetupError: The guide has not been trained, or is amortized.
+        SetupError: The guide has not been trained, or is amortized, or is none.
     """
     check_at_least("num_samples", num_samples, 1)
+    guide = _guide_of(guide)
     density = ModelDensity.of_guide(guide, model, args, kwargs, seed)
     with RandomStream(seed):
         pool = guide.sample_unconstrained(max(num_samples, FRAME * density.layout.dim))
@@ -164,3 +172,14 @@ def polish(
         density, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed
     )
     return Polished(density.layout.unpack(u)[0], num_steps, acceptance)
+
+
+def _guide_of(source: ImplicitGuide | Fitted) -> ImplicitGuide:
+    guide = getattr(source, "guide", source)
+    if not isinstance(guide, ImplicitGuide):
+        raise SetupError(
+            "there are no draws to refine",
+            got=type(source).__name__,
+            expected="a fit or an ImplicitGuide",
+        )
+    return guide

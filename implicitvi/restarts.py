@@ -83,11 +83,13 @@ def agreement(guides: Sequence[ImplicitGuide], *, num_samples: int = 4000) -> Ag
 
 def warn_of_disagreement(found: Agreement) -> None:
     """Warn where independent fits do not agree."""
-    if not found.ok:
-        warnings.warn(
-            f"{found}. At least some of them are wrong: look at fit.agreement, take more steps, or set max_modes",
-            stacklevel=3,
-        )
+    if found.ok:
+        return
+    if found.spread > SHARE:
+        advice = "take more steps, or one of fit.fits that has every mode; its resample() weighs them anew"
+    else:
+        advice = "take more steps, or fit.best(), whose draws are nearest to the posterior"
+    warnings.warn(f"{found}. At least some of them are wrong: {advice}", stacklevel=3)
 
 
 def _shares(guides: Sequence[ImplicitGuide], u: Tensor) -> Tensor:

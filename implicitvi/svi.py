@@ -20,7 +20,7 @@ from implicitvi.adversaries import GatedAdversary
 from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.contrasts import Contrast
 from implicitvi.engine import Engine
-from implicitvi.errors import ModelError, OptionError, check_at_least
+from implicitvi.errors import ModelError, OptionError, check_whole
 from implicitvi.fit import Fit
 from implicitvi.guide import ImplicitGuide
 from implicitvi.log_joint import LogJoint
@@ -49,6 +49,7 @@ from implicitvi.training import (
     Schedule,
     Trainer,
 )
+from implicitvi.training.callbacks import as_callbacks
 from implicitvi.training.checkpoint import as_folder, check_same, holds_checkpoint
 
 UNFINISHED: dict[str, Any] = {"seconds": 0.0, "setup_seconds": 0.0, "stop_reason": "unfinished"}
@@ -174,7 +175,7 @@ class AVBSVI:
             compile=compile,
         )
         self.progress = progress
-        self.callbacks = tuple(callbacks)
+        self.callbacks = as_callbacks(callbacks)
         self._options = as_written(
             guide,
             num_steps=num_steps,
@@ -199,7 +200,7 @@ class AVBSVI:
             max_skips=max_skips,
             seed=seed,
         )
-        check_at_least("restarts", restarts, 1)
+        check_whole("restarts", restarts)
         self._twins = [self._twin(key) for key in range(1, restarts)]
 
     def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Predictive
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -398,6 +399,19 @@ def test_export_of_an_amortized_fit() -> None:
 
 BAD: dict[str, tuple[Any, tuple[Any, ...], type[ImplicitVIError], str]] = {
     "no such plate": ("people", (Y,), ModelError, "no plate of the name.*'groups'"),
+    "a misspelt plate": ("group", (Y,), ModelError, "no plate.*Did you mean 'groups'"),
+    "nan in a row": (
+        "groups",
+        (torch.tensor([1.0, torch.nan, 2.0]),),
+        ModelError,
+        "shown is not finite; got 1 such rows of 3, the first of them row 1",
+    ),
+    "nan behind the features": (
+        {"groups": lambda y: y.nan_to_num()},
+        (torch.tensor([1.0, torch.nan, 2.0]),),
+        ModelError,
+        "NaN whatever is drawn; got 1 such rows of 3",
+    ),
     "two plates": ({"a": features, "b": features}, (Y,), OptionError, "one plate"),
     "not a function": ({"groups": 3}, (Y,), OptionError, "neither a plate nor a function"),
     "wrong rows": ({"groups": lambda y: y[:3]}, (Y,), ShapeError, r"row for each element.*\[6"),
@@ -405,11 +419,23 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], type[ImplicitVIError], str]] = {
 }
 
 
+@pytest.mark.filterwarnings(
+    "ignore:the model is scored one particle:UserWarning"
+)  # where it is NaN
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_amortized_is_refused_by_name(name: str) -> None:
     amortize, args, kind, match = BAD[name]
     with pytest.raises(kind, match=match):
         AVBSVI(effects, ImplicitGuide(effects, amortize=amortize), **SMALL).run(*args)
+
+
+@pytest.mark.uses_param_store
+def test_an_error_in_pyros_hands_ends_with_what_to_do() -> None:
+    """Pyro raises it again with a table of the shapes in its trace, which is empty."""
+    guide = ImplicitGuide(effects, amortize="groups").setup(Y)
+    predictive = Predictive(effects, guide=guide, num_samples=2, parallel=True)
+    with pytest.raises(ModelError, match=r"particles\. .* or Predictive with parallel=False\.$"):
+        predictive(Y)
 
 
 def test_more_that_is_refused() -> None:
@@ -437,7 +463,12 @@ def test_more_that_is_refused() -> None:
     with pytest.raises(ModelError, match="does not sum discrete sites out.*MixtureSameFamily"):
         ImplicitGuide(switched, amortize="groups").setup(Y)
 
+    with pytest.raises(ModelError, match="no plate.*got 'group', .*Did you mean 'groups'"):
+        ImplicitGuide(groups, amortize={"group": features}).setup(Y, minibatch=3)
+
     guide = ImplicitGuide(effects, amortize="groups").setup(Y)
+    with pytest.raises(ModelError, match="got 1 such rows of 2, the first of them row 0"):
+        guide.sample(3, torch.tensor([torch.nan, 0.0]))
     with pytest.raises(SetupError, match="posterior for each set of data"):
         guide.sample(3)
     wide = ImplicitGuide(
@@ -448,9 +479,23 @@ def test_more_that_is_refused() -> None:
         wide.sample(3, Y[:1])
     with pytest.raises(OptionError, match="cannot be the prior"):
         AVBSVI(effects, guide, contrast="prior", **SMALL).run(Y)
-    over = ImplicitGuide(pairs, amortize=lambda y: y)
+    over = ImplicitGuide(pairs, amortize=lambda y: y[[0, 1]])
     with pytest.raises(ShapeError, match="trained on stacks"):
         AVBSVI(pairs, over, **SMALL).run(torch.tensor(1.0))
+    one, stack = torch.tensor([1.0, 2.0]), torch.randn(4, 2)
+    with pytest.raises(ShapeError, match=r"got IndexError: .* shape \(\), .*torch\.stack"):
+        AVBSVI(pairs, over, **SMALL).run(one)
+    with pytest.raises(ShapeError, match=r"got TypeError: len\(\) of a 0-d tensor.*torch\.stack"):
+        AVBSVI(effects, ImplicitGuide(effects, amortize=lambda y: y), **SMALL).run(one)
+    with pytest.raises(TypeError, match="positional argument"):
+        AVBSVI(pairs, ImplicitGuide(pairs, amortize=lambda: one), **SMALL).run(stack)
+    with pytest.raises(ModelError, match="got 1 such rows of 5"):
+        AVBSVI(pairs, over, **SMALL).run(torch.cat([stack, one[None] * torch.nan]))
+    AVBSVI(pairs, over, **SMALL).run(stack)
+    with pytest.raises(SetupError, match="posterior for each set of data"):
+        over.get_posterior()
+    with pytest.raises(SetupError, match="keeps no density of any.*not amortized"):
+        over.get_posterior(one).log_prob(over.sample_unconstrained(3, one))
 
 
 def test_data_that_change_in_place_are_read_again() -> None:

@@ -65,6 +65,32 @@ def test_groups_shapes_and_dims(guide: ImplicitGuide) -> None:
     assert list(given.posterior["eta"].coords["school"].values) == list("ABCDEFGH")
 
 
+def test_deterministic_sites_have_the_dimensions_of_their_plates() -> None:
+    """Whether or not the model says what of them is an event; what is no plate's size gets no plate's name."""
+
+    def model(x: torch.Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("column", 2, dim=-2), pyro.plate("row", len(x), dim=-1):
+            pyro.deterministic("mean", (slope * x).expand(2, -1))
+            pyro.deterministic(
+                "pair", torch.stack([slope * x] * 3, -1).expand(2, -1, 3), event_dim=1
+            )
+            pyro.deterministic("other", (slope * x)[:2])
+        pyro.deterministic("outside", slope * x)
+
+    x = torch.linspace(-1, 1, 4)
+    idata = to_arviz(
+        ImplicitGuide(model).setup(x), model, x, num_samples=5, coords={"row": list("abcd")}
+    )
+    for group in ("posterior", "prior"):
+        assert idata[group]["mean"].dims == ("chain", "draw", "column", "row")
+        assert idata[group]["outside"].dims == ("chain", "draw", "outside_dim_0")
+        assert idata[group]["other"].dims == ("chain", "draw", "other_dim_0")
+        assert idata[group]["pair"].dims == ("chain", "draw", "column", "row", "pair_dim_2")
+    mean = idata["posterior"]["mean"].sel(row="d", column=0)
+    assert (mean.values == idata["posterior"]["slope"].values).all()
+
+
 def test_numbers_are_those_of_the_model(guide: ImplicitGuide) -> None:
     """Log likelihood and log joint by hand at the exported draws; the learned density and weight add up."""
     idata = to_arviz(guide, models.eight_schools, *ARGS, num_samples=40)

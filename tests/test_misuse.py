@@ -80,7 +80,9 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
             "Did you mean 'dense'",
         ),
         "drawn from too early": (lambda: guide().sample(3), "guide.setup"),
+        "asked for its posterior too early": (lambda: guide().get_posterior(), "guide.setup"),
         "no draws": (lambda: guide().setup(Y).sample(0), "num_samples is out of range"),
+        "half a draw": (lambda: guide().setup(Y).sample(2.5), "num_samples is not a whole number"),  # type: ignore[arg-type]
         "amortized over a number": (
             lambda: ImplicitGuide(models.normal_normal, amortize=3),  # type: ignore[arg-type]
             "neither a plate nor a function",

@@ -121,6 +121,9 @@ def test_a_fit_refines_itself_and_its_draws_depend_on_the_seed_alone() -> None:
         assert torch.equal(first.draws["mu"], second.draws["mu"])
         assert not torch.equal(first.draws["mu"], other.draws["mu"])
         assert abs(first.draws["mu"].mean().item() - 0.3) < 0.1
+    for function in (resample, polish):
+        of_fit, of_guide = (function(each, normal, Y, num_samples=500) for each in (fit, guide))
+        assert torch.equal(of_fit.draws["mu"], of_guide.draws["mu"])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -128,6 +131,8 @@ def test_what_cannot_be_refined_is_refused() -> None:
     model = TARGETS["several sites"].model
     with pytest.raises(SetupError, match="not been trained"):
         resample(ImplicitGuide(model), model)
+    with pytest.raises(SetupError, match="no draws to refine; got dict, expected a fit or"):
+        polish({"z": Y}, model)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="num_samples"):
         polish(exact("several sites"), model, num_samples=0)
     with pytest.raises(OptionError, match="num_steps"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from implicitvi import AVBSVI, Fit, ImplicitGuide
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.modes import Mode
-from implicitvi.restarts import Agreement, agreement
+from implicitvi.restarts import Agreement, agreement, warn_of_disagreement
 from implicitvi.training.rng import derived_seed
 from models import normal_normal
 
@@ -72,6 +72,8 @@ def test_shares_of_modes_are_compared() -> None:
     )
     assert abs(found.spread - 0.3) < 0.01
     assert not found.ok and "shares of 2 far modes" in str(found)
+    with pytest.warns(UserWarning, match="one of fit.fits that has every mode"):
+        warn_of_disagreement(found)
 
 
 def test_fits_that_disagree_warn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,7 @@ def test_fits_that_disagree_warn(monkeypatch: pytest.MonkeyPatch) -> None:
         return fit
 
     monkeypatch.setattr(AVBSVI, "_run", moved)
-    with pytest.warns(UserWarning, match="2 fits DISAGREE"):
+    with pytest.warns(UserWarning, match="2 fits DISAGREE.*more steps, or fit.best"):
         assert not fitted(2).agreement.ok  # type: ignore[union-attr]
 
 

@@ -513,6 +513,9 @@ def test_nothing_has_moved_where_a_checkpoint_was_refused(tmp_path: Path) -> Non
     guide = ImplicitGuide(models.normal_normal)
     with pytest.raises(CheckpointError, match="options"):
         AVBSVI(models.normal_normal, guide, **SMALL | {"lr": 0.1}).run(Y, checkpoint=tmp_path)
+    for file in (tmp_path / STATE, tmp_path / STATE / "inside"):
+        with pytest.raises(OptionError, match=rf"folder is a file.*got .*{STATE}\. Give another"):
+            AVBSVI(models.normal_normal, guide, **SMALL).run(Y, checkpoint=file)
     assert not guide.is_set_up
     other = AVBSVI.load(tmp_path, models.eight_schools)
     with pytest.raises(CheckpointError, match="sites"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
+import models
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.evaluation.sbc import LOG_LIKELIHOOD, Calibration, sbc, simulate, uniformity
@@ -99,6 +102,58 @@ def test_a_fitted_guide_can_be_checked() -> None:
     assert result.ok and result.num_datasets == 10
 
 
+def test_the_fit_of_a_guide_and_arrays_are_taken_too() -> None:
+    """A fit stands for its guide, draws of a chain may be numpy's: the ranks are those of the tensors."""
+
+    def fitted(_: Any, data: dict[str, Tensor]) -> Any:
+        draws = conjugate()(None, data)
+        return SimpleNamespace(guide=SimpleNamespace(sample=lambda count: draws))
+
+    def arrays(_: Any, data: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: value.numpy() for name, value in conjugate()(None, data).items()}
+
+    ranks = [
+        sbc(normal_normal, make, BLANK, num_datasets=10).ranks["mu"]
+        for make in (conjugate(), fitted, arrays)
+    ]
+    assert torch.equal(ranks[0], ranks[1]) and torch.equal(ranks[0], ranks[2])
+    assert len(set(ranks[0].tolist())) > 3
+
+
+@pytest.mark.parametrize(
+    ("model", "by_hand", "shape"),
+    [
+        (models.mixture, models.mixture_by_hand, (6,)),
+        (models.hidden_markov, models.hidden_markov_by_hand, (4,)),
+        (models.nested_discrete, models.nested_discrete_by_hand, (4, 3)),
+    ],
+)
+def test_discrete_sites_are_simulated_and_summed_out(
+    model: Callable[..., Any], by_hand: Callable[..., Any], shape: tuple[int, ...]
+) -> None:
+    """Nobody is asked for draws of them, and the log likelihood ranks as the one that is summed by hand."""
+
+    def prior(*_: Any) -> dict[str, Tensor]:
+        pairs = [simulate(model, torch.zeros(shape))[0] for _ in range(9)]
+        return {name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]}
+
+    def summed(latents: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+        y = torch.stack(list(data.values())).reshape(shape)
+        scores = []
+        for i in range(10):
+            at = pyro.condition(by_hand, {name: value[i] for name, value in latents.items()})
+            trace = poutine.trace(at).get_trace(y)
+            scores.append(trace.log_prob_sum(lambda name, _: name in ("obs", "evidence")))
+        return {"by hand": torch.stack(scores)}
+
+    ranks = sbc(
+        model, prior, torch.zeros(shape), num_datasets=10, num_draws=9, quantities=summed
+    ).ranks
+    assert not {"k", "x_0", "g", "h", "i"} & {name.split("[")[0] for name in ranks}
+    assert torch.equal(ranks[LOG_LIKELIHOOD], ranks["by hand"])
+    assert len(set(ranks["by hand"].tolist())) > 1
+
+
 def test_the_same_seed_gives_the_same_ranks_and_leaves_the_callers_alone() -> None:
     before = torch.get_rng_state()
     first, second = (
@@ -131,6 +186,11 @@ def improper(y: Tensor) -> None:
         (lambda: checked(lambda m, d: {"nu": torch.zeros(99)}), ModelError, "site 'mu'"),
         (lambda: checked(lambda m, d: {"mu": torch.zeros(50)}), ModelError, "num_draws of each"),
         (lambda: sbc(normal_normal, conjugate(), BLANK, num_datasets=1), OptionError, "num_data"),
+        (
+            lambda: checked(lambda m, d: None),
+            OptionError,
+            "has returned nothing that has draws; got NoneType, .*return guide",
+        ),
     ],
 )
 def test_misuse_is_named(call: Callable[[], Any], error: type[Exception], words: str) -> None:

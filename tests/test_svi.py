@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import models
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, StopTraining
 from implicitvi.contrasts import GaussianContrast
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, SetupError
+from implicitvi.fit import COLUMNS
 from implicitvi.ratios import FGanKL
 
 Y = torch.tensor([0.5, -0.3, 1.0])
@@ -230,10 +232,27 @@ def test_a_model_that_becomes_impossible_ends_with_a_named_error() -> None:
     assert np.isfinite(svi.step(Y))
 
 
+def test_arguments_need_not_be_tensors() -> None:
+    """A model may make its tensors itself, of whatever it is given."""
+
+    def model(y: Any) -> None:
+        models.normal_normal(torch.as_tensor(y))
+
+    for y in (Y.tolist(), Y.numpy()):
+        assert np.array_equal(small(model).run(y).losses, small().run(Y).losses)
+
+
 @pytest.mark.filterwarnings("ignore:.*leave the posterior:UserWarning")
 def test_minibatches_share_the_plan() -> None:
     fit = small(models.global_latents_in_minibatches).run(torch.randn(50))
     assert np.isfinite(fit.losses).all() and fit.log_joint.startswith("vmap")
+
+
+def plain(y: Any) -> None:
+    """It asks no tensor of ``y``, before Pyro does."""
+    mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", pyro.distributions.Normal(mu, 1.0), obs=y)
 
 
 MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -244,6 +263,16 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: small().run(torch.tensor([0.1, torch.nan])),
         ModelError,
         r"obs: log density nan, value \[0\.1.*, nan\]",
+    ),
+    "an array": (
+        lambda: small(plain).run(Y.numpy()),
+        ModelError,
+        r"data of site 'obs' are not a tensor; got ndarray. Pass torch\.as_tensor",
+    ),
+    "a list": (
+        lambda: small(plain).run(Y.tolist()),
+        ModelError,
+        "'obs' are not a tensor; got list",
     ),
     "impossible model": (
         lambda: small(models.impossible).run(Y),
@@ -267,6 +296,43 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: AVBSVI(models.normal_normal, AutoNormal(models.normal_normal)),  # type: ignore[arg-type]
         OptionError,
         "ImplicitGuide",
+    ),
+    **{
+        f"{option} of {value}": (
+            partial(small, **{option: value}),
+            OptionError,
+            f"{option} is not a whole number; got .*, expected an int >= ",
+        )
+        for option, value in {
+            "num_steps": 1e2,
+            "num_particles": (64, 64.5),
+            "adversary_steps": 2.5,
+            "warm_start": 50.5,
+            "max_modes": 1.5,
+            "num_importance": 1.5,
+            "restarts": 2.5,
+            "max_skips": 1.5,
+        }.items()
+    },
+    "an adversary that never learns": (
+        lambda: small(adversary_steps=0),
+        OptionError,
+        "adversary_steps is out of range; got 0, expected >= 1",
+    ),
+    "nor at the end": (
+        lambda: small(adversary_steps=(3, 0)),
+        OptionError,
+        "adversary_steps is out of range; got 0",
+    ),
+    "one callback": (
+        lambda: small(callbacks=print),
+        OptionError,
+        r"callbacks is not a list; got .*callbacks=\[callback\]",
+    ),
+    "a callback that is none": (
+        lambda: small(callbacks=[3]),
+        OptionError,
+        "callbacks cannot be called; got 3",
     ),
     "before the first step": (lambda: small().state_dict(), SetupError, "has not seen its model"),
 }
@@ -313,6 +379,19 @@ def test_a_fit_prints_itself() -> None:
     fit = small().run(Y)
     assert "no bound" in str(fit) and "vmap" in str(fit)
     assert "mu" in fit.summary(50)
+
+
+def test_the_columns_of_a_summary_stay_apart() -> None:
+    """Of ordinary numbers they are ten characters wide; of others as wide as it takes."""
+    fit = small().run(Y)
+    header, row = fit.summary(50).splitlines()[1:]
+    assert header == f"{'':16}" + "".join(f"{name:>10}" for name in COLUMNS[1:])
+    assert len(row) == len(header) and len(row.split()) == 6
+    fit.guide.sampler.loc.fill_(-2.5e13)
+    fit.guide.sampler.scale_tril.fill_(123456.0)
+    header, row = fit.summary(50).splitlines()[1:]
+    assert len(row) == len(header) and len(row.split()) == 6
+    assert row.split()[1] == "-2.5e+13"
 
 
 def test_a_guide_that_was_set_up_by_hand_is_warm_started_all_the_same() -> None:

@@ -493,6 +493,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
         ShapeError,
         r"another shape; got \(5,\), expected \(4,\)",
     ),
+    "codes": (
+        lambda: VAE.dense(4, 2).decode(torch.randn(3, 5)),
+        ShapeError,
+        r"the codes do not have the dimension .* got \[3, 5\], expected \[\.\.\., 2\]",
+    ),
     "width": (lambda: VAE.mnist(2, width=0), OptionError, "width is out of range"),
 }
 

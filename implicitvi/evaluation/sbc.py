@@ -6,7 +6,7 @@ given the data. So their ranks among the draws of an exact posterior are uniform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -16,10 +16,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.infer import TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from implicitvi.errors import ModelError, check_at_least
+from implicitvi.errors import ModelError, OptionError, check_whole
 
 Values = dict[str, Tensor]
 SIMULATIONS = 10_000  # sets of uniform ranks that the bands are made from
@@ -34,7 +36,15 @@ class Posterior(Protocol):
         """Draws ``{site: [S, *site shape]}``."""
 
 
-MakeGuide = Callable[[Callable[..., Any], Values], Posterior | Mapping[str, Tensor]]
+class Fitted(Protocol):
+    """What has such a guide: a fit."""
+
+    @property
+    def guide(self) -> Posterior:
+        """The guide."""
+
+
+MakeGuide = Callable[[Callable[..., Any], Values], Posterior | Fitted | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -117,37 +127,38 @@ def sbc(
     Args:
         model: A Pyro model. All its observed sites are drawn anew, so their values in ``args`` give shapes alone.
         make_guide: Called with the model conditioned on a dataset and the dataset, ``{observed site: value}``. Returns
-            a fitted guide, or draws ``{site: [num_draws, *site shape]}``. Of one that fits:
-            ``lambda model, data: AVBSVI(model, ImplicitGuide(model)).run(*args).guide``; of one that is amortized:
-            ``lambda model, data: guide.sample(99, data["obs"])``.
+            a fitted guide, the fit of one, or draws ``{site: [num_draws, *site shape]}``. Of one that fits:
+            ``lambda model, data: AVBSVI(model, ImplicitGuide(model)).run(*args)``; of one that is amortized:
+            ``lambda model, data: guide.sample(99, data["obs"])``. Discrete sites marked
+            ``infer={"enumerate": "parallel"}`` are simulated, but neither drawn nor ranked.
         *args: The model's arguments.
         num_datasets: Number ``N`` of datasets.
         num_draws: Draws behind each rank. They must be independent, so thin those of a chain.
         quantities: Further quantities to rank: a function of latents ``{site: [S, *site shape]}`` and one dataset that
             returns ``{name: [S]}``.
-        log_likelihood: Whether the log likelihood is ranked too. Without it the prior passes for
-            the posterior.
+        log_likelihood: Whether the log likelihood is ranked too, such discrete sites summed out. Without it the prior
+            passes for the posterior.
         seed: Seed of the datasets, and of torch's generator while guides are made.
         **kwargs: The model's keyword arguments.
 
     Raises:
         ModelError: The model cannot be simulated, or the draws lack one of its latent sites.
+        OptionError: ``make_guide`` returns nothing that has draws.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Sean Talts, Michael Betancourt,
         Daniel Simpson, Aki Vehtari, Andrew Gelman, 2018, algorithm 1. Simulation-Based Calibration Checking for
         Bayesian Computation: The Choice of Test Quantities Shapes Sensitivity, Martin Modrák and others, 2023.
     """
-    check_at_least("num_datasets", num_datasets, 10)
-    check_at_least("num_draws", num_draws, 9)
+    check_whole("num_datasets", num_datasets, 10)
+    check_whole("num_draws", num_draws, 9)
     ranks: dict[str, list[Tensor]] = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(num_datasets):
             truth, data = simulate(model, *args, **kwargs)
             given = poutine.condition(model, data)
-            made = make_guide(given, data)
-            draws = dict(made) if isinstance(made, Mapping) else made.sample(num_draws)
+            draws = _draws(make_guide(given, data), num_draws)
             _check_draws(draws, truth, num_draws)
             both = {
                 name: torch.cat([value[None], draws[name].to(value)])
@@ -159,13 +170,15 @@ def sbc(
             if quantities is not None:
                 ranked.update(quantities(both, data))
             for name, values in ranked.items():
-                ranks.setdefault(name, []).append((values[1:] < values[0]).sum())
+                ranks.setdefault(name, []).append((values[1:] < values[0]).sum().cpu())
     return Calibration({name: torch.stack(each) for name, each in ranks.items()}, num_draws)
 
 
 @torch.no_grad()
 def simulate(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Values, Values]:
     """Latents and data from the joint distribution of a model: ``{latent site: value}``, ``{observed site: value}``.
+
+    Discrete latents that are marked to be summed out are drawn, and left out.
 
     Raises:
         ModelError: A site cannot be drawn: an improper prior, or a factor, which is no distribution.
@@ -190,8 +203,10 @@ def simulate(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Valu
                 f"calibration needs a model that can be simulated, and {name!r} is a factor",
                 do="Write it as an observed site.",
             )
-        observed = node["infer"].get("was_observed", False)
-        (data if observed else latents)[name] = node["value"].detach()
+        if node["infer"].get("was_observed", False):
+            data[name] = node["value"].detach()
+        elif not _is_enumerated(node):
+            latents[name] = node["value"].detach()
     for kind, found in (("latent", latents), ("observed", data)):
         if not found:
             raise ModelError(
@@ -280,6 +295,13 @@ def _log_likelihood(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Log density of the observed sites at latents ``{site: [S, *site shape]}``: ``[S]``."""
+    count = len(next(iter(latents.values())))
+    each = [{name: value[i] for name, value in latents.items()} for i in range(count)]
+    with poutine.block():
+        trace: Any = poutine.trace(pyro.condition(given, each[0])).get_trace(*args, **kwargs)
+    if any(map(_is_enumerated, trace.nodes.values())):
+        nesting = _plate_nesting(trace)
+        return _summed_log_likelihood(given, each, observed, nesting, args, kwargs)
 
     def one(values: Values) -> Tensor:
         at = pyro.condition(given, values)
@@ -292,14 +314,81 @@ def _log_likelihood(
         try:
             scores: Tensor = torch.func.vmap(one, randomness="different")(latents)
         except (RuntimeError, ValueError):  # the model branches on a latent
-            count = len(next(iter(latents.values())))
-            each = [{name: value[i] for name, value in latents.items()} for i in range(count)]
             scores = torch.stack([one(values) for values in each])
     return scores
 
 
+def _summed_log_likelihood(
+    given: Callable[..., Any],
+    latents: Sequence[Values],
+    observed: tuple[str, ...],
+    nesting: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """As `_log_likelihood` of a model with enumerated sites, ``log p(x, z) - log p(z)``, draw by draw."""
+    elbo = TraceEnum_ELBO(max_plate_nesting=nesting)
+
+    def log_density(model: Callable[..., Any]) -> float:
+        """Of all that a model is conditioned on: what the ELBO is without a guide."""
+        loss: float = elbo.loss(model, lambda *args, **kwargs: None, *args, **kwargs)
+        return -loss
+
+    scores = []
+    with pyro.validation_enabled(False):
+        for values in latents:
+            at = pyro.condition(given, values)
+            scores.append(log_density(at) - log_density(_Without(observed)(at)))
+    return torch.tensor(scores)
+
+
+class _Without(Messenger):
+    """Takes the density of some sites out of a model; they stay, as Pyro's counting of Markov chains asks for."""
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["mask"] = False
+
+
+def _plate_nesting(trace: Any) -> int:
+    """How many dimensions the vectorised plates of a trace take."""
+    nodes = (node for node in trace.nodes.values() if node["type"] == "sample")
+    frames = (frame for node in nodes for frame in node["cond_indep_stack"] if frame.vectorized)
+    return max((-frame.dim for frame in frames), default=0)
+
+
+def _is_enumerated(node: dict[str, Any]) -> bool:
+    """Whether a sample site is a discrete latent that is marked to be summed out."""
+    return bool(
+        node["type"] == "sample"
+        and not node["is_observed"]
+        and node["infer"].get("enumerate") == "parallel"
+        and getattr(node["fn"], "has_enumerate_support", False)
+    )
+
+
 def _is_deterministic(node: dict[str, Any]) -> bool:
     return bool(node["infer"].get("_deterministic", False))
+
+
+def _draws(made: Any, num_draws: int) -> Values:
+    """Draws of what ``make_guide`` has returned: ``{site: [S, *site shape]}``."""
+    if isinstance(made, Mapping):
+        return {name: torch.as_tensor(value) for name, value in made.items()}
+    guide = getattr(made, "guide", made)
+    if not callable(getattr(guide, "sample", None)):
+        raise OptionError(
+            "make_guide has returned nothing that has draws",
+            got=type(made).__name__,
+            expected="a fitted guide, a fit, or draws {site: [num_draws, *site shape]}",
+            do="End it with return guide.",
+        )
+    draws: Values = guide.sample(num_draws)
+    return draws
 
 
 def _check_draws(draws: Values, truth: Values, num_draws: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from implicitvi.errors import OptionError, SetupError, check_at_least
+from implicitvi.errors import OptionError, SetupError, check_at_least, check_whole
 from implicitvi.training.checkpoint import STATE, as_folder, read_state
 from implicitvi.training.rng import RandomStream
 
@@ -87,7 +87,7 @@ class Tracker:
 
     def __init__(self, function: Callable[[Trainer], Any], *, every: int = 100):
         _check_function("function", function)
-        _check_whole("every", every)
+        check_whole("every", every)
         self.function = function
         self.every = every
         self.steps: list[int] = []
@@ -141,9 +141,9 @@ class EarlyStop:
                 do="The loss is no bound while the adversary lags; compare draws, as implicitvi.evaluation does.",
             )
         _check_function("diagnostic", diagnostic)
-        _check_whole("every", every)
-        _check_whole("start", start, least=0)
-        _check_whole("window", window, least=2)
+        check_whole("every", every)
+        check_whole("start", start, least=0)
+        check_whole("window", window, least=2)
         check_at_least("num_se", num_se, 0)
         self.diagnostic = diagnostic
         self.every, self.window, self.num_se, self.start = every, window, num_se, start
@@ -196,7 +196,7 @@ class Checkpoint:
     ):
         if best is not None:
             _check_function("best", best)
-        _check_whole("every", every)
+        check_whole("every", every)
         self.folder = as_folder(folder)
         self.every = every
         self.best = best
@@ -240,7 +240,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path, *, every: int = 20):
-        _check_whole("every", every)
+        check_whole("every", every)
         as_folder(folder)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -277,14 +277,23 @@ def _ask(function: Callable[[Trainer], T], trainer: Trainer) -> T:
         return function(trainer)
 
 
+def as_callbacks(callbacks: object) -> tuple[Callback, ...]:
+    """The functions of an option ``callbacks``; raise `OptionError` where they are none."""
+    if not isinstance(callbacks, Iterable):
+        raise OptionError(
+            "callbacks is not a list",
+            got=repr(callbacks),
+            expected="functions of the trainer",
+            do="Put a single one into a list, callbacks=[callback].",
+        )
+    found = tuple(callbacks)
+    for callback in found:
+        _check_function("one of the callbacks", callback)
+    return found
+
+
 def _check_function(option: str, value: object) -> None:
     if not callable(value):
         raise OptionError(
             f"{option} cannot be called", got=repr(value), expected="a function of the trainer"
         )
-
-
-def _check_whole(option: str, value: int, *, least: int = 1) -> None:
-    check_at_least(option, value, least)
-    if not isinstance(value, int):
-        raise OptionError(f"{option} is not a whole number", got=value)

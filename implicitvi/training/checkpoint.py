@@ -116,7 +116,15 @@ def as_folder(folder: object) -> Path:
     """The path of an option ``folder``; raise `OptionError` where it is none."""
     if not isinstance(folder, str | os.PathLike):
         raise OptionError("folder is not a path", got=repr(folder), expected="a str or Path")
-    return Path(folder)
+    path = Path(folder)
+    file = next((each for each in (path, *path.parents) if each.is_file()), None)
+    if file is not None:
+        raise OptionError(
+            "folder is a file, or stands in one",
+            got=str(file),
+            do="Give another path, or move the file away.",
+        )
+    return path
 
 
 def check_same(config: Mapping[str, Any], like: Mapping[str, Any]) -> None:

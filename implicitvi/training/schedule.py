@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from implicitvi.errors import OptionError, check_at_least, check_positive
+from implicitvi.errors import OptionError, check_positive, check_whole
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Schedule:
     warm_up: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least("num_steps", self.num_steps, 1)
+        check_whole("num_steps", self.num_steps)
         for value in _pair("num_particles", self.num_particles):
-            check_at_least("num_particles", value, 1)
+            check_whole("num_particles", value)
         for value in _pair("adversary_steps", self.adversary_steps):
-            check_at_least("adversary_steps", value, 0)
+            check_whole("adversary_steps", value)
         for option in ("lr", "adversary_lr"):
             for rate in _pair(option, getattr(self, option)):
                 check_positive(option, rate)

@@ -23,9 +23,9 @@ from implicitvi.errors import (
     CheckpointError,
     ModelError,
     OptionError,
-    check_at_least,
     check_choice,
     check_positive,
+    check_whole,
 )
 from implicitvi.html import table
 from implicitvi.samplers import Sampler
@@ -136,14 +136,9 @@ class Fitting:
 
     def __post_init__(self) -> None:
         for option in ("epochs", "batch_size", "num_particles", "max_skips"):
-            value = getattr(self, option)
-            check_at_least(option, value, 1)
-            if not isinstance(value, int):
-                raise OptionError(f"{option} is not a whole number", got=value)
-        for option, values in (("transform", [self.transform]), ("callbacks", self.callbacks)):
-            for value in values:
-                if not (callable(value) or value is None):
-                    raise OptionError(f"{option} cannot be called", got=repr(value))
+            check_whole(option, getattr(self, option))
+        if not (callable(self.transform) or self.transform is None):
+            raise OptionError("transform cannot be called", got=repr(self.transform))
         if self.clip_norm is not None:
             check_positive("clip_norm", self.clip_norm)
         check_choice("precision", self.precision, PRECISIONS)

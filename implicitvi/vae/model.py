@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from implicitvi.errors import ModelError, ShapeError, check_at_least, check_choice
+from implicitvi.errors import ModelError, ShapeError, check_choice, check_whole
 from implicitvi.evaluation.ais import ais
 from implicitvi.evaluation.evidence import importance_sampling, quadrature
 from implicitvi.training import Callback, Player, Stage
+from implicitvi.training.callbacks import as_callbacks
 from implicitvi.training.player import Metrics
 from implicitvi.vae.batches import Transform
 from implicitvi.vae.distributions import has_density
@@ -161,7 +162,7 @@ class LatentModel(nn.Module, ABC):
             checkpoint=checkpoint,
             seed=seed,
             progress=progress,
-            callbacks=tuple(callbacks),
+            callbacks=as_callbacks(callbacks),
         )
         return fitting.run(self, train, validation)
 
@@ -174,6 +175,13 @@ class LatentModel(nn.Module, ABC):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw where it has no mean."""
+        if z.shape[-1:] != (self.latent_dim,):
+            raise ShapeError(
+                "the codes do not have the dimension of the model's",
+                got=f"[{', '.join(map(str, z.shape))}]",
+                expected=f"[..., {self.latent_dim}]",
+                do="model.encode(x) and model.prior().sample([n]) give codes.",
+            )
         p = self.decoder(z)
         try:
             mean: Tensor = p.mean
@@ -188,7 +196,7 @@ class LatentModel(nn.Module, ABC):
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
         """New data ``[num_samples, *x_shape]``: draws of ``p(x | z)`` at draws of the prior."""
-        check_at_least("num_samples", num_samples, 1)
+        check_whole("num_samples", num_samples)
         x: Tensor = self.decoder(self.prior().sample(_shape(num_samples))).sample()
         return x
 
@@ -230,7 +238,7 @@ class LatentModel(nn.Module, ABC):
         """
         check_choice("method", method, EVIDENCE)
         check_choice("start", start, STARTS)
-        check_at_least("batch_size", batch_size, 1)
+        check_whole("batch_size", batch_size)
         x = self._input(x)
         self._check_log_joint()
         estimates = []
