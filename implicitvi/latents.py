@@ -71,7 +71,7 @@ def check_observed(node: Any) -> None:
             )
     support, masks = _base(fn)
     masks += [node["mask"]]
-    if support is None or any(mask is False for mask in masks):
+    if support is None or value.is_meta or any(mask is False for mask in masks):
         return
     inside = support.check(value)
     while inside.dim() > len(batch):
@@ -118,8 +118,6 @@ class Readable(Messenger):
             check_subsample(msg)
         elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
-        elif msg["is_observed"] and is_scored(msg):
-            check_observed(msg)
         msg["cond_indep_stack"] = tuple(
             frame
             for frame in msg["cond_indep_stack"]
@@ -131,14 +129,22 @@ class Readable(Messenger):
             msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
 
 
+class CheckedData(Messenger):
+    """Holds the data of a model against its plates and distributions."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and is_scored(msg):
+            check_observed(msg)
+
+
 def is_hidden(msg: Any) -> bool:
     """Whether a guide of the continuous latent sites passes over a site."""
     return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
 
 
 def latent_trace(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Trace of the model's unobserved sample sites, those aside that are summed out."""
-    traced = poutine.trace(poutine.block(Readable()(model), is_hidden))
+    """Trace of the model's unobserved sample sites, those aside that are summed out; its data are checked."""
+    traced = poutine.trace(poutine.block(CheckedData()(Readable()(model)), is_hidden))
     try:
         with poutine.block():
             return traced.get_trace(*args, **kwargs)

@@ -400,17 +400,17 @@ def test_export_of_an_amortized_fit() -> None:
 BAD: dict[str, tuple[Any, tuple[Any, ...], type[ImplicitVIError], str]] = {
     "no such plate": ("people", (Y,), ModelError, "no plate of the name.*'groups'"),
     "a misspelt plate": ("group", (Y,), ModelError, "no plate.*Did you mean 'groups'"),
-    "nan in a row": (
+    "nan in the data": (
         "groups",
         (torch.tensor([1.0, torch.nan, 2.0]),),
         ModelError,
-        "shown is not finite; got 1 such rows of 3, the first of them row 1",
+        "outside the support.*got 1 of 3",
     ),
-    "nan behind the features": (
-        {"groups": lambda y: y.nan_to_num()},
-        (torch.tensor([1.0, torch.nan, 2.0]),),
+    "nan in a row": (
+        {"groups": lambda y: torch.where(y == 2, torch.nan, y)},
+        (Y,),
         ModelError,
-        "NaN whatever is drawn; got 1 such rows of 3",
+        "shown is not finite; got 1 such rows of 6, the first of them row 2",
     ),
     "two plates": ({"a": features, "b": features}, (Y,), OptionError, "one plate"),
     "not a function": ({"groups": 3}, (Y,), OptionError, "neither a plate nor a function"),
@@ -491,6 +491,20 @@ def test_more_that_is_refused() -> None:
         AVBSVI(pairs, ImplicitGuide(pairs, amortize=lambda: one), **SMALL).run(stack)
     with pytest.raises(ModelError, match="got 1 such rows of 5"):
         AVBSVI(pairs, over, **SMALL).run(torch.cat([stack, one[None] * torch.nan]))
+
+    def scaled(y: Tensor, scale: Tensor) -> None:
+        with pyro.plate("groups", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(z, scale), obs=y)
+
+    behind = ImplicitGuide(scaled, amortize={"groups": lambda y, scale: y})
+    scales = torch.tensor([1.0, torch.nan, 1.0])
+    with (
+        pyro.validation_enabled(False),
+        pytest.warns(UserWarning, match="one particle at a time"),
+        pytest.raises(ModelError, match="NaN whatever is drawn; got 1 such rows of 3"),
+    ):
+        AVBSVI(scaled, behind, **SMALL).run(Y[:3], scales)
     AVBSVI(pairs, over, **SMALL).run(stack)
     with pytest.raises(SetupError, match="posterior for each set of data"):
         over.get_posterior()

@@ -248,6 +248,7 @@ def test_what_is_no_fit_is_refused(source: Any) -> None:
         to_arviz(source, models.normal_normal, models.Y)
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # the guide is hardly trained
 def test_arviz_reads_it(guide: ImplicitGuide) -> None:
     idata = to_arviz(guide, models.eight_schools, *ARGS, num_samples=200)
     assert set(az.summary(idata, kind="stats").index) >= {"mu", "tau", "eta[0]"}

@@ -262,7 +262,7 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "nan in the data": (
         lambda: small().run(torch.tensor([0.1, torch.nan])),
         ModelError,
-        r"obs: log density nan, value \[0\.1.*, nan\]",
+        "data of site 'obs' lie outside the support.*got 1 of 2, the first of them nan",
     ),
     "an array": (
         lambda: small(plain).run(Y.numpy()),
