@@ -131,7 +131,7 @@ class AmortizedSampler(nn.Module):
 
     def set_units(self, rows: Tensor) -> None:
         """Take the units of the features from typical ones, ``[N, C]``."""
-        _check_finite(rows)
+        check_finite(rows)
         rows = rows.to(self.feature_loc)
         scale = rows.std(0, correction=0)
         self.feature_loc.copy_(rows.mean(0))
@@ -150,7 +150,6 @@ class AmortizedSampler(nn.Module):
                 got=f"[{', '.join(map(str, rows.shape))}]",
                 expected=f"[B, {len(self.feature_loc)}]",
             )
-        _check_finite(rows)
         x = (rows.to(self.feature_loc) - self.feature_loc) / self.feature_scale
         if g is None or self.shared is None:
             return x
@@ -166,8 +165,11 @@ class AmortizedSampler(nn.Module):
         return g, z
 
 
-def _check_finite(rows: Tensor) -> None:
-    """Raise `ModelError` unless features ``[N, C]`` are finite: of others a network makes draws that are not either."""
+def check_finite(rows: Tensor) -> None:
+    """Raise `ModelError` unless features ``[N, C]`` are finite: of others a network makes draws that are not either.
+
+    Not for every step: the host would wait for the device.
+    """
     bad = (~rows.isfinite()).any(1)
     if bad.any():
         raise ModelError(

@@ -17,7 +17,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import constraints
 
-from implicitvi.amortized import Amortization, Amortize, AmortizedSampler
+from implicitvi.amortized import Amortization, Amortize, AmortizedSampler, check_finite
 from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
 from implicitvi.latents import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.layout import SiteLayout
@@ -301,7 +301,9 @@ class ImplicitGuide(AutoContinuous):
             return ImplicitDistribution(sampler, sampler.latent_dim, log_density=log_density)
         self._require_data(*args, **kwargs)
         local = self.sampler.local
-        x = self.sampler.context(self._amortization.row(*args, **kwargs), None)
+        row = self._amortization.row(*args, **kwargs)
+        check_finite(row)
+        x = self.sampler.context(row, None)
         return ImplicitDistribution(
             lambda count: local(count, x)[:, 0], local.latent_dim, log_density=_unknown_of_dataset
         )
@@ -401,6 +403,7 @@ class ImplicitGuide(AutoContinuous):
             return self.get_posterior(*args, **kwargs).rsample((num_samples,)), self.layout
         run = self._read_plate(*args, **kwargs)
         rows = self._amortization.rows(run, *args, **kwargs)
+        check_finite(rows)
         g, z = self.sampler(num_samples, rows)
         layout = run.layout if len(rows) == run.layout.size else run.layout.resized(len(rows))
         return layout.join(g, z), layout.all
