@@ -42,11 +42,9 @@ class Engine:
         if clip_norm is not None:
             check_positive("clip_norm", clip_norm)
         check_whole("max_skips", max_skips)
-        check_at_least(
-            "num_particles",
-            min(schedule.at(step).num_particles for step in (0, schedule.num_steps)),
-            2,
-        )
+        ends = [schedule.at(step) for step in (0, schedule.num_steps)]
+        check_at_least("num_particles", min(stage.num_particles for stage in ends), 2)
+        check_at_least("adversary_steps", min(stage.adversary_steps for stage in ends), 1)
         self.schedule = schedule
         self.options = options
         self.stream = RandomStream(seed)

@@ -66,7 +66,7 @@ class Schedule:
         for value in _pair("num_particles", self.num_particles):
             check_whole("num_particles", value)
         for value in _pair("adversary_steps", self.adversary_steps):
-            check_whole("adversary_steps", value)
+            check_whole("adversary_steps", value, 0)
         for option in ("lr", "adversary_lr"):
             for rate in _pair(option, getattr(self, option)):
                 check_positive(option, rate)
