@@ -248,8 +248,11 @@ class ProblemOptions:
         """The far modes of a posterior whose sampler has been placed by a Gaussian fit."""
         place = Mode(1.0, sampler.loc, sampler.scale_tril)
         args, kwargs = arguments.args, arguments.kwargs
+        own_way = (
+            type(sampler).forward is not Sampler.forward
+        )  # of drawing, which a mixture would pass over
         # one particle at a time it would take minutes; of a minibatch every look sees another landscape
-        if self.max_modes == 1 or log_joint.mode == "loop" or log_joint.minibatches:
+        if self.max_modes == 1 or own_way or log_joint.mode == "loop" or log_joint.minibatches:
             return [place]
         # the fit's own numbers do not depend on whether modes were looked for
         with torch.random.fork_rng():

@@ -332,3 +332,25 @@ def test_what_has_no_density_is_no_mode() -> None:
         hole, torch.ones(2), torch.eye(2), 5 * torch.randn(20, 2), max_modes=4, num_steps=20
     )
     assert len(found) == 1
+
+
+class Turned(DenseSampler):
+    """Turns each draw around with probability one half."""
+
+    def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
+        sign = 2.0 * torch.randint(2, (num_samples, 1)) - 1
+        return sign * super().forward(num_samples, x)
+
+
+@pytest.mark.parametrize(("sampler", "modes"), [(DenseSampler, 2), (Turned, 1)])
+def test_a_sampler_that_draws_in_its_own_way_is_left_whole(sampler: Any, modes: int) -> None:
+    """A mixture asks its parts for their transformed noise, not for their draws."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(torch.tensor(0.0), 5.0))
+        pyro.sample("y", dist.Normal(a.square(), 1.0), obs=torch.tensor(25.0))
+
+    guide = ImplicitGuide(model, sampler=sampler)
+    AVBSVI(model, guide, num_steps=1, num_particles=64, progress=False, seed=0).run()
+    assert guide.num_modes == modes
+    assert 0.3 < (guide.sample(1000)["a"] > 0).float().mean() < 0.7

@@ -299,7 +299,7 @@ def test_schedule_follows_its_words() -> None:
         ("num_particles", (10, 0)),
         ("num_particles", (1, 2, 3)),
         ("num_particles", True),
-        ("adversary_steps", 0),
+        ("adversary_steps", -1),
         ("lr", 0.0),
         ("adversary_lr", (1e-3, -1.0)),
         ("tempering", 2.0),
