@@ -227,5 +227,5 @@ def descend(
             for group in optimiser.param_groups if normalised else ():
                 torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimiser.step()
-        cooling.step()
+            cooling.step()
     optimiser.zero_grad()

@@ -107,6 +107,7 @@ def shortened(code: str) -> str:
 @pytest.mark.uses_param_store
 @pytest.mark.filterwarnings("ignore:4 steps with:UserWarning")  # too few for minibatches, they are
 @pytest.mark.filterwarnings("ignore:. fits DISAGREE:UserWarning")  # after so few, they do
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")  # of such fits, large
 @pytest.mark.filterwarnings(
     "ignore:a few draws have most of the weight:UserWarning"
 )  # of such fits
