@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform, Independent, MaskedDistribution
+from pyro.distributions import (
+    ImproperUniform,
+    Independent,
+    MaskedDistribution,
+    NanMaskedMultivariateNormal,
+    NanMaskedNormal,
+)
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.messenger import Messenger
@@ -96,7 +102,8 @@ def _base(fn: Any) -> tuple[Constraint | None, list[Any]]:
             masks.append(fn._mask)
         fn = fn.base_dist
     support = getattr(type(fn), "support", None)
-    fixed = isinstance(support, Constraint) and not is_dependent(support)
+    takes_nan = isinstance(fn, NanMaskedNormal | NanMaskedMultivariateNormal)
+    fixed = isinstance(support, Constraint) and not is_dependent(support) and not takes_nan
     return (support if fixed else None), masks
 
 

@@ -80,6 +80,8 @@ def find_modes(
 
     def score(v: Tensor) -> Tensor:
         """The log density in units of the first Gaussian, ``-inf`` where there is none: ``v [..., D]`` to ``[...]``."""
+        if not v.numel():
+            return v.new_zeros(v.shape[:-1])
         scores = log_joint(loc + v.reshape(-1, len(loc)) @ scale_tril.mT)
         return scores.nan_to_num(-torch.inf, -torch.inf, -torch.inf).reshape(v.shape[:-1])
 

@@ -107,8 +107,8 @@ def settle(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tens
         scale_tril: Its lower triangular scale ``[D, D]``.
 
     Returns:
-        Mean and scale of the better of the two Gaussians, by the ELBO. In more than 200 dimensions the first one: it
-        would take too many draws to know.
+        Mean and scale of the Gaussian that has been arrived at, if the ELBO says so too; of the first one otherwise. In
+        more than 200 dimensions of the first one: it would take too many draws to know.
 
     References:
         The Variational Gaussian Approximation Revisited, Manfred Opper, Cédric Archambeau, 2009, eq. 8 and 9, for the
@@ -131,7 +131,9 @@ def settle(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tens
         if here.is_near(*SETTLED):
             break
         place = here.step()
-    return (here.loc, here.scale_tril) if here.elbo > first.elbo else (loc, scale_tril)
+    # a posterior that is improper has ever better ones, further and further out
+    arrived = here.is_near(*NEAR) and here.elbo > first.elbo
+    return (here.loc, here.scale_tril) if arrived else (loc, scale_tril)
 
 
 @dataclass(frozen=True, eq=False)

@@ -354,3 +354,14 @@ def test_a_sampler_that_draws_in_its_own_way_is_left_whole(sampler: Any, modes: 
     AVBSVI(model, guide, num_steps=1, num_particles=64, progress=False, seed=0).run()
     assert guide.num_modes == modes
     assert 0.3 < (guide.sample(1000)["a"] > 0).float().mean() < 0.7
+
+
+def test_where_no_start_has_a_density_there_is_one_mode() -> None:
+    def nowhere(z: Tensor) -> Tensor:
+        """One value a row, and no row is an error, as under `torch.func.vmap`."""
+        assert len(z)
+        return torch.where(z.square().sum(1) < 1, 0.0, torch.nan)
+
+    starts = 5 + torch.rand(4, 2)
+    found = find_modes(nowhere, torch.zeros(2), torch.eye(2), starts, max_modes=3, num_steps=5)
+    assert [mode.weight for mode in found] == [1.0]

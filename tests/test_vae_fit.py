@@ -436,7 +436,7 @@ def test_data_that_cannot_be_are_refused(role: str, case: str) -> None:
         ({"epochs": 2.5}, "epochs is not a whole number; got 2.5"),
         ({"batch_size": 0}, "batch_size is out of range"),
         ({"num_particles": 0}, "num_particles is out of range"),
-        ({"adversary_steps": 0}, "adversary_steps is out of range"),
+        ({"adversary_steps": -1}, "adversary_steps is out of range"),
         ({"lr": 0.0}, "lr is out of range"),
         ({"adversary_lr": (1e-3, -1.0)}, "adversary_lr is out of range"),
         ({"precision": "bfloat"}, "precision is not known; got 'bfloat'.*Did you mean 'bfloat16'"),

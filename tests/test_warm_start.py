@@ -64,13 +64,14 @@ def test_a_gaussian_that_is_right_stays_as_it_is() -> None:
 
 
 def test_what_cannot_be_improved_or_known_stays() -> None:
-    """No density at the draws; a density whose steps lead nowhere better; too many dimensions."""
+    """No density at the draws; steps that lead nowhere better; too many dimensions; an improper density."""
     nowhere = torch.zeros(2), torch.eye(2)
     many = torch.zeros(WIDEST + 1), torch.eye(WIDEST + 1)
     with RandomStream(0):
         assert settle(lambda z: z.sum(1) * torch.nan, *nowhere)[0] is nowhere[0]
         assert settle(lambda z: 10 * torch.sin(30 * z).sum(1), *nowhere)[0] is nowhere[0]
         assert settle(lambda z: -1e4 * z.square().sum(1), *many)[0] is many[0]
+        assert settle(lambda z: 10 * z.sum(1), *nowhere)[0] is nowhere[0]
 
 
 def test_the_ends_of_a_support_are_no_obstacle() -> None:
