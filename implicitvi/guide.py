@@ -198,9 +198,8 @@ class ImplicitGuide(AutoContinuous):
             self._build(*args, **kwargs)
             self._restore_now()
         except Exception:
-            self.prototype_trace = (
-                None  # without networks, or not those to be restored: not set up at all
-            )
+            # without networks, or not with those to be restored, it is not set up at all
+            self.prototype_trace = None
             raise
 
     def _build(self, *args: Any, **kwargs: Any) -> None:

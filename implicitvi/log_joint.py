@@ -262,17 +262,30 @@ class LogJoint:
     def _run(self, mode: str) -> Run:
         return {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[mode]
 
-    def _score(self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Score all particles; those at which the model raises have no density.
+    def _score(
+        self,
+        run: Run,
+        u: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        whole: bool = True,
+    ) -> Tensor:
+        """Score all particles; where the model raises, halve until the culprits stand alone.
 
         Raises:
-            ModelError: The model objects, by a ``ValueError``, to every one of several: their values are not why.
+            ModelError: The model objects, by a ``ValueError``, to every one of the batch: their values are not why.
         """
         try:
             return run(u, args, kwargs)
         except PARTICLE_ERRORS as error:
-            scores = self._one_by_one(error, run, u, args, kwargs)
-            if len(u) > 1 and isinstance(error, ValueError) and not scores.isfinite().any():
+            if not is_particles_fault(error):
+                raise
+            if len(u) == 1:
+                return u.new_full((1, *self._shape), -torch.inf)
+            halves = u.tensor_split(2)
+            scores = torch.cat([self._score(run, h, args, kwargs, whole=False) for h in halves])
+            if whole and isinstance(error, ValueError) and not scores.isfinite().any():
                 raise ModelError(
                     "the model raises an error whatever the values of its latents",
                     got=first_line(error),
@@ -280,27 +293,6 @@ class LogJoint:
                     faq="sites-or-shapes-have-changed",
                 ) from error
             return scores
-
-    def _one_by_one(
-        self,
-        error: Exception,
-        run: Run,
-        u: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Scores of particles together with which the model has raised ``error``: halved until culprits stand alone."""
-        if not is_particles_fault(error):
-            raise error
-        if len(u) == 1:
-            return u.new_full((1, *self._shape), -torch.inf)
-        scores = []
-        for half in u.tensor_split(2):
-            try:
-                scores.append(run(half, args, kwargs))
-            except PARTICLE_ERRORS as again:
-                scores.append(self._one_by_one(again, run, half, args, kwargs))
-        return torch.cat(scores)
 
     def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` together, without choice or guard; for use under another `torch.func.vmap`."""

@@ -248,9 +248,8 @@ class ProblemOptions:
         """The far modes of a posterior whose sampler has been placed by a Gaussian fit."""
         place = Mode(1.0, sampler.loc, sampler.scale_tril)
         args, kwargs = arguments.args, arguments.kwargs
-        own_way = (
-            type(sampler).forward is not Sampler.forward
-        )  # of drawing, which a mixture would pass over
+        # a mixture would pass over a sampler's own way of drawing
+        own_way = type(sampler).forward is not Sampler.forward
         # one particle at a time it would take minutes; of a minibatch every look sees another landscape
         if self.max_modes == 1 or own_way or log_joint.mode == "loop" or log_joint.minibatches:
             return [place]
@@ -339,7 +338,7 @@ def _check_terms(source: Source, sampler: AmortizedSampler, batch: Batch, terms:
     """Raise `ModelError` where the log density ``terms [S, 1 + B]`` of a datum is NaN, and is for other draws too."""
     if not terms.isnan().any():
         return
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), RandomStream(0):
         g, z = sampler(PROBES, batch.rows)
         shared, *rows = source.terms(g, z, batch).isnan().all(0).tolist()
     if shared or any(rows):
