@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +202,31 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     made._optimisers["one"] = Spy(made.players[0].module.parameters())
     made.step()
     assert sizes == [pytest.approx(10.0)]
+
+
+def test_gradients_of_another_memory_layout_are_taken_as_they_are() -> None:
+    """A fused Adam on the CPU pairs entries by where they lie, so a transposed gradient moves the wrong weights."""
+
+    class Matrix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, 3))
+
+    class Transposed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w: Tensor) -> Tensor:
+            return w.sum()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return gradient * torch.tensor([[1.0, -1.0], [0.0, 1.0], [0.0, -1.0]]).T
+
+    module = Matrix()
+    losses = lambda stage: iter([(Transposed.apply(module.w), {})])  # noqa: E731
+    trainer(Player("one", module, losses, lambda stage: stage.lr)).run(1)
+    assert torch.equal(
+        module.w.detach().sign(), -torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, -1.0]])
+    )
 
 
 def test_an_unusual_gradient_is_cut_to_a_multiple_of_the_usual_one() -> None:

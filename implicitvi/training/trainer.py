@@ -170,15 +170,25 @@ class Trainer:
 
         Metrics may be tensors: reading them as numbers waits for the device.
         """
-        if self._good is None:
-            self._good = self.state_dict()
-        stage = self.schedule.at(self.step_count)
+        stage = self.begin()
         with self.stream:
             self.prepare()
             metrics: Metrics = {"beta": stage.beta}
             for player in self.players:
                 for loss, seen in player.losses(stage):
-                    metrics |= seen | {player.name: self._descend(player, loss, stage)}
+                    loss, gradients = self._gradients(player, loss)
+                    metrics |= seen | {player.name: self.descend(player, loss, gradients, stage)}
+        self.end(metrics)
+        return metrics
+
+    def begin(self) -> Stage:
+        """The first part of a step: its settings."""
+        if self._good is None:
+            self._good = self.state_dict()
+        return self.schedule.at(self.step_count)
+
+    def end(self, metrics: Metrics) -> None:
+        """The last part of a step: its metrics are kept, and it counts."""
         self.history.append(**metrics)
         if self.step_count % self._look_every == 0:
             self._raise_if_stuck()
@@ -186,7 +196,6 @@ class Trainer:
         if self.step_count % max(1, self.schedule.num_steps // 50) == 0:
             if not any(skips.in_a_row for skips in self._skips.values()):
                 self._good = self.state_dict()
-        return metrics
 
     def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
         """Take ``num_steps`` steps; returns why it stopped. An interrupt keeps what has been learned."""
@@ -218,11 +227,16 @@ class Trainer:
     def _write(self, folder: Path, notes: dict[str, Any]) -> None:
         save_state(folder, self.state_dict(), config={"kind": "Trainer", "notes": notes})
 
-    def _descend(self, player: Player, loss: Tensor | None, stage: Stage) -> float | Tensor:
-        """One gradient step of one player on a loss; returns it, or NaN where the step was skipped."""
+    def descend(
+        self,
+        player: Player,
+        loss: Tensor | None,
+        gradients: Sequence[Tensor | None],
+        stage: Stage,
+    ) -> float | Tensor:
+        """One step of one player on a loss and its gradients; returns it, or NaN where the step was skipped."""
         optimiser = self._optimisers[player.name]
         group = optimiser.param_groups[0]
-        loss, gradients = self._gradients(loss, group["params"])
         if loss is None:
             self._skips[player.name].count(1.0)
             return nan
@@ -235,7 +249,7 @@ class Trainer:
             known = list(torch._foreach_mul(known, shrink))
         clipped = iter(known)
         for parameter, gradient in zip(group["params"], gradients, strict=True):
-            parameter.grad = None if gradient is None else next(clipped)
+            parameter.grad = None if gradient is None else _laid_out(next(clipped), parameter)
         group["lr"] = player.lr(stage)
         # a fused optimiser takes no step where this is 1, as for torch.amp.GradScaler
         skipped = optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
@@ -247,13 +261,14 @@ class Trainer:
         return torch.where(finite, loss, nan)
 
     def _gradients(
-        self, loss: Tensor | None, parameters: Sequence[Tensor]
+        self, player: Player, loss: Tensor | None
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """A loss and its gradients, averaged over the processes where there are several.
 
         Then a process without a loss counts as one whose loss is not finite: the others wait for its part, and all
         must come to the same decision.
         """
+        parameters = self._optimisers[player.name].param_groups[0]["params"]
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
         if loss is not None:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -312,6 +327,13 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.history.load_state_dict(state["history"])
         self._good = None
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in the memory layout of its parameter: a fused Adam pairs their entries as they lie in memory."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _copy(state: Any) -> Any:
