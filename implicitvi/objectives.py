@@ -9,7 +9,7 @@ adversary (proposition 2), ``T`` is held fixed while the sampler learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from math import log
 
@@ -98,6 +98,11 @@ class AVB:
         self._buffers = [list(module.buffers()) for module in both]
 
     @property
+    def opponent(self) -> nn.Module:
+        """The network that the sampler is shown: the running average of the adversary, or the adversary itself."""
+        return self.adversary if self.average is None else self.average
+
+    @property
     def informed(self) -> bool:
         """Whether the adversary is shown ``log p - log r``."""
         return isinstance(self.adversary, InformedAdversary)
@@ -124,27 +129,36 @@ class AVB:
         """
         if not num_steps:
             return
-        gap = None
         with torch.no_grad():
             z_q = self.sampler(num_samples * num_steps, x)
-            r = self.contrast(z_q, x)
-            z_r = r.sample(z_q.shape[: z_q.dim() - 1 - len(r.batch_shape)])
-            z = torch.stack([z_q, z_r])
-            standard = self.contrast.standardise(z, r)
-            if isinstance(self.adversary, InformedAdversary):
-                assert log_joint is not None
-                gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
-                if x is not None and num_samples > 1:
-                    gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
-                self.adversary.recentre(gap[0])
-            self.contrast.observe(z_q, r)
+        shown = self.compare(z_q, log_joint, x)
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
-            known = None if gap is None else gap[:, step]
             own = x is not None and x.dim() == self.context_dims + 2
             context = x[step] if x is not None and own else x
-            t_q, t_r = self._scores(self.adversary, standard[:, step], known, context)
-            yield self.ratio.loss(t_q, t_r)
+            yield self.ratio.loss(*_scores(self.adversary, [s[:, step] for s in shown], context))
+
+    @torch.no_grad()
+    def compare(
+        self, z_q: Tensor, log_joint: LogDensity | None = None, x: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the adversary is shown of draws ``z_q [S, (B,) D]`` and as many of the contrast, which then learns.
+
+        Standardised draws ``[2, S, (B,) D']``, and for one that is informed ``log p - log r [2, S, (B,)]``.
+        """
+        r = self.contrast(z_q, x)
+        z_r = r.sample(z_q.shape[: z_q.dim() - 1 - len(r.batch_shape)])
+        z = torch.stack([z_q, z_r])
+        shown = [self.contrast.standardise(z, r)]
+        if isinstance(self.adversary, InformedAdversary):
+            assert log_joint is not None
+            gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
+            if x is not None and len(z_q) > 1:
+                gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
+            self.adversary.recentre(gap[0])
+            shown.append(gap)
+        self.contrast.observe(z_q, r)
+        return shown
 
     def elbo(
         self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None
@@ -154,7 +168,13 @@ class AVB:
         A draw is dropped where the model gives it no finite log density, with all that share its importance
         weights; its gradient would be lost in any case, and would take the others' with it.
         """
-        z = self.sampler(num_samples, x)
+        return self.bound(self.sampler(num_samples, x), log_joint, x)
+
+    def bound(
+        self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """`elbo` of draws ``z [S, (B,) D]`` that have been made."""
+        num_samples = len(z)
         r = self.contrast(z, x)
         log_p = log_joint(self.hear(z))
         kept = finite_draws(log_p, self.num_importance)
@@ -185,15 +205,24 @@ class AVB:
 
     def score(self, z: Tensor, r: Distribution, log_p: Tensor, x: Tensor | None = None) -> Tensor:
         """`elbo` of draws ``z [S, (B,) D]`` whose log joint at `hear` is ``log_p [S, (B,)]``, with ``T`` held fixed."""
-        log_r = r.log_prob(z)
-        gap = log_p.detach() - log_r
-        if x is not None and len(z) > 1:
-            gap = _relative(gap)
-        if self._slope is not None:
-            adversary = self.adversary if self.average is None else self.average
-            assert isinstance(adversary, InformedAdversary)
-            self._slope.value = adversary.slope(gap.detach())
-        return elbo(log_p, log_r, self._log_ratio(z, r, gap, x))
+        log_r, shown = self.show(z, r, log_p.detach(), x)
+        return elbo(log_p, log_r, self._log_ratio(shown, x))
+
+    def show(
+        self, z: Tensor, r: Distribution, log_p: Tensor | None, x: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``log r [S, (B,)]`` of draws ``z [S, (B,) D]``, and what the `opponent` is shown of them; as in `score`."""
+        log_r: Tensor = r.log_prob(z)
+        shown = [self.contrast.standardise(z, r)]
+        if isinstance(self.opponent, InformedAdversary):
+            assert log_p is not None
+            gap = log_p - log_r
+            if x is not None and len(z) > 1:
+                gap = _relative(gap)
+            if self._slope is not None:
+                self._slope.value = self.opponent.slope(gap.detach())
+            shown.append(gap)
+        return log_r, shown
 
     def log_q(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> Tensor:
         """The learned ``log q(z | x) = log r + T`` of draws ``z [S, (B,) D]``: ``[S, (B,)]`` in nats.
@@ -207,12 +236,9 @@ class AVB:
         self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The two parts of `log_q` of ``z [S, (B,) D]``: ``log r`` and the learned ``T``, each ``[S, (B,)]``."""
-        r = self.contrast(z, x)
-        log_r: Tensor = r.log_prob(z)
-        gap = log_joint(z) - log_r if self.informed else None
-        if gap is not None and x is not None and len(z) > 1:
-            gap = _relative(gap)
-        return log_r, self._log_ratio(z, r, gap, x)
+        log_p = log_joint(z) if self.informed else None
+        log_r, shown = self.show(z, self.contrast(z, x), log_p, x)
+        return log_r, self._log_ratio(shown, x)
 
     def keep_average(self) -> None:
         """Let the average follow; called after each step of the adversary."""
@@ -224,21 +250,14 @@ class AVB:
             for mine, current in zip(*self._buffers, strict=True):
                 mine.copy_(current)
 
-    def _log_ratio(
-        self, z: Tensor, r: Distribution, gap: Tensor | None, x: Tensor | None
-    ) -> Tensor:
-        adversary = self.adversary if self.average is None else self.average
-        standard = self.contrast.standardise(z, r)
+    def _log_ratio(self, shown: Sequence[Tensor], x: Tensor | None) -> Tensor:
         context = None if x is None else x.detach()  # q is held fixed, what it is given too
-        return self.ratio.log_ratio(self._scores(adversary, standard, gap, context))
+        return self.ratio.log_ratio(_scores(self.opponent, shown, context))
 
-    @staticmethod
-    def _scores(
-        adversary: nn.Module, standard: Tensor, gap: Tensor | None, x: Tensor | None
-    ) -> Tensor:
-        inputs = (standard, gap) if isinstance(adversary, InformedAdversary) else (standard,)
-        scores: Tensor = adversary(*inputs) if x is None else adversary(*inputs, x)
-        return scores
+
+def _scores(adversary: nn.Module, shown: Sequence[Tensor], x: Tensor | None) -> Tensor:
+    scores: Tensor = adversary(*shown) if x is None else adversary(*shown, x)
+    return scores
 
 
 class _Slope:

@@ -16,6 +16,7 @@ from implicitvi.log_joint import LogJoint
 from implicitvi.objectives import AVB
 from implicitvi.training import Player, Stage
 from implicitvi.training.opponents import Turn, follow_contrast
+from implicitvi.training.player import Metrics
 
 Model = Callable[..., Any]
 REACH = 3.0  # of a tempered start, in scales of the sampler's frame
@@ -55,9 +56,13 @@ class Problem:
 
         def score(u: Tensor) -> Tensor:
             log_p = self.log_joint(u, *arguments.args, **arguments.kwargs)
-            return log_p if beta == 1 else beta * log_p + (1 - beta) * self.base(u)
+            return self.temper(log_p, u, beta)
 
         return score
+
+    def temper(self, log_p: Tensor, u: Tensor, beta: float) -> Tensor:
+        """``β log_p + (1 - β) base`` of particles ``u [S, D]`` with the log joint ``log_p [S]``."""
+        return log_p if beta == 1 else beta * log_p + (1 - beta) * self.base(u)
 
     def base(self, u: Tensor) -> Tensor:
         """Log density ``[S]`` that a tempered fit sets out from: the Gaussian of the warm start, `REACH` times as wide.
@@ -91,19 +96,21 @@ class Problem:
         """The player that raises the ELBO. Arguments as for `opponents`."""
 
         def losses(stage: Stage) -> Turn:
-            loss, dropped = self.sampler_loss(arguments(), stage)
-            yield loss, {"elbo": nan if loss is None else -loss.detach(), "dropped": float(dropped)}
+            yield with_metrics(*self.sampler_loss(arguments(), stage))
 
         return Player(
             "sampler", self.avb.sampler, losses, lambda stage: stage.lr, tensors=self.parameters
         )
 
     def sampler_loss(self, arguments: Arguments, stage: Stage) -> tuple[Tensor | None, int]:
-        """Negative mean bound of fresh draws, ``None`` where none has a density, and how many were dropped."""
-        num_groups = ceil(stage.num_particles / self.avb.num_importance)
-        num_particles = num_groups * self.avb.num_importance
-        elbo, dropped = self.avb.elbo(num_particles, self.scorer(arguments, stage.beta))
-        return (-elbo.mean() if len(elbo) else None), dropped
+        """`loss_of` fresh draws, and how many were dropped."""
+        scorer = self.scorer(arguments, stage.beta)
+        elbo, dropped = self.avb.elbo(self.num_particles(stage), scorer)
+        return loss_of(elbo), dropped
+
+    def num_particles(self, stage: Stage) -> int:
+        """Draws of the sampler in a turn: whole groups of those that share an importance-weighted bound."""
+        return ceil(stage.num_particles / self.avb.num_importance) * self.avb.num_importance
 
     def how(self) -> str:
         """How the model is scored, and why."""
@@ -122,3 +129,13 @@ class Problem:
     def log_ratio(self, u: Tensor) -> Tensor:
         """The learned ``log q(u) - log r(u)`` of draws ``[S, D]`` in nats, as in `log_q`."""
         return self.avb.log_r_and_ratio(u, self.scorer(self.arguments))[1]
+
+
+def loss_of(elbo: Tensor) -> Tensor | None:
+    """The sampler's loss: the negative mean bound, ``None`` where no draw has one in ``elbo [S']``."""
+    return -elbo.mean() if len(elbo) else None
+
+
+def with_metrics(loss: Tensor | None, dropped: int) -> tuple[Tensor | None, Metrics]:
+    """A loss of the sampler, with what the history keeps of its turn."""
+    return loss, {"elbo": nan if loss is None else -loss.detach(), "dropped": float(dropped)}

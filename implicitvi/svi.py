@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
 from math import nan
@@ -40,6 +40,7 @@ from implicitvi.saved import (
     save,
 )
 from implicitvi.sources import dataset
+from implicitvi.stacked import on_accelerator, stacked
 from implicitvi.training import (
     Callback,
     Checkpoint,
@@ -80,7 +81,7 @@ class AVBSVI:
             closed-form moments of ``sampler="noise_basis"``.
         adversary: Function of the latent dimension, and of ``context_dim`` for an amortized guide, that returns the
             adversary.
-        informed: Whether the adversary sees ``log p - log r`` (`InformedAdversary`).
+        informed: Whether the adversary is shown ``log p - log r`` beside the draws (`InformedAdversary`).
         ratio: ``"logistic"``, ``"fgan_kl"``, ``"least_squares"``, or a `RatioLoss`.
         averaging: Share of a running average of the adversary's weights that outlives each of its steps; the
             sampler is shown the average. 0 for the current weights.
@@ -98,8 +99,10 @@ class AVBSVI:
         clip_norm: Bound of the global norm of each player's gradient; ``None`` for four times what is usual. A bound
             that cuts most gradients biases the fit: it cuts where the posterior pulls hardest.
         max_skips: Non-finite turns in a row that end the fit.
-        restarts: Independent fits that `run` makes, one after the other, to see whether they agree (`Fit.agreement`).
-            ``guide`` is the first one's; the others have twins of it, and seeds that follow from ``seed``.
+        restarts: Independent fits that `run` makes, to see whether they agree (`Fit.agreement`). ``guide`` is the first
+            one's; the others have twins of it, and seeds that follow from ``seed``. On the CPU they are made one after
+            the other; on an accelerator at once where they can be (`stacked`) and nobody watches: no callbacks, no
+            checkpoints.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
             ``pyro.set_rng_seed`` decides.
         progress: Whether `run` shows a bar.
@@ -118,9 +121,9 @@ class AVBSVI:
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; algorithm 1 and
-        section 4. The paper's own settings: ``contrast="diagonal"`` or ``"prior"``, ``informed=False``,
-        ``averaging=0``, ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``, ``num_particles=512``,
-        ``adversary_steps=2``, ``num_steps=10_000``.
+        section 4. The paper's own settings: ``contrast="diagonal"`` or ``"prior"``, ``averaging=0``,
+        ``warm_start=0``, ``lr=1e-4``, ``adversary_lr=2e-4``, ``num_particles=512``, ``adversary_steps=2``,
+        ``num_steps=10_000``.
     """
 
     def __init__(
@@ -268,17 +271,58 @@ class AVBSVI:
             ModelError: The model cannot be fitted by this guide.
             CheckpointError: The folder has a checkpoint that is damaged, or of another model or other options.
         """
-        fit = self._run(args, kwargs, checkpoint, every)
-        others: list[Fit] = []
-        for key, twin in enumerate(self._twins, 1):
-            if (others or [fit])[-1].stop_reason == "interrupted":
-                break
-            folder = None if checkpoint is None else restart_folder(checkpoint, key)
-            others.append(twin._run(args, kwargs, folder, every))
-        fit = _together(fit, others)
+        watched = checkpoint is not None or every is not None or self.callbacks
+        fits: list[Fit] = []
+        if self._twins and not watched and on_accelerator(Arguments(args, kwargs)):
+            fits = self._run_stacked(args, kwargs)
+        if not fits:
+            fits = [self._run(args, kwargs, checkpoint, every)]
+            for key, twin in enumerate(self._twins, 1):
+                if fits[-1].stop_reason == "interrupted":
+                    break
+                folder = None if checkpoint is None else restart_folder(checkpoint, key)
+                fits.append(twin._run(args, kwargs, folder, every))
+        fit = _together(*fits)
         if fit.agreement is not None:
             warn_of_disagreement(fit.agreement)
         return fit
+
+    def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Fit]:
+        """`_run` of the fit and its restarts at once; nothing where they cannot be stacked."""
+        each, setups = (self, *self._twins), []
+        for svi in each:
+            began = time.perf_counter()
+            svi.setup(*args, **kwargs)
+            setups.append(time.perf_counter() - began)
+        problems, trainers = [svi.problem for svi in each], [svi.trainer for svi in each]
+        lockstep = stacked(problems, trainers, self._engine.arguments)
+        if lockstep is None:
+            return []
+        began = time.perf_counter()
+        bar = self._bar()
+        try:
+            stop_reason = lockstep.run(self._ahead(), () if bar is None else (bar,))
+        finally:
+            if bar is not None:
+                bar.close()
+        share = (time.perf_counter() - began) / len(each)
+        for svi, setup_seconds in zip(each, setups, strict=True):
+            svi._record = {
+                "seconds": setup_seconds + share,
+                "setup_seconds": setup_seconds,
+                "stop_reason": stop_reason,
+            }
+        return [svi._alone() for svi in each]
+
+    def _ahead(self) -> int:
+        """Steps that a run takes now: those up to the horizon, after it as many again."""
+        num_steps, taken = self.schedule.num_steps, self.trainer.step_count
+        return num_steps - taken if taken < num_steps else num_steps
+
+    def _bar(self) -> Progress | None:
+        if not self.progress:
+            return None
+        return Progress(self._ahead(), {"sampler": "loss", "adversary": "adversary"})
 
     def _twin(self, key: int) -> AVBSVI:
         """The same options around another guide and other random numbers."""
@@ -305,20 +349,13 @@ class AVBSVI:
         if resumed:
             check_density(then, self._log_density())
         setup_seconds = time.perf_counter() - began
-        trainer = self.trainer
-        num_steps = self.schedule.num_steps
-        ahead = num_steps - trainer.step_count if trainer.step_count < num_steps else num_steps
-        if resumed and trainer.step_count >= num_steps:
+        if resumed and self.trainer.step_count >= self.schedule.num_steps:
             return self._alone()
         self._record = UNFINISHED | {"setup_seconds": setup_seconds}
-        bar = (
-            Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
-            if self.progress
-            else None
-        )
+        bar = self._bar()
         watchers = [c for c in (bar, *self.callbacks, keeper) if c is not None]
         try:
-            stop_reason = trainer.run(ahead, watchers)
+            stop_reason = self.trainer.run(self._ahead(), watchers)
         finally:
             if bar is not None:
                 bar.close()
@@ -335,7 +372,7 @@ class AVBSVI:
     def fit(self) -> Fit:
         """The fit as it stands: what the last `run` returned, here or before it was saved."""
         begun = [twin for twin in self._twins if twin._engine.is_set_up]
-        return _together(self._alone(), [twin._alone() for twin in begun])
+        return _together(self._alone(), *(twin._alone() for twin in begun))
 
     def _alone(self) -> Fit:
         trainer = self.trainer
@@ -520,7 +557,7 @@ class AVBSVI:
         self.trainer.load_state_dict(state)
 
 
-def _together(fit: Fit, others: Sequence[Fit]) -> Fit:
+def _together(fit: Fit, *others: Fit) -> Fit:
     """A fit with its restarts, and how far they agree."""
     if not others:
         return fit
@@ -528,7 +565,7 @@ def _together(fit: Fit, others: Sequence[Fit]) -> Fit:
     if fit.guide.amortization is None:
         with RandomStream(0):  # looking leaves the fits as they are
             found = agreement([each.guide for each in (fit, *others)])
-    return replace(fit, restarts=tuple(others), agreement=found)
+    return replace(fit, restarts=others, agreement=found)
 
 
 class AVB_ELBO(ELBO):

@@ -32,7 +32,7 @@ LAYERS = (
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
-    {"engine", "saved"},
+    {"engine", "saved", "stacked"},
     {"svi"},
     {"export", "plots"},
 )
