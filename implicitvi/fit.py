@@ -188,7 +188,7 @@ class Fit:
 
         Raises:
             SetupError: The guide is amortized.
-            ModelError: The density of the draws cannot be learned well enough to weigh them by.
+            ModelError: The density cannot be learned well enough to weigh draws by, or a few have most of the weight.
         """
         return resample(self.guide, self._as_run, *self.args, num_samples=num_samples, seed=seed)
 

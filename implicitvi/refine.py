@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,7 +35,7 @@ class Resampled:
         draws: ``{site: [S, *site shape]}``, constrained; some occur more than once.
         num_pool: Draws of the guide that they were chosen from.
         num_effective: As many independent draws of the posterior would be worth as much as those, ``1 / Σ w²``.
-        k_hat: Pareto shape of the weights; above 0.7 they cannot be relied on, unless they hardly differ.
+        k_hat: Pareto shape of the weights; above 0.7 only where they hardly differ, and it says nothing.
     """
 
     draws: dict[str, Tensor]
@@ -95,7 +94,7 @@ def resample(
 
     Raises:
         SetupError: The guide has not been trained, or is amortized, or is none.
-        ModelError: The density cannot be learned well enough to weigh draws by.
+        ModelError: The density cannot be learned well enough to weigh draws by, or a few have most of the weight.
 
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
@@ -120,10 +119,11 @@ def resample(
     num_effective = 1 / weights.square().sum().item()
     # of weights that hardly differ the tail has a shape too, which says nothing
     if k_hat > _PARETO_K and num_effective < count / 2:
-        warnings.warn(
-            f"a few draws have most of the weight (Pareto k {k_hat:.2f}, reliable below {_PARETO_K}): the fit misses "
-            "mass that resampling cannot bring; train longer, or look at fit.diagnose()",
-            stacklevel=2,
+        raise ModelError(
+            "a few draws have most of the weight: the fit misses mass, or its density is not known well enough",
+            got=f"Pareto k {k_hat:.2f}, and {count} draws worth {num_effective:.0f} of the posterior",
+            expected=f"Pareto k below {_PARETO_K}",
+            do="Train longer, look at fit.diagnose(), or use fit.polish(), which needs no weights.",
         )
     with RandomStream(seed):
         places = (torch.arange(num_samples) + torch.rand(())).double() / num_samples

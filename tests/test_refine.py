@@ -35,6 +35,13 @@ def shifted() -> ImplicitGuide:
     return dressed(several, lambda count: draw_several(count) + off, log_several)
 
 
+def score_error(u: Tensor) -> float:
+    """Root of the kernel Stein discrepancy of draws of the several sites, unconstrained."""
+    v = u.clone().requires_grad_()
+    (score,) = torch.autograd.grad(log_several(v).sum(), v)
+    return kernel_stein(u, score, num_bootstrap=1).score_error
+
+
 def off(draws: dict[str, Tensor]) -> float:
     """Of the mean of ``a``, in standard deviations."""
     return (draws["a"].mean().item() - 1) / 0.5
@@ -97,18 +104,23 @@ def test_polishing_lowers_the_stein_discrepancy() -> None:
     with RandomStream(0):
         u = shifted().sampler(1000)
         moved, _ = transitions(target.log_prob, u, num_steps=10)
-    errors = []
-    for z in (u, moved):
-        v = z.clone().requires_grad_()
-        (score,) = torch.autograd.grad(target.log_prob(v).sum(), v)
-        errors.append(kernel_stein(z, score, num_bootstrap=1).score_error)
-    assert errors[0] > 0.3 and errors[1] < errors[0] / 3
+    before, after = score_error(u), score_error(moved)
+    assert before > 0.3 and after < before / 3
 
 
-def test_missing_tails_are_warned_of() -> None:
+def test_resampling_lowers_the_stein_discrepancy() -> None:
+    guide = shifted()
+    with RandomStream(0):
+        before = score_error(guide.sample_unconstrained(1000))
+        found = resample(guide, TARGETS["several sites"].model, num_samples=1000)
+    after = score_error(guide.layout.pack(found.draws))
+    assert before > 0.3 and after < before / 3
+
+
+def test_weights_that_a_few_draws_have_are_refused() -> None:
     target = TARGETS["heavy tails"]
     narrow = dressed(target, lambda count: 0.4 * torch.randn(count, 3), target.log_prob)
-    with RandomStream(0), pytest.warns(UserWarning, match="Pareto k"):
+    with RandomStream(0), pytest.raises(ModelError, match="few draws have most of the weight"):
         resample(narrow, target.model, num_samples=2000)
 
 
