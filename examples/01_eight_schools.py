@@ -43,7 +43,6 @@ SCHOOLS = eight_schools()
 # The settings of the paper, but for its adversary: two residual blocks of 128 units in place of five of 256, which take
 # an hour here. All 10,000 steps are taken: on the way `KL(q‖p)` passes 10 nats, so fewer would be unfair.
 PAPER: dict[str, Any] = {
-    "informed": False,
     "averaging": 0,
     "warm_start": 0,
     "lr": 1e-4,

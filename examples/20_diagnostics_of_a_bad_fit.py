@@ -84,7 +84,6 @@ TRIED: dict[str, dict[str, Any]] = {
     "collapsed": {
         "adversary_lr": 1e-7,
         "contrast": "prior",
-        "informed": False,
         "max_modes": 1,
     },
     "one mode": {"max_modes": 1, "restarts": 4},

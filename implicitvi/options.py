@@ -63,7 +63,7 @@ class ProblemOptions:
 
     contrast: str | Callable[[int], Contrast] = "mixture"
     adversary: Callable[..., nn.Module] = GatedAdversary
-    informed: bool = True
+    informed: bool = False
     ratio: str | RatioLoss = "logistic"
     averaging: float = 0.9
     warm_start: int = 600

@@ -250,7 +250,6 @@ def adversary_off_half_way() -> Any:
         num_steps=300,
         num_particles=128,
         contrast="gaussian",
-        informed=False,
         averaging=0.0,
         lr=3e-3,
         warm_start=200,

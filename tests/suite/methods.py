@@ -27,6 +27,9 @@ from suite.target import Sites, Target
 Method = Callable[..., Sites]
 STEPS, PARTICLES = 4000, 32  # of every variational peer
 QUICK_STEPS = 20
+REFINED = ("resample", "polish")
+SHORT = 500  # steps of a fit that leaves something to be refined
+CONTRASTS = ("prior", "diagonal", "gaussian", "flow")  # beside the mixture
 
 
 def fitted(
@@ -158,17 +161,20 @@ PEERS: dict[str, Method] = {
     "nuts": nuts,
 }
 ABLATIONS: dict[str, Method] = {
+    **{f"contrast={name}": partial(implicit, contrast=name) for name in CONTRASTS},
+    "informed": partial(implicit, informed=True),
     **{
-        f"contrast={name}": partial(implicit, contrast=name)
-        for name in ("prior", "diagonal", "gaussian", "flow")
+        f"contrast={name}, informed": partial(implicit, contrast=name, informed=True)
+        for name in CONTRASTS
     },
-    "uninformed": partial(implicit, informed=False),
-    **{how: partial(refined, how=how) for how in ("resample", "polish")},
+    **{how: partial(refined, how=how) for how in REFINED},
+    f"{SHORT} steps": partial(implicit, num_steps=SHORT),
+    **{f"{SHORT} steps, {how}": partial(refined, how=how, num_steps=SHORT) for how in REFINED},
     "tempered": partial(implicit, tempering=0.1),
     "whole coordinates": partial(implicit, contrast=Whole),
     "uncooled": partial(implicit, lr=1e-3, adversary_lr=4e-3),
-    "mixture alone": partial(implicit, adversary=NoAdversary, informed=False),
-    "flow alone": partial(implicit, contrast="flow", adversary=NoAdversary, informed=False),
+    "mixture alone": partial(implicit, adversary=NoAdversary),
+    "flow alone": partial(implicit, contrast="flow", adversary=NoAdversary),
     "semi-implicit": partial(implicit, sampler="semi_implicit"),
     "denoised": denoised,
     "more adversary late": partial(implicit, adversary_steps=(3, 6), num_particles=(448, 2048)),
