@@ -68,26 +68,24 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"informed": True},
-        {"contrast": "flow"},
-        {"contrast": "prior"},
-        {"contrast": "gaussian", "averaging": 0.0},
-        {"tempering": 0.1},
-        {"num_importance": 4},
-        {"ratio": "fgan_kl", "adversary_steps": 1},
-        {"sampler": "semi_implicit"},
-        {"sampler": "noise_basis"},
-        {"model": uniform, "warm_start": 0},
-    ],
-    ids=str,
-)
-def test_each_restart_is_the_fit_that_it_would_be_alone(
-    options: dict[str, Any], at_once: list[Any]
-) -> None:
+TOGETHER: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "informed": {"informed": True},
+    "flow": {"contrast": "flow"},
+    "prior": {"contrast": "prior"},
+    "Gaussian": {"contrast": "gaussian", "averaging": 0.0},
+    "tempered": {"tempering": 0.1},
+    "importance-weighted": {"num_importance": 4},
+    "f-GAN": {"ratio": "fgan_kl", "adversary_steps": 1},
+    "semi-implicit": {"sampler": "semi_implicit"},
+    "noise basis": {"sampler": "noise_basis"},
+    "dropped draws": {"model": uniform, "warm_start": 0},
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_each_restart_is_the_fit_that_it_would_be_alone(case: str, at_once: list[Any]) -> None:
+    options = TOGETHER[case]
     together = fitted(3, **options)
     assert len(at_once) == 1 and at_once[0] is not None and len(together.fits) == 3
     alone = [
@@ -184,21 +182,18 @@ def minibatches(y: Tensor) -> None:
         pyro.sample("obs", dist.Normal(mu, 1.0), obs=y[rows])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sampler": OwnWay},
-        {"sampler": Shifted},
-        {"adversary": Choosy},
-        {"adversary": Running},
-        {"model": minibatches},
-    ],
-    ids=str,
-)
-def test_what_cannot_be_stacked_is_fitted_one_by_one(
-    options: dict[str, Any], at_once: list[Any]
-) -> None:
-    fit = fitted(2, num_steps=2, **options)
+ONE_BY_ONE: dict[str, dict[str, Any]] = {
+    "a sampler's own way": {"sampler": OwnWay},
+    "a number of its own": {"sampler": Shifted},
+    "a choice by value": {"adversary": Choosy},
+    "a running mean": {"adversary": Running},
+    "minibatches": {"model": minibatches},
+}
+
+
+@pytest.mark.parametrize("case", ONE_BY_ONE)
+def test_what_cannot_be_stacked_is_fitted_one_by_one(case: str, at_once: list[Any]) -> None:
+    fit = fitted(2, num_steps=2, **ONE_BY_ONE[case])
     assert at_once == [None]
     assert [one.num_steps for one in fit.fits] == [2, 2]
 
