@@ -85,7 +85,7 @@ def gradients(system: str) -> list[Tensor]:
     with NoiseOfAll():
         for player in players:
             for loss, _ in player.losses(schedule.at(0)):
-                mean, means = trainer._gradients(loss, player.parameters())
+                mean, means = trainer._gradients(player, loss)
                 found += [g for g in (mean, *means) if g is not None]
     return found
 
