@@ -131,7 +131,7 @@ class AVB:
             return
         with torch.no_grad():
             z_q = self.sampler(num_samples * num_steps, x)
-        shown = self.compare(z_q, log_joint, x)
+        shown = self.compare(z_q, num_samples, log_joint, x)
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
             own = x is not None and x.dim() == self.context_dims + 2
@@ -140,11 +140,16 @@ class AVB:
 
     @torch.no_grad()
     def compare(
-        self, z_q: Tensor, log_joint: LogDensity | None = None, x: Tensor | None = None
+        self,
+        z_q: Tensor,
+        num_samples: int,
+        log_joint: LogDensity | None = None,
+        x: Tensor | None = None,
     ) -> list[Tensor]:
         """What the adversary is shown of draws ``z_q [S, (B,) D]`` and as many of the contrast, which then learns.
 
-        Standardised draws ``[2, S, (B,) D']``, and for one that is informed ``log p - log r [2, S, (B,)]``.
+        Standardised draws ``[2, S, (B,) D']``, and for one that is informed ``log p - log r [2, S, (B,)]``, relative to
+        the others of the context where a step has several, ``num_samples``, as in `score`.
         """
         r = self.contrast(z_q, x)
         z_r = r.sample(z_q.shape[: z_q.dim() - 1 - len(r.batch_shape)])
@@ -153,7 +158,7 @@ class AVB:
         if isinstance(self.adversary, InformedAdversary):
             assert log_joint is not None
             gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
-            if x is not None and len(z_q) > 1:
+            if x is not None and num_samples > 1:
                 gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
             self.adversary.recentre(gap[0])
             shown.append(gap)

@@ -13,8 +13,9 @@ from implicitvi.amortized_problem import AmortizedProblem
 from implicitvi.objectives import elbo, tighten
 from implicitvi.problem import Arguments, Problem, loss_of, with_metrics
 from implicitvi.samplers import MixtureSampler, Sampler
-from implicitvi.training import Stage, Trainer
+from implicitvi.training import Player, RandomStream, Stage, Trainer
 from implicitvi.training.lockstep import Lockstep, Losses, Turns
+from implicitvi.training.opponents import Turn
 
 PROBES = 8  # inputs at which a stack is held against its networks
 NOT_STACKED = (RuntimeError, ValueError, TypeError, KeyError)  # of networks that cannot be, by vmap
@@ -136,12 +137,10 @@ class StackedProblem:
 
     def lockstep(self) -> Lockstep:
         """The loop of all fits."""
-        turns: dict[str, Turns] = {
-            "adversary": self.adversary_losses,
-            "sampler": self.sampler_losses,
-        }
-        names = [player.name for player in self.trainers[0].players]
-        return Lockstep(self.trainers, [turns.get(name, self._alone(name)) for name in names])
+        batched = {"adversary": self.adversary_losses, "sampler": self.sampler_losses}
+        columns = zip(*(trainer.players for trainer in self.trainers), strict=True)
+        turns = [batched.get(players[0].name, self._alone(players)) for players in columns]
+        return Lockstep(self.trainers, turns)
 
     def adversary_losses(self, stage: Stage) -> Iterator[Losses]:
         """As `AVB.adversary_losses` of each fit."""
@@ -151,7 +150,8 @@ class StackedProblem:
         each = []
         for problem, trainer, z in zip(self.problems, self.trainers, draws, strict=True):
             with trainer.stream:
-                each.append(problem.avb.compare(z, problem.scorer(self.arguments, stage.beta)))
+                scorer = problem.scorer(self.arguments, stage.beta)
+                each.append(problem.avb.compare(z, count, scorer))
         shown = [torch.stack(tensors) for tensors in zip(*each, strict=True)]
         for i in range(0, count * stage.adversary_steps, count):
             scores = self._score(*(tensor[:, :, i : i + count] for tensor in shown))
@@ -185,18 +185,15 @@ class StackedProblem:
             losses.append(with_metrics(loss_of(tighten(bound, z, avb.num_importance)), 0))
         yield losses
 
-    def _alone(self, name: str) -> Turns:
-        """The turn of a player that is not batched."""
-        players = [next(p for p in t.players if p.name == name) for t in self.trainers]
+    def _alone(self, players: Sequence[Player]) -> Turns:
+        """The turn of players that are not batched."""
 
         def losses(stage: Stage) -> Iterator[Losses]:
-            turns = [player.losses(stage) for player in players]
-            for _ in range(stage.adversary_steps):
-                each = []
-                for trainer, turn in zip(self.trainers, turns, strict=True):
-                    with trainer.stream:
-                        each.append(next(turn))
-                yield each
+            turns = [
+                _drawing_from(trainer.stream, player.losses(stage))
+                for trainer, player in zip(self.trainers, players, strict=True)
+            ]
+            yield from zip(*turns, strict=True)
 
         return losses
 
@@ -207,3 +204,13 @@ class StackedProblem:
             with trainer.stream:
                 noise.append(avb.sampler.noise(count))
         return self._draw(torch.stack(noise))
+
+
+def _drawing_from(stream: RandomStream, turn: Turn) -> Turn:
+    """A turn with its random numbers from a stream, which is left between two of its losses."""
+    while True:
+        with stream:
+            loss = next(turn, None)
+        if loss is None:
+            return
+        yield loss

@@ -299,12 +299,7 @@ class AVBSVI:
         if lockstep is None:
             return []
         began = time.perf_counter()
-        bar = self._bar()
-        try:
-            stop_reason = lockstep.run(self._ahead(), () if bar is None else (bar,))
-        finally:
-            if bar is not None:
-                bar.close()
+        stop_reason = self._train(step=lockstep.step)
         share = (time.perf_counter() - began) / len(each)
         for svi, setup_seconds in zip(each, setups, strict=True):
             svi._record = {
@@ -314,15 +309,17 @@ class AVBSVI:
             }
         return [svi._alone() for svi in each]
 
-    def _ahead(self) -> int:
-        """Steps that a run takes now: those up to the horizon, after it as many again."""
+    def _train(self, *watchers: Callback, step: Callable[[], object] | None = None) -> str:
+        """Steps up to the horizon, after it as many again; returns why they stopped. ``step`` as for `Trainer.run`."""
         num_steps, taken = self.schedule.num_steps, self.trainer.step_count
-        return num_steps - taken if taken < num_steps else num_steps
-
-    def _bar(self) -> Progress | None:
+        ahead = num_steps - taken if taken < num_steps else num_steps
         if not self.progress:
-            return None
-        return Progress(self._ahead(), {"sampler": "loss", "adversary": "adversary"})
+            return self.trainer.run(ahead, watchers, step=step)
+        bar = Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
+        try:
+            return self.trainer.run(ahead, (bar, *watchers), step=step)
+        finally:
+            bar.close()
 
     def _twin(self, key: int) -> AVBSVI:
         """The same options around another guide and other random numbers."""
@@ -352,13 +349,7 @@ class AVBSVI:
         if resumed and self.trainer.step_count >= self.schedule.num_steps:
             return self._alone()
         self._record = UNFINISHED | {"setup_seconds": setup_seconds}
-        bar = self._bar()
-        watchers = [c for c in (bar, *self.callbacks, keeper) if c is not None]
-        try:
-            stop_reason = self.trainer.run(self._ahead(), watchers)
-        finally:
-            if bar is not None:
-                bar.close()
+        stop_reason = self._train(*self.callbacks, *([] if keeper is None else [keeper]))
         self._record = {
             "seconds": time.perf_counter() - began,
             "setup_seconds": setup_seconds,

@@ -118,6 +118,30 @@ def test_the_hint_is_a_function_of_the_draws_alone(weight: float, context: Tenso
         assert torch.allclose(mine, true, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_an_adversary_learns_from_the_hint_that_the_sampler_is_shown(num_samples: int) -> None:
+    """Relative to the other draws of a context where a step has several of it, and only there."""
+    torch.manual_seed(0)
+    context = torch.randn(4, 2, dtype=torch.float64)
+    network = ResidualAdversary(D, context_dim=2)
+    avb = AVB(
+        DenseSampler(D, context_dim=2, hidden=(8,)).double(),
+        GaussianContrast(),
+        InformedAdversary(network).double(),
+    )
+    log_joint = lambda z: -(z - 0.3).square().sum(-1)  # noqa: E731
+    z = avb.sampler(3 * num_samples, context).detach()
+    r = avb.contrast(z, context)
+    _, learned = avb.compare(z, num_samples, log_joint, context)
+    if num_samples == 1:
+        expected = torch.cat(
+            [avb.show(one, r, log_joint(one), context)[1][1] for one in z[:, None]]
+        )
+    else:
+        expected = avb.show(z, r, log_joint(z), context)[1][1]
+    assert torch.allclose(learned[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_oracle_law_catches_a_wrong_sign() -> None:
     """The planted bug: an adversary of the opposite sign fails the first law by more than rounding."""
     q = gaussian(3)

@@ -1,13 +1,12 @@
-"""Several loops as one: fits that take every step together."""
+"""Several loops in step: fits whose steps are computed together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from implicitvi.training.callbacks import Callback
 from implicitvi.training.player import Metrics
 from implicitvi.training.schedule import Stage
 from implicitvi.training.trainer import Trainer
@@ -48,18 +47,6 @@ class Lockstep:
                     metrics[i] |= seen | {player.name: took}
         for trainer, seen in zip(self.trainers, metrics, strict=True):
             trainer.end(seen)
-
-    def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
-        """Take ``num_steps`` steps, of which callbacks see the first fit's; returns why it stopped."""
-        callbacks = tuple(callbacks)
-        try:
-            for _ in range(num_steps):
-                self.step()
-                for callback in callbacks:
-                    callback(self.trainers[0])
-        except KeyboardInterrupt:
-            return "interrupted"
-        return "finished"
 
 
 def _gradients(

@@ -197,12 +197,22 @@ class Trainer:
             if not any(skips.in_a_row for skips in self._skips.values()):
                 self._good = self.state_dict()
 
-    def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
-        """Take ``num_steps`` steps; returns why it stopped. An interrupt keeps what has been learned."""
+    def run(
+        self,
+        num_steps: int,
+        callbacks: Iterable[Callback] = (),
+        *,
+        step: Callable[[], object] | None = None,
+    ) -> str:
+        """Take ``num_steps`` steps; returns why it stopped. An interrupt keeps what has been learned.
+
+        ``step`` takes one in place of `step` where this is one of several loops (`Lockstep`).
+        """
+        step = self.step if step is None else step
         callbacks, reason = tuple(callbacks), None
         for left in reversed(range(num_steps)):
             try:
-                self.step()
+                step()
                 for callback in callbacks:
                     callback(self)
             except KeyboardInterrupt:
