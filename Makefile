@@ -18,7 +18,7 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test docs browser accuracy accuracy-quick accuracy-vae conjugate diagnose-rates bench bench-vae lint \
+.PHONY: help .venv demo test docs browser accuracy accuracy-quick accuracy-vae conjugate diagnose-rates refinement bench bench-vae lint \
 	types format clean
 
 help: ## Print the targets
@@ -67,6 +67,9 @@ conjugate: $(STAMP) ## Measure the defaults where the posterior is known exactly
 
 diagnose-rates: $(STAMP) ## Measure how often a diagnosis flags bad and good draws; writes docs/results (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/diagnose_rates.py --again
+
+refinement: $(STAMP) ## Measure what refinement does to draws that need it; writes docs/results (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/refinement.py
 
 bench: $(STAMP) ## Measure the time and memory of a step; writes docs/results and a picture (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench.py

@@ -120,6 +120,7 @@ RESULTS = {
     "accuracy-brief": ("The suite in brief", "make accuracy", None),
     "diagnose": ("How often a report is right", "make diagnose-rates", None),
     "conjugate": ("Where the posterior is known", "make conjugate", None),
+    "refinement": ("What refinement does", "make refinement", None),
     "bench": ("Time and memory of a step", "make bench", "../images/bench.png"),
     "vae": ("Latent variable models", "make accuracy-vae", None),
     "vae-bench": ("Time of latent variable models", "make bench-vae", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +18,8 @@ from implicitvi.evaluation.stein import kernel_stein
 from implicitvi.refine import polish, resample
 from implicitvi.training import RandomStream
 from planted import TARGETS, Drawn, draw_several, draw_two_modes, dressed, exact, log_several
+from refinement import change, judged
+from suite.targets import TARGETS as SUITE
 
 SDS = torch.tensor([0.5, 2.0, 0.8, 1.0, 1.0])
 Y = torch.tensor([0.5, -0.3, 1.0])
@@ -166,3 +169,28 @@ def test_fewer_draws_than_dimensions_may_be_polished() -> None:
     """The chains take their frame from more draws of the guide."""
     moved = polish(exact("several sites"), TARGETS["several sites"].model, num_samples=2)
     assert moved.draws["z"].shape == (2, 2) and moved.acceptance > 0.5
+
+
+# what is measured of it
+
+
+def test_a_change_is_one_beyond_two_standard_errors() -> None:
+    before = {"discrepancy": 0.10, "error": 0.01}
+    after = {
+        "lowered": 0.05,
+        "within noise": 0.08,  # two standard errors of the difference are 0.028
+        "raised": 0.15,
+    }
+    for verdict, value in after.items():
+        assert change(before, {"discrepancy": value, "error": 0.01}) == verdict
+    assert change(before, {"refused": "ModelError"}) == "refused"
+
+
+def test_draws_that_are_off_have_a_discrepancy_and_exact_ones_have_none() -> None:
+    """In the frame of the posterior's own draws: those of draws too narrow by half would hide it in part."""
+    target = replace(SUITE["mixture_4_modes_2d"](), num_draws=1000, num_reference=4000)
+    exact_ones = judged(target, target.reference[:1000])
+    assert abs(exact_ones["discrepancy"]) < 4 * exact_ones["error"]
+    off = judged(target, target.reference[:1000] * 0.5)
+    assert off["discrepancy"] > 4 * off["error"] and off["sd_high"] < 0.6
+    assert change(off, exact_ones) == "lowered" and change(exact_ones, off) == "raised"

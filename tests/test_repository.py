@@ -64,6 +64,18 @@ def test_the_exact_posteriors_show_what_was_measured() -> None:
     assert conjugate.OUTPUT.with_suffix(".md").read_text(encoding="utf-8") == shown
 
 
+def test_refinement_shows_what_was_measured() -> None:
+    """Its table comes from the results file, that from `make refinement`; each way lowers something."""
+    import refinement
+
+    result = json.loads(refinement.OUTPUT.read_text(encoding="utf-8"))
+    shown = refinement.table(result)
+    assert refinement.OUTPUT.with_suffix(".md").read_text(encoding="utf-8") == shown
+    for how in refinement.REFINED:
+        (counts,) = re.findall(rf"^- {how}: .* lowered (\d+), raised (\d+);", shown, re.MULTILINE)
+        assert int(counts[0]) > 0 and int(counts[1]) == 0
+
+
 def test_the_benchmark_shows_what_was_measured() -> None:
     """Its tables come from the results file, and that from `make bench`."""
     import bench

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from math import log, pi
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from implicitvi import ImplicitGuide
 from implicitvi.errors import OptionError, ShapeError
-from implicitvi.evaluation.audit import audit
+from implicitvi.evaluation.audit import audit, psis
 from implicitvi.evaluation.evidence import semi_implicit_bound
 from implicitvi.evaluation.moves import elsewhere, moved
 from implicitvi.evaluation.stein import _stein_kernel, kernel_stein, stein_identities
@@ -164,6 +166,31 @@ def test_a_fresh_adversary_is_not_flattered_by_the_log_joint_it_is_shown() -> No
     found = audit(0.5**0.5 * draws(0, 6000, 3), standard)
     kl = 1.5 * (log(2) - 0.5)
     assert found.log_weights.mean().item() == pytest.approx(-kl, abs=0.1)
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.6, 1.0])
+def test_smoothed_weights_keep_their_order_and_k_is_that_of_their_tail(shape: float) -> None:
+    """Of Pareto weights whose log is exponential, whatever ArviZ is installed; the least weights have no heavy tail."""
+    log_weights = -shape * torch.rand(20_000, generator=torch.Generator().manual_seed(0)).log()
+    smoothed, k = psis(log_weights)
+    assert k == pytest.approx(shape, abs=0.15)
+    assert smoothed.exp().sum().item() == pytest.approx(1.0)
+    order = log_weights.argsort()
+    assert (smoothed[order].diff() >= -1e-9).all()
+
+
+def test_the_newer_arviz_is_given_what_it_weighs_by_the_negative_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`arviz_stats` names its argument a log likelihood, of what is left out."""
+    stats = SimpleNamespace(psislw=lambda log_likelihood: (-log_likelihood, 0.3))
+    monkeypatch.setitem(sys.modules, "arviz", SimpleNamespace(__version__="1.3.0"))
+    monkeypatch.setitem(sys.modules, "arviz_stats", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "arviz_stats.base", SimpleNamespace(array_stats=stats))
+    weights = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
+    smoothed, k = psis(weights.log())
+    torch.testing.assert_close(smoothed.exp(), weights)
+    assert k == 0.3
 
 
 def test_the_audit_leaves_the_random_state_alone() -> None:

@@ -221,10 +221,11 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     if int(arviz.__version__.split(".")[0]) >= 1:
         from arviz_stats.base import array_stats
 
-        smoothed, k = array_stats.psislw(numbers)
+        # log likelihoods of what is left out, as it names them, which weigh by their negative
+        smoothed, k = array_stats.psislw(-numbers)
     else:
         smoothed, k = arviz.psislw(numbers)
-    return torch.from_numpy(smoothed), float(k)
+    return torch.from_numpy(smoothed).log_softmax(0), float(k)
 
 
 class _Mixture:

@@ -1,0 +1,167 @@
+"""What refinement does to draws that need it: `make refinement` runs this and writes ``docs/results``.
+
+On every target of the suite a fit that was stopped far too early, and its draws before and after ``fit.resample()`` and
+``fit.polish()``: the squared kernel Stein discrepancy to the posterior, in the frame of the posterior's own draws, the
+same for all of them, beside as many exact draws. Its standard error is that over parts of the draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accuracy import write_whole
+from implicitvi.errors import ModelError
+from implicitvi.evaluation import mean_error, sd_ratio
+from implicitvi.evaluation.stein import kernel_stein
+from suite.measure import of_method
+from suite.methods import REFINED, fitted
+from suite.target import Missing, Target
+from suite.targets import TARGETS
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "refinement.json"
+STEPS = (20, 100)  # of fits that leave something to be mended
+DRAWS, PARTS = 4000, 8
+UNREFINED, EXACT = "as drawn", "exact draws"
+Row = dict[str, Any]
+
+
+def judged(target: Target, found: Tensor) -> Row:
+    """The discrepancy of draws ``[S, D]`` in the coordinates of judgement, and how far their moments are off."""
+    dtype = torch.get_default_dtype()
+    frame = target.unconstrain(target.reference[-target.num_draws :]).to(dtype)
+    u = target.unconstrain(of_method(target, found).found).to(dtype)
+    parts = zip(u.chunk(PARTS), target.score(u)[1].chunk(PARTS), strict=True)
+    each = [kernel_stein(*part, reference=frame, num_bootstrap=1).discrepancy for part in parts]
+    low, high = sd_ratio(found, target.reference)
+    return {
+        "discrepancy": statistics.fmean(each),
+        "error": statistics.stdev(each) / math.sqrt(PARTS),
+        "mean_error": mean_error(found, target.reference),
+        "sd_low": low,
+        "sd_high": high,
+    }
+
+
+def measure(target: Target, steps: int, seed: int) -> list[Row]:
+    """A row for each way to refine, for the draws as they are, and for exact ones."""
+    fit = fitted(target, seed=seed, quick=False, num_steps=steps)
+
+    def refined(how: str) -> Tensor:
+        return target.compare(getattr(fit, how)(num_samples=DRAWS).draws)
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        EXACT: lambda: target.reference[:DRAWS],
+        UNREFINED: lambda: target.compare(fit.guide.sample(DRAWS)),
+        **{how: partial(refined, how) for how in REFINED},
+    }
+    rows = []
+    for how, draws in ways.items():
+        row = {"target": target.name, "steps": steps, "seed": seed, "how": how}
+        try:
+            rows.append({**row, **judged(target, draws())})
+        except ModelError as error:
+            rows.append({**row, "refused": str(error).splitlines()[0]})
+    return rows
+
+
+def change(before: Row, after: Row) -> str:
+    """In words, beyond two standard errors of the difference."""
+    if "refused" in after:
+        return "refused"
+    difference = after["discrepancy"] - before["discrepancy"]
+    if abs(difference) <= 2 * math.hypot(before["error"], after["error"]):
+        return "within noise"
+    return "lowered" if difference < 0 else "raised"
+
+
+def count(how: str, fits: list[dict[str, Row]]) -> str:
+    """On how many fits a way to refine did what, in words."""
+    changes = [change(found[UNREFINED], found[how]) for found in fits]
+    visible = [
+        verdict
+        for verdict, found in zip(changes, fits, strict=True)
+        if verdict != "refused" and found[UNREFINED]["discrepancy"] > 2 * found[UNREFINED]["error"]
+    ]
+    return (
+        f"- {how}: of {len(fits)} fits refused {changes.count('refused')}, lowered {changes.count('lowered')}, raised "
+        f"{changes.count('raised')}; of the {len(visible)} others that showed a discrepancy of more than two standard "
+        f"errors, lowered {visible.count('lowered')}."
+    )
+
+
+def table(result: Row) -> str:
+    """The result in Markdown: a line for each fit, then how often each way lowered the discrepancy."""
+    ways = (EXACT, UNREFINED, *REFINED)
+    head = ["target", "steps", *ways, *(f"mean error, {how}" for how in (UNREFINED, *REFINED))]
+    lines = [
+        "# What refinement does to draws that need it",
+        "",
+        "`make refinement` measures this: `tests/refinement.py`. Squared kernel Stein discrepancy with its standard "
+        f"error, and the worst error of a mean in posterior standard deviations, of {DRAWS} draws of fits that were "
+        "stopped after so few steps. Lowered or raised: by more than two standard errors of the difference.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    fits: dict[tuple[str, int, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        fits.setdefault((row["target"], row["steps"], row["seed"]), {})[row["how"]] = row
+    for (target, steps, _), found in fits.items():
+        shown = [target, str(steps)]
+        for how in ways:
+            row = found[how]
+            number = "" if "refused" in row else f"{row['discrepancy']:.4f} ± {row['error']:.4f}"
+            verdict = change(found[UNREFINED], row) if how in REFINED else ""
+            shown.append(", ".join(part for part in (number, verdict) if part))
+        for how in (UNREFINED, *REFINED):
+            shown.append("" if "refused" in found[how] else f"{found[how]['mean_error']:.3f}")
+        lines.append("| " + " | ".join(shown) + " |")
+    lines += ["", *(count(how, list(fits.values())) for how in REFINED)]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines += ["", f"{result['date']}, Python {result['python']}, {versions}, one thread."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    result: Row = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("implicitvi", "torch", "pyro-ppl")},
+        "rows": [],
+    }
+    for name in options.only:
+        try:
+            target = TARGETS[name]()
+        except Missing as missing:
+            print(f"{name}: {missing}", flush=True)
+            continue
+        for steps in options.steps:
+            found = measure(target, steps, options.seed)
+            for row in found:
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+            result["rows"] += found
+            write_whole(options.output, json.dumps(result, indent=1) + "\n")
+            write_whole(options.output.with_suffix(".md"), table(result))
+
+
+if __name__ == "__main__":
+    main()
