@@ -48,7 +48,7 @@ from implicitvi.ratios import RATIOS, RatioLoss
 from implicitvi.samplers import MixtureSampler, Sampler
 from implicitvi.scoring import PARTICLE_ERRORS, first_line, flat_sites, sites_without_density
 from implicitvi.sources import Batch, DatasetSource, PlateSource, Source, count_datasets, dataset
-from implicitvi.training import RandomStream
+from implicitvi.training import RandomStream, forked
 from implicitvi.warm_start import gaussian_fit, settle, starting_point
 
 STARTS = 32  # of each kind, from which far modes are looked for
@@ -254,7 +254,7 @@ class ProblemOptions:
         if self.max_modes == 1 or own_way or log_joint.mode == "loop" or log_joint.minibatches:
             return [place]
         # the fit's own numbers do not depend on whether modes were looked for
-        with torch.random.fork_rng():
+        with forked():
             starts = wide_starts(place.loc, place.scale_tril, STARTS)
             with suppress(RuntimeError, *PARTICLE_ERRORS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -6,6 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from implicitvi import AVBSVI, Fit, ImplicitGuide
+from implicitvi.evaluation.frechet import FeatureNet
+from implicitvi.evaluation.sbc import sbc
+from implicitvi.vae import VAE
+from implicitvi.vae.encoders import GaussianEncoder
+from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +77,39 @@ def test_a_test_that_changes_the_process_or_warns_fails(tmp_path: Path) -> None:
         "test_reseeds_python",
         "test_warns",
     }, result.stdout
+
+
+def test_no_gpu_is_started_that_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of four: `torch.random.fork_rng`, left to itself, reads the state of each."""
+
+    def started(*_: object) -> Tensor:
+        raise AssertionError("a GPU was started")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", started)
+    with pytest.raises(AssertionError, match="GPU was started"), torch.random.fork_rng(range(4)):
+        pass
+    options: dict[str, Any] = {
+        "num_steps": 2,
+        "num_particles": 16,
+        "warm_start": 5,
+        "progress": False,
+    }
+
+    def fit(y: Tensor) -> Fit:
+        return AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **options).run(y)
+
+    fit(models.Y)
+    x = torch.rand(40, 4)
+    vae = VAE(
+        GaussianEncoder(nn.Linear(4, 4)), Decoder(nn.Linear(2, 4), BernoulliLikelihood([4])), 2
+    )
+    vae.log_evidence(x, "iwae")
+    FeatureNet(x, torch.arange(40) % 2, steps=2)
+    sbc(
+        models.normal_normal,
+        lambda model, data: fit(data["obs"]),
+        models.Y,
+        num_datasets=10,
+        num_draws=9,
+    )

@@ -106,7 +106,7 @@ class FeatureNet(nn.Module):
         check_positive("lr", lr)
         _check_labelled(x, labels)
         self.x_shape = x.shape[1:]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(seed)
             self.body = _body(self.x_shape, width)
             self.head = nn.Linear(width, int(labels.max()) + 1)

@@ -153,7 +153,8 @@ def sbc(
     check_whole("num_datasets", num_datasets, 10)
     check_whole("num_draws", num_draws, 9)
     ranks: dict[str, list[Tensor]] = {}
-    with torch.random.fork_rng():
+    in_use = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    with torch.random.fork_rng(devices=range(in_use)):
         torch.manual_seed(seed)
         for _ in range(num_datasets):
             truth, data = simulate(model, *args, **kwargs)

@@ -10,7 +10,7 @@ from implicitvi.training.callbacks import (
     Tracker,
 )
 from implicitvi.training.player import Player
-from implicitvi.training.rng import RandomStream, derived_seed
+from implicitvi.training.rng import RandomStream, derived_seed, forked
 from implicitvi.training.schedule import Schedule, Stage
 from implicitvi.training.trainer import History, Trainer
 
@@ -29,4 +29,5 @@ __all__ = [
     "Tracker",
     "Trainer",
     "derived_seed",
+    "forked",
 ]

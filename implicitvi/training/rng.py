@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import numpy as np
@@ -68,6 +69,15 @@ class RandomStream:
         torch.set_rng_state(state[0])
         if torch.cuda.is_initialized():  # a state may come from a machine with more devices
             torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
+
+
+def forked() -> AbstractContextManager[None]:
+    """Whatever is drawn inside, torch's default generators are afterwards where they were.
+
+    Those of the CPU and of GPUs in use: left to itself `torch.random.fork_rng` starts every GPU of the machine.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return torch.random.fork_rng(devices=range(count))
 
 
 def derived_seed(seed: int, *key: int) -> int:

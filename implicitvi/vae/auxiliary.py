@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent, Normal
 from implicitvi.errors import ShapeError
 from implicitvi.networks import dense, side_by_side
 from implicitvi.samplers import LOG_RANGE
-from implicitvi.training import Player, Stage
+from implicitvi.training import Player, Stage, forked
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit
 from implicitvi.vae.likelihoods import Likelihood
@@ -125,7 +125,7 @@ class AuxiliaryVAE(ReadyMade, LatentModel):
 
     @torch.no_grad()
     def _probe_auxiliary(self) -> None:
-        with self._as_is(), torch.random.fork_rng():
+        with self._as_is(), forked():
             x = torch.zeros(2, *self.x_shape, device=self.device)
             first = self.encoder.first(x)
             second = self.encoder.second(first.sample(), x)

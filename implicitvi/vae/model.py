@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from implicitvi.errors import ModelError, ShapeError, check_choice, check_whole
 from implicitvi.evaluation.ais import ais
 from implicitvi.evaluation.evidence import importance_sampling, quadrature
-from implicitvi.training import Callback, Player, Stage
+from implicitvi.training import Callback, Player, Stage, forked
 from implicitvi.training.callbacks import as_callbacks
 from implicitvi.training.player import Metrics
 from implicitvi.vae.batches import Transform
@@ -242,7 +242,7 @@ class LatentModel(nn.Module, ABC):
         x = self._input(x)
         self._check_log_joint()
         estimates = []
-        with self._as_is(), torch.random.fork_rng():
+        with self._as_is(), forked():
             if seed is not None:
                 torch.manual_seed(seed)
             for rows in x.split(batch_size):
@@ -322,7 +322,7 @@ class LatentModel(nn.Module, ABC):
 
     def _check_log_joint(self) -> None:
         """Raise `ModelError` unless ``log p(x, z)`` can be integrated over ``z``."""
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked():
             prior = self.prior()
             decoded = self.decoder(prior.sample([2]))
             for name, arrow in (("decoder", decoded), ("prior", prior)):
@@ -353,7 +353,7 @@ class LatentModel(nn.Module, ABC):
 
     def _probe(self) -> tuple[torch.Size, int]:
         """Shapes of a datum and of a code, and whether every arrow does what is needed of it."""
-        with self._as_is(), torch.no_grad(), torch.random.fork_rng():
+        with self._as_is(), torch.no_grad(), forked():
             prior = _distribution("prior", self.prior)
             _check_shapes("prior", prior, (), 1, "p(z) over codes [D]")
             z = prior.sample(_shape(2))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.errors import ShapeError, check_at_least
+from implicitvi.training import forked
 from implicitvi.vae.distributions import Implicit
 
 
@@ -75,7 +76,7 @@ class SampledPrior(nn.Module):
     def __init__(self, draw: Callable[[int], Tensor], latent_dim: int | None = None):
         super().__init__()
         self.draw = draw
-        with torch.random.fork_rng():
+        with forked():
             shape = draw(2).shape
         if len(shape) != 2 or shape[0] != 2 or latent_dim not in (None, shape[1]):
             raise ShapeError(
