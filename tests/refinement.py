@@ -35,6 +35,8 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "refinement.json"
 STEPS = (20, 100)  # of fits that leave something to be mended
 DRAWS, PARTS = 4000, 8
 UNREFINED, EXACT = "as drawn", "exact draws"
+NO_BREAK, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
+MARKS = {"refused": "", "within noise": "", "lowered": f"{NO_BREAK}↓", "raised": f"{NO_BREAK}↑"}
 Row = dict[str, Any]
 
 
@@ -103,36 +105,43 @@ def count(how: str, fits: list[dict[str, Row]]) -> str:
 
 
 def table(result: Row) -> str:
-    """The result in Markdown: a line for each fit, then how often each way lowered the discrepancy."""
+    """The result in Markdown: how often each way lowered the discrepancy, then a line for each fit."""
+    fits: dict[tuple[str, int, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        fits.setdefault((row["target"], row["steps"], row["seed"]), {})[row["how"]] = row
     ways = (EXACT, UNREFINED, *REFINED)
-    head = ["target", "steps", *ways, *(f"mean error, {how}" for how in (UNREFINED, *REFINED))]
+    head = ["target", "steps", *ways, f"mean error: {', '.join(ways[1:])}"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [
         "# What refinement does to draws that need it",
         "",
         "`make refinement` measures this: `tests/refinement.py`. Squared kernel Stein discrepancy with its standard "
         f"error, and the worst error of a mean in posterior standard deviations, of {DRAWS} draws of fits that were "
-        "stopped after so few steps. Lowered or raised: by more than two standard errors of the difference.",
+        "stopped after so few steps. ↓ lowered, ↑ raised: by more than two standard errors of the difference; "
+        "– refused.",
+        "",
+        *(count(how, list(fits.values())) for how in REFINED),
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
-    fits: dict[tuple[str, int, int], dict[str, Row]] = {}
-    for row in result["rows"]:
-        fits.setdefault((row["target"], row["steps"], row["seed"]), {})[row["how"]] = row
     for (target, steps, _), found in fits.items():
         shown = [target, str(steps)]
         for how in ways:
-            row = found[how]
-            number = "" if "refused" in row else f"{row['discrepancy']:.4f} ± {row['error']:.4f}"
-            verdict = change(found[UNREFINED], row) if how in REFINED else ""
-            shown.append(", ".join(part for part in (number, verdict) if part))
-        for how in (UNREFINED, *REFINED):
-            shown.append("" if "refused" in found[how] else f"{found[how]['mean_error']:.3f}")
+            mark = MARKS[change(found[UNREFINED], found[how])] if how in REFINED else ""
+            shown.append(number(found[how], "discrepancy", "error") + mark)
+        shown.append(", ".join(number(found[how], "mean_error") for how in ways[1:]))
         lines.append("| " + " | ".join(shown) + " |")
-    lines += ["", *(count(how, list(fits.values())) for how in REFINED)]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines += ["", f"{result['date']}, Python {result['python']}, {versions}, one thread."]
     return "\n".join(lines) + "\n"
+
+
+def number(row: Row, figure: str, error: str | None = None) -> str:
+    """A figure, with its standard error where it has one, on one line; a dash where there are no draws."""
+    if figure not in row:
+        return "–"
+    shown = f"{row[figure]:.3f}" if error is None else f"{row[figure]:.4f} ± {row[error]:.4f}"
+    return shown.replace(" ", NO_BREAK).replace("-", MINUS)
 
 
 def main() -> None:
