@@ -221,7 +221,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     if int(arviz.__version__.split(".")[0]) >= 1:
         from arviz_stats.base import array_stats
 
-        # log likelihoods of what is left out, as it names them, which weigh by their negative
+        # since 1.0 it takes log likelihoods of what is left out, and weighs by their inverse
         smoothed, k = array_stats.psislw(-numbers)
     else:
         smoothed, k = arviz.psislw(numbers)
