@@ -22,7 +22,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -108,6 +108,15 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def at_hand(names: Sequence[str]) -> Iterator[Target]:
+    """The targets of these names whose data are there; of the others it says that they are left out."""
+    for name in names:
+        try:
+            yield TARGETS[name]()
+        except Missing as missing:
+            print(f"{name} left out: {missing}", flush=True)
 
 
 def row_of(target: Target, method: str, seed: int, *, quick: bool) -> Row:
@@ -338,12 +347,8 @@ def main() -> None:
         parser.error("--quick measures nothing: give it an --output (and a --picture) of its own")
     torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
     results = Results(options.output)
-    for name in options.only:
-        try:
-            target = TARGETS[name]()
-        except Missing as missing:
-            print(f"{name} left out: {missing}", flush=True)
-            continue
+    for target in at_hand(options.only):
+        name = target.name
         if options.quick:
             target = replace(target, num_draws=500, num_reference=2000)
         wanted = [(EXACT, 0), *((m, s) for m in options.methods for s in range(options.seeds))]

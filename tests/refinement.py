@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accuracy import write_whole
+from accuracy import at_hand, write_whole
 from implicitvi.errors import ModelError
 from implicitvi.evaluation import mean_error, sd_ratio
 from implicitvi.evaluation.stein import kernel_stein
 from suite.measure import of_method
 from suite.methods import REFINED, fitted
-from suite.target import Missing, Target
+from suite.target import Target
 from suite.targets import TARGETS
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "refinement.json"
@@ -157,12 +157,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("implicitvi", "torch", "pyro-ppl")},
         "rows": [],
     }
-    for name in options.only:
-        try:
-            target = TARGETS[name]()
-        except Missing as missing:
-            print(f"{name}: {missing}", flush=True)
-            continue
+    for target in at_hand(options.only):
         for steps in options.steps:
             found = measure(target, steps, options.seed)
             for row in found:

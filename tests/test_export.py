@@ -23,6 +23,7 @@ from implicitvi.export import _container
 
 ARGS = (models.SIGMA, models.Y)
 RECENT = int(az.__version__.split(".")[0]) >= 1
+ELPD = "elpd" if RECENT else "elpd_loo"
 
 
 def groups_of(idata: Any) -> set[str]:
@@ -92,8 +93,10 @@ def test_deterministic_sites_have_the_dimensions_of_their_plates() -> None:
         assert idata[group]["mean"].dims == ("chain", "draw", "column", "row")
         assert idata[group]["outside"].dims == ("chain", "draw", "outside_dim_0")
         assert idata[group]["other"].dims == ("chain", "draw", "other_dim_0")
-        *named, own = idata[group]["pair"].dims
-        assert named == ["chain", "draw", "column", "row"] and own.startswith("pair_dim_")
+        own = (
+            "pair_dim_0" if RECENT else "pair_dim_2"
+        )  # counted from the first without a name, or from all
+        assert idata[group]["pair"].dims == ("chain", "draw", "column", "row", own)
     mean = idata["posterior"]["mean"].sel(row="d", column=0)
     assert (mean.values == idata["posterior"]["slope"].values).all()
 
@@ -230,9 +233,12 @@ def test_the_workflow_of_arviz_runs(guide: ImplicitGuide, tmp_path: Path) -> Non
     loo = az.loo(idata, reff=1.0, pointwise=True)
     table = az.compare({"one": idata, "other": idata})
     assert set(table.index) == {"one", "other"}
-    assert np.isfinite(table["elpd" if RECENT else "elpd_loo"]).all()
+    assert np.isfinite(table[ELPD]).all()
     predictive: list[Callable[[], Any]] = (
-        [lambda: az.plot_ppc_dist(idata, num_samples=10)]
+        [
+            lambda: az.plot_ppc_dist(idata, num_samples=10),
+            lambda: az.plot_ppc_dist(idata, group="prior_predictive", num_samples=10),
+        ]
         if RECENT
         else [
             lambda: az.plot_ppc(idata, num_pp_samples=10),
@@ -267,7 +273,7 @@ def test_what_is_no_fit_is_refused(source: Any) -> None:
 def test_arviz_reads_it(guide: ImplicitGuide) -> None:
     idata = to_arviz(guide, models.eight_schools, *ARGS, num_samples=200)
     assert set(az.summary(idata, kind="stats").index) >= {"mu", "tau", "eta[0]"}
-    assert np.isfinite(getattr(az.loo(idata, reff=1.0), "elpd" if RECENT else "elpd_loo"))
+    assert np.isfinite(getattr(az.loo(idata, reff=1.0), ELPD))
 
 
 def test_the_log_likelihood_is_not_scaled() -> None:
