@@ -24,7 +24,7 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
 from implicitvi.datasets import ToyDensity, toy_densities
-from implicitvi.evaluation import knn_kl
+from implicitvi.metrics import knn_kl
 
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
 

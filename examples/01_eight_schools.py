@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
-from implicitvi.adversaries import ResidualAdversary
+from implicitvi.avb.adversaries import ResidualAdversary
 from implicitvi.datasets import eight_schools
-from implicitvi.evaluation import c2st, knn_kl
+from implicitvi.metrics import c2st, knn_kl
 
 # All networks here are small: a second thread costs more than it brings. One for every method alike.
 torch.set_num_threads(1)

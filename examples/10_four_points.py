@@ -25,7 +25,7 @@ import torch
 
 from implicitvi import plots
 from implicitvi.datasets import four_points
-from implicitvi.evaluation import knn_kl
+from implicitvi.metrics import knn_kl
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.model import LatentModel
 

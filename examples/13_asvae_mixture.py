@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from implicitvi.adversaries import GatedAdversary
-from implicitvi.networks import dense
+from implicitvi.avb.adversaries import GatedAdversary
+from implicitvi.nn import dense
 from implicitvi.vae import ALI, ASVAE, VAE, MarginalASVAE
 from implicitvi.vae.encoders import GaussianEncoder
-from implicitvi.vae.likelihoods import Decoder, GaussianLikelihood
+from implicitvi.vae.decoders import Decoder, GaussianLikelihood
 from implicitvi.vae.model import LatentModel
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -27,8 +27,8 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from implicitvi.adversaries import ResidualAdversary
-from implicitvi.networks import dense
+from implicitvi.avb.adversaries import ResidualAdversary
+from implicitvi.nn import dense
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae import ALI, BiadversarialVAE

@@ -31,15 +31,15 @@ from torch.distributions import Bernoulli, Independent
 
 from implicitvi import plots
 from implicitvi.datasets import bar_codes, bar_images, or_bars
-from implicitvi.networks import dense
+from implicitvi.nn import dense
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae import VAE
 from implicitvi.vae.encoders import BinaryEncoder, GaussianEncoder
 from implicitvi.vae.ladder import LadderEncoder, LadderPrior, LowerLevel
-from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder, GaussianLikelihood
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, GaussianLikelihood
 from implicitvi.vae.model import Batch, LatentModel
-from implicitvi.vae.symmetric import SymmetricVAE
+from implicitvi.vae.objectives.symmetric import SymmetricVAE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

@@ -23,7 +23,7 @@ import torch
 
 from implicitvi import plots
 from implicitvi.datasets import binarise, digits
-from implicitvi.evaluation import knn_kl
+from implicitvi.metrics import knn_kl
 from implicitvi.vae import (
     AAE,
     ALI,

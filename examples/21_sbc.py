@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
-from implicitvi.evaluation.sbc import band_share, sbc
+from implicitvi.diagnostics.sbc import band_share, sbc
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

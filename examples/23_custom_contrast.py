@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
-from implicitvi.contrasts import Contrast, GaussianContrast, MixtureContrast
-from implicitvi.evaluation import knn_kl
+from implicitvi.avb.contrasts import Contrast, GaussianContrast, MixtureContrast
+from implicitvi.metrics import knn_kl
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

@@ -34,7 +34,7 @@ from torch.distributions import constraints
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
 from implicitvi.errors import ModelError
-from implicitvi.evaluation import knn_kl
+from implicitvi.metrics import knn_kl
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

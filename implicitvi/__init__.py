@@ -1,10 +1,10 @@
 """Variational inference with implicit posteriors: any network that can be sampled is a variational family."""
 
-from implicitvi.diagnosis import diagnose
+from implicitvi.diagnostics.diagnose import diagnose
 from implicitvi.export import to_arviz
-from implicitvi.fit import Fit
-from implicitvi.guide import ImplicitGuide
-from implicitvi.svi import AVB_ELBO, AVBSVI
+from implicitvi.inference.fit import Fit
+from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.inference.svi import AVB_ELBO, AVBSVI
 from implicitvi.training import Checkpoint, EarlyStop, StopTraining, TensorBoard, Tracker
 
 __all__ = [

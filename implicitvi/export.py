@@ -16,7 +16,7 @@ from pyro.distributions import Unit
 from pyro.infer import Predictive
 from torch import Tensor, nn
 
-from implicitvi.enumeration import (
+from implicitvi.pyro_model.enumeration import (
     Enumerate,
     SharedSiteError,
     batchable,
@@ -25,12 +25,12 @@ from implicitvi.enumeration import (
     log_sum_of,
 )
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
-from implicitvi.fit import Fit
-from implicitvi.guide import ImplicitGuide
-from implicitvi.layout import plate_names
-from implicitvi.log_joint import LogJoint
-from implicitvi.minibatch import Minibatch
-from implicitvi.scoring import (
+from implicitvi.inference.fit import Fit
+from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.pyro_model.sites import plate_names
+from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.subsampling import Minibatch
+from implicitvi.pyro_model.tracing import (
     first_line,
     is_deterministic,
     plate_nesting,

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
-from implicitvi.evaluation.report import Check
+from implicitvi.diagnostics.report import Check
 from implicitvi.training import History, Schedule
 
 if TYPE_CHECKING:

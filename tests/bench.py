@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.adversaries import GatedAdversary
+from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.datasets import eight_schools
-from implicitvi.problem import Arguments
-from implicitvi.samplers import GatedSampler
-from implicitvi.stacked import stacked
+from implicitvi.inference.objective import Arguments
+from implicitvi.avb.samplers import GatedSampler
+from implicitvi.inference.stacked import stacked
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "results" / "bench.json"

@@ -24,7 +24,7 @@ PAGES = [
     "gallery/index.html",
     "gallery/01_eight_schools.html",
     "reference/api.html",
-    "reference/api/implicitvi.svi.html",
+    "reference/api/implicitvi.inference.svi.html",
     "results/conjugate.html",
 ]
 MEASURE = """

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.evaluation.sbc import band_share
+from implicitvi.diagnostics.sbc import band_share
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "conjugate.json"
 DRAWS = 200_000  # a standard error of 0.0022 sd in a mean, and of 0.16 % in the sd of a Gaussian

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from implicitvi.adversaries import GatedAdversary, ResidualAdversary
-from implicitvi.contrasts import (
+from implicitvi.avb.adversaries import GatedAdversary, ResidualAdversary
+from implicitvi.avb.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
     FlowContrast,
@@ -21,8 +21,8 @@ from implicitvi.contrasts import (
     ModalContrast,
     PriorContrast,
 )
-from implicitvi.ratios import FGanKL, LeastSquares, Logistic, RatioLoss
-from implicitvi.samplers import (
+from implicitvi.avb.ratios import FGanKL, LeastSquares, Logistic, RatioLoss
+from implicitvi.avb.samplers import (
     DenseSampler,
     GatedSampler,
     NoiseBasisSampler,

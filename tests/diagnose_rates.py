@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from implicitvi import diagnose
-from implicitvi.training import RandomStream
+from implicitvi.rng import RandomStream
 from planted import PLANTED, TARGETS, exact, planted, short_fit
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "diagnose.json"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.samplers import Sampler
-from implicitvi.training import RandomStream
+from implicitvi.avb.samplers import Sampler
+from implicitvi.rng import RandomStream
 
 Draw = Callable[[int], Tensor]
 LogDensity = Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from implicitvi.contrasts import Contrast
+from implicitvi.avb.contrasts import Contrast
 
 DATA, CODES = 3, 4  # sizes of the alphabets
 PARTS = 12  # parts of each conditional, and draws that give them all

@@ -22,7 +22,8 @@ from implicitvi import (
     Tracker,
 )
 from implicitvi.errors import CheckpointError, SetupError
-from implicitvi.training import RandomStream, Schedule, Trainer
+from implicitvi.rng import RandomStream
+from implicitvi.training import Schedule, Trainer
 from implicitvi.training.checkpoint import read_state
 from test_vae_fit import data, fit, same, vae
 

@@ -21,7 +21,7 @@ from conjugate import (
     rank,
     simulate,
 )
-from implicitvi.evaluation.sbc import band_share
+from implicitvi.diagnostics.sbc import band_share
 
 Posterior = dist.MultivariateNormal
 Spoil = Callable[[Posterior], Posterior]

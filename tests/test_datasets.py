@@ -24,7 +24,7 @@ from implicitvi.datasets import (
     toy_densities,
 )
 from implicitvi.errors import OptionError
-from implicitvi.evaluation import knn_kl
+from implicitvi.metrics import knn_kl
 
 DENSITIES = [
     *toy_densities().values(),

@@ -15,8 +15,8 @@ from torch import Tensor
 import models
 from implicitvi import AVBSVI, ImplicitGuide, diagnose
 from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
-from implicitvi.evaluation.report import Check, Report
-from implicitvi.training import RandomStream
+from implicitvi.diagnostics.report import Check, Report
+from implicitvi.rng import RandomStream
 from planted import (
     PLANTED,
     TARGETS,

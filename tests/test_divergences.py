@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError
-from implicitvi.evaluation import (
+from implicitvi.metrics import (
     c2st,
     divergences,
     knn_kl,

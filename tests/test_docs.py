@@ -26,7 +26,7 @@ import pytest
 
 import implicitvi
 from implicitvi.errors import FAQ, ModelError
-from implicitvi.ratios import RatioLoss
+from implicitvi.avb.ratios import RatioLoss
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

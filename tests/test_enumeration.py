@@ -17,7 +17,7 @@ import models
 from implicitvi import ImplicitGuide
 from implicitvi.errors import ModelError
 from implicitvi.export import to_arviz
-from implicitvi.log_joint import LogJoint
+from implicitvi.pyro_model.log_joint import LogJoint
 
 Model = Callable[..., Any]
 Y = torch.tensor([-1.2, 0.3, 1.9, 0.1, 2.2], dtype=torch.float64)

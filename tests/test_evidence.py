@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
 
 from implicitvi.errors import ModelError, OptionError, ShapeError
-from implicitvi.evaluation import ais as module
-from implicitvi.evaluation.ais import SCHEDULES, Annealed, Annealing, ais, bidirectional
-from implicitvi.evaluation.evidence import importance_sampling, quadrature
-from implicitvi.networks import dense
+from implicitvi.metrics import ais as module
+from implicitvi.metrics.ais import SCHEDULES, Annealed, Annealing, ais, bidirectional
+from implicitvi.metrics.evidence import importance_sampling, quadrature
+from implicitvi.nn import dense
 from implicitvi.vae import VAE
 from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, moments_of
-from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder, ImplicitDecoder
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, ImplicitDecoder
 from implicitvi.vae.priors import SampledPrior
 
 SIGMA = 0.5

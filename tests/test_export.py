@@ -17,7 +17,7 @@ from torch import Tensor
 
 import models
 from implicitvi import AVBSVI, ImplicitGuide, to_arviz
-from implicitvi.contrasts import GaussianContrast
+from implicitvi.avb.contrasts import GaussianContrast
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.export import _container
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import models
 from implicitvi import ImplicitGuide
 from implicitvi.errors import ModelError, OptionError, SetupError
-from implicitvi.samplers import DenseSampler
+from implicitvi.avb.samplers import DenseSampler
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 
 from implicitvi.errors import OptionError, ShapeError
-from implicitvi.evaluation.frechet import FeatureNet, feature_distance, frechet_distance
-from implicitvi.evaluation.latent import (
+from implicitvi.metrics.frechet import FeatureNet, feature_distance, frechet_distance
+from implicitvi.metrics.latent import (
     active_units,
     aggregated_kl,
     negative_log_likelihood,

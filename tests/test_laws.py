@@ -17,11 +17,11 @@ from contracts import (
     OracleContrast,
     gaussian,
 )
-from implicitvi.adversaries import InformedAdversary, ResidualAdversary
-from implicitvi.contrasts import Gaussian, GaussianContrast, GaussianMixture, MixtureContrast
-from implicitvi.objectives import AVB
-from implicitvi.ratios import RatioLoss
-from implicitvi.samplers import DenseSampler
+from implicitvi.avb.adversaries import InformedAdversary, ResidualAdversary
+from implicitvi.avb.contrasts import Gaussian, GaussianContrast, GaussianMixture, MixtureContrast
+from implicitvi.avb.objective import AVB
+from implicitvi.avb.ratios import RatioLoss
+from implicitvi.avb.samplers import DenseSampler
 
 
 def oracle(contrast: str, q: torch.distributions.MultivariateNormal) -> AVB:

@@ -15,8 +15,8 @@ import models
 import zoo
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.errors import ModelError
-from implicitvi.log_joint import LogJoint, _agree
-from implicitvi.model_prior import ModelPrior
+from implicitvi.pyro_model.log_joint import LogJoint, _agree
+from implicitvi.pyro_model.prior import ModelPrior
 
 Model = Callable[..., Any]
 BATCHED: dict[str, tuple[Model, tuple[Tensor, ...]]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models
-from implicitvi.minibatch import Minibatch, draw_subsample
+from implicitvi.pyro_model.subsampling import Minibatch, draw_subsample
 
 
 @pytest.mark.parametrize(("size", "count"), [(5, 2), (6, 3), (5, 3), (3, 3)])

@@ -28,7 +28,7 @@ from implicitvi import (
     to_arviz,
 )
 from implicitvi.errors import ImplicitVIError
-from implicitvi.evaluation import (
+from implicitvi.metrics import (
     c2st,
     knn_kl,
     mean_error,

@@ -16,8 +16,8 @@ from torch.distributions import MultivariateNormal
 
 from contracts import ExplicitSampler, gaussian
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
-from implicitvi.contrasts import Assembly, GaussianContrast, MixtureContrast, ModalContrast
-from implicitvi.modes import (
+from implicitvi.avb.contrasts import Assembly, GaussianContrast, MixtureContrast, ModalContrast
+from implicitvi.inference.modes import (
     BARRIER,
     TAIL,
     _log_densities,
@@ -28,9 +28,9 @@ from implicitvi.modes import (
     find_modes,
     wide_starts,
 )
-from implicitvi.problem import Problem
-from implicitvi.samplers import DenseSampler, MixtureSampler, Sampler
-from implicitvi.training import RandomStream
+from implicitvi.inference.objective import Problem
+from implicitvi.avb.samplers import DenseSampler, MixtureSampler, Sampler
+from implicitvi.rng import RandomStream
 from models import SIGMA, Y, eight_schools
 
 LogDensity = Callable[[Tensor], Tensor]

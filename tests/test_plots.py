@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicitvi import plots
 from implicitvi.errors import OptionError, ShapeError
-from implicitvi.evaluation.report import Check
+from implicitvi.diagnostics.report import Check
 from implicitvi.training import History, Schedule
 
 

@@ -24,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, DistributedSampler
 
 from implicitvi import StopTraining, processes
-from implicitvi.contrasts import GaussianContrast, MixtureContrast
+from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
 from implicitvi.errors import OptionError
-from implicitvi.training import RandomStream, Schedule, Trainer
+from implicitvi.rng import RandomStream
+from implicitvi.training import Schedule, Trainer
 from implicitvi.vae import VAE
-from implicitvi.vae.batches import batches_of
+from implicitvi.vae.data import batches_of
 from implicitvi.vae.encoders import GaussianEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
@@ -57,9 +58,9 @@ class NoiseOfAll(TorchFunctionMode):
 
     def draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         *lead, rows, dim = shape
-        everyones = [*lead, rows * processes.count(), dim]
+        everyones = [*lead, rows * distributed.count(), dim]
         noise = torch.randn(everyones, dtype=dtype, generator=self.generator)
-        return noise.narrow(-2, rows * processes.rank(), rows)
+        return noise.narrow(-2, rows * distributed.rank(), rows)
 
 
 SYSTEMS: dict[str, Callable[[], LatentModel]] = {
@@ -77,10 +78,10 @@ def gradients(system: str) -> list[Tensor]:
     with torch.no_grad():
         for weight in model.parameters():  # the hint's weight, which starts at 0, too
             weight.add_(0.1 * torch.randn_like(weight))
-    x = data(8).double().tensor_split(processes.count())[processes.rank()]
+    x = data(8).double().tensor_split(distributed.count())[distributed.rank()]
     schedule = Schedule(num_steps=1, num_particles=3, adversary_steps=2, tempering=None)
     players = model.players(lambda: x)
-    trainer = Trainer(players, schedule=schedule, stream=RandomStream(0), average=processes.average)
+    trainer = Trainer(players, schedule=schedule, stream=RandomStream(0), average=distributed.average)
     found: list[Tensor] = []
     with NoiseOfAll():
         for player in players:
@@ -92,15 +93,15 @@ def gradients(system: str) -> list[Tensor]:
 
 def gradients_together(system: str, folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     alone = gradients(system)
-    with processes.join(CPU):
+    with distributed.join(CPU):
         return alone, gradients(system)
 
 
 def gradients_of_own_statistics(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     """The bug: moments of the noise basis and centre of the hint from a process's own rows."""
     alone = gradients("AVB, Gaussian contrast")
-    with processes.join(CPU):
-        exchange = processes.average
+    with distributed.join(CPU):
+        exchange = distributed.average
         turns = lambda tensors: exchange(tensors) if len(tensors) > 1 else list(tensors)  # noqa: E731
         with (
             patch.object(processes, "average", turns),
@@ -114,10 +115,10 @@ def statistics_together(folder: Path) -> dict[str, Any]:
     torch.manual_seed(3)
     everyones = torch.randn(64, 2)
     alone = GaussianContrast()(everyones)
-    with processes.join(CPU):
-        own = everyones.tensor_split(processes.count())[processes.rank()]
+    with distributed.join(CPU):
+        own = everyones.tensor_split(distributed.count())[distributed.rank()]
         gaussian = GaussianContrast()(own)
-        torch.manual_seed(processes.rank())  # the mixture begins at random
+        torch.manual_seed(distributed.rank())  # the mixture begins at random
         mixture = MixtureContrast(2, components=3)
         mixture.observe(own, mixture(own))
     return {
@@ -221,7 +222,7 @@ def batches_of_two(folder: Path) -> dict[str, Any]:
     alone = {
         n: [*batches_of(d, 8, like).epoch(5)] for n, d in {"tensor": rows, "loader": loader}.items()
     }
-    with processes.join(CPU):
+    with distributed.join(CPU):
         sampler: DistributedSampler[Any] = DistributedSampler(rows)  # type: ignore[arg-type]
         parted = DataLoader(rows, 4, sampler=sampler)
         kinds = {"tensor": rows, "loader": loader, "parted": parted}
@@ -230,7 +231,7 @@ def batches_of_two(folder: Path) -> dict[str, Any]:
             batches_of(rows, 1, like)
         except OptionError as error:
             refused = str(error)
-    return {"alone": alone, "own": own, "refused": refused, "count outside": processes.count()}
+    return {"alone": alone, "own": own, "refused": refused, "count outside": distributed.count()}
 
 
 def normalised(folder: Path) -> dict[str, Any]:
@@ -408,11 +409,11 @@ def test_batch_normalisation_is_warned_of_and_ends_the_same(written: Written) ->
 def test_one_process_exchanges_nothing() -> None:
     """Without ``torchrun`` nothing is started, and tensors come back as they are."""
     rows = torch.rand(3, requires_grad=True)
-    with processes.join(CPU):
+    with distributed.join(CPU):
         assert not torch.distributed.is_initialized()
-        assert processes.gather(rows) is rows and processes.average([rows]) == [rows]
-        assert (processes.count(), processes.rank(), processes.part(7)) == (1, 0, 7)
-        assert processes.agree(None) is None and processes.agree("enough") == "enough"
+        assert distributed.gather(rows) is rows and distributed.average([rows]) == [rows]
+        assert (distributed.count(), distributed.rank(), distributed.part(7)) == (1, 0, 7)
+        assert distributed.agree(None) is None and distributed.agree("enough") == "enough"
 
 
 if __name__ == "__main__":

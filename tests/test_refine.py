@@ -13,10 +13,10 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.errors import ModelError, OptionError, SetupError
-from implicitvi.evaluation.moves import transitions
-from implicitvi.evaluation.stein import kernel_stein
-from implicitvi.refine import polish, resample
-from implicitvi.training import RandomStream
+from implicitvi.diagnostics.chains import transitions
+from implicitvi.diagnostics.stein import kernel_stein
+from implicitvi.diagnostics.refine import polish, resample
+from implicitvi.rng import RandomStream
 from planted import TARGETS, Drawn, draw_several, draw_two_modes, dressed, exact, log_several
 from refinement import change, judged
 from suite.targets import TARGETS as SUITE

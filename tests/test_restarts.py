@@ -14,9 +14,9 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, Fit, ImplicitGuide
 from implicitvi.errors import ModelError, OptionError
-from implicitvi.modes import Mode
-from implicitvi.restarts import Agreement, agreement, warn_of_disagreement
-from implicitvi.training.rng import derived_seed
+from implicitvi.inference.modes import Mode
+from implicitvi.inference.restarts import Agreement, agreement, warn_of_disagreement
+from implicitvi.rng import derived_seed
 from models import normal_normal
 
 DATA = torch.tensor([1.0, 2.0, 0.5])

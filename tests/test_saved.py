@@ -25,12 +25,12 @@ from torch import Tensor
 
 import models
 from implicitvi import AVBSVI, Checkpoint, Fit, ImplicitGuide, StopTraining
-from implicitvi.adversaries import ResidualAdversary
-from implicitvi.contrasts import GaussianContrast
+from implicitvi.avb.adversaries import ResidualAdversary
+from implicitvi.avb.contrasts import GaussianContrast
 from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError, SetupError
-from implicitvi.ratios import FGanKL
-from implicitvi.samplers import DenseSampler
-from implicitvi.saved import SavedFit
+from implicitvi.avb.ratios import FGanKL
+from implicitvi.avb.samplers import DenseSampler
+from implicitvi.inference.persistence import SavedFit
 from implicitvi.training import Trainer
 from implicitvi.training.checkpoint import CONFIG, STATE, read_state, save_state
 

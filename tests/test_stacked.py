@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import implicitvi.svi
+import implicitvi.inference.svi
 from implicitvi import AVBSVI, Fit, ImplicitGuide
-from implicitvi.modes import Mode
-from implicitvi.networks import dense
-from implicitvi.problem import Arguments
-from implicitvi.samplers import DenseSampler, GatedSampler, MixtureSampler
-from implicitvi.stacked import Stack, on_accelerator, stacked
-from implicitvi.training.rng import derived_seed
+from implicitvi.inference.modes import Mode
+from implicitvi.nn import dense
+from implicitvi.inference.objective import Arguments
+from implicitvi.avb.samplers import DenseSampler, GatedSampler, MixtureSampler
+from implicitvi.inference.stacked import Stack, on_accelerator, stacked
+from implicitvi.rng import derived_seed
 from models import normal_normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:. fits DISAGREE:UserWarning")  # so short ones do
@@ -63,8 +63,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(stacked(*args))
         return made[-1]
 
-    monkeypatch.setattr(implicitvi.svi, "on_accelerator", lambda arguments: True)
-    monkeypatch.setattr(implicitvi.svi, "stacked", keep)
+    monkeypatch.setattr(implicitvi.inference.svi, "on_accelerator", lambda arguments: True)
+    monkeypatch.setattr(implicitvi.inference.svi, "stacked", keep)
     return made
 
 
@@ -234,7 +234,7 @@ def test_the_cpu_and_who_watches_take_turns(
 ) -> None:
     fitted(2, callbacks=[lambda trainer: None])
     assert at_once == []
-    monkeypatch.setattr(implicitvi.svi, "on_accelerator", on_accelerator)
+    monkeypatch.setattr(implicitvi.inference.svi, "on_accelerator", on_accelerator)
     fitted(2)
     assert at_once == []
     assert not on_accelerator(Arguments((DATA, 3), {"x": DATA}))

@@ -20,10 +20,10 @@ from torch.distributions import (
 
 from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.errors import ModelError, OptionError, ShapeError
-from implicitvi.networks import dense
+from implicitvi.nn import dense
 from implicitvi.training import Schedule, Stage, StopTraining, Trainer
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
-from implicitvi.vae.elbo import VAE
+from implicitvi.vae.objectives.vae import VAE
 from implicitvi.vae.encoders import BinaryEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.ladder import (
@@ -32,8 +32,8 @@ from implicitvi.vae.ladder import (
     LowerLevel,
     UpwardEncoder,
 )
-from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder
-from implicitvi.vae.symmetric import SymmetricVAE
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
+from implicitvi.vae.objectives.symmetric import SymmetricVAE
 
 STAGE = Schedule(num_steps=1, num_particles=1, tempering=None).at(0)
 exact: dict[str, Any] = {"rtol": 0, "atol": 1e-9}
@@ -415,8 +415,8 @@ def test_several_processes_share_the_pairs(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(game.model, "_pairs", (z[:6], x[:6]))
     totals = []
     for rank in range(2):
-        monkeypatch.setattr("implicitvi.processes.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("implicitvi.processes.count", lambda: 2)
+        monkeypatch.setattr("implicitvi.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("implicitvi.distributed.count", lambda: 2)
         totals.append(losses(game.model, x[:8], STAGE)["encoder"])
     monkeypatch.undo()
     without = losses(game.model, x[:8], STAGE)["encoder"]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from implicitvi import StopTraining
 from implicitvi.errors import NonFiniteError, OptionError
-from implicitvi.training import History, Player, RandomStream, Schedule, Stage, Trainer
+from implicitvi.rng import RandomStream
+from implicitvi.training import History, Player, Schedule, Stage, Trainer
 from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics
 

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from implicitvi import StopTraining
-from implicitvi.adversaries import PairwiseAdversary
+from implicitvi.avb.adversaries import PairwiseAdversary
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, ShapeError
-from implicitvi.networks import dense
-from implicitvi.samplers import NoiseBasisSampler
+from implicitvi.nn import dense
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.training import Trainer
 from implicitvi.vae import AVB, VAE
-from implicitvi.vae.batches import batches_of
+from implicitvi.vae.data import batches_of
 from implicitvi.vae.distributions import Implicit
 from implicitvi.vae.encoders import GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.fitting import VAEFit
-from implicitvi.vae.likelihoods import BernoulliLikelihood, Decoder, likelihood_of
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, likelihood_of
 from implicitvi.vae.model import LatentModel
 
 X, Z, H = 6, 2, 8

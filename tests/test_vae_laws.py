@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from implicitvi.contrasts import DiagonalGaussianContrast
+from implicitvi.avb.contrasts import DiagonalGaussianContrast
 from implicitvi.errors import ImplicitVIError
-from implicitvi.ratios import FGanKL
+from implicitvi.avb.ratios import FGanKL
 from implicitvi.training import Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.aae import AAE
-from implicitvi.vae.ali import ALI
-from implicitvi.vae.asvae import ASVAE
-from implicitvi.vae.asvae_marginal import MarginalASVAE
-from implicitvi.vae.auxiliary import AuxiliaryVAE, ConditionalGaussian
-from implicitvi.vae.avb import AVB
-from implicitvi.vae.biadversarial import BiadversarialVAE, kl_bound
+from implicitvi.vae.objectives.aae import AAE
+from implicitvi.vae.objectives.ali import ALI
+from implicitvi.vae.objectives.asvae import ASVAE
+from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.avb import AVB
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE, kl_bound
 from implicitvi.vae.distributions import Implicit
-from implicitvi.vae.elbo import VAE
+from implicitvi.vae.objectives.vae import VAE
 from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
-from implicitvi.vae.pairs import parted, slope
+from implicitvi.vae.objectives.pairs import parted, slope
 from tables import (
     PARTS,
     Lookup,

@@ -12,16 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from implicitvi.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
+from implicitvi.avb.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
 from implicitvi.datasets import image_folder
 from implicitvi.errors import DataError, ImplicitVIError, ModelError, OptionError, ShapeError
-from implicitvi.networks import Ensemble, Injected, SkipNet, dense
-from implicitvi.samplers import NoiseBasisSampler
+from implicitvi.nn import Ensemble, Injected, SkipNet, dense
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.encoders import InjectedEncoder
 from implicitvi.vae.flows import InverseAutoregressiveFlow, PlanarFlow, PlanarTransform
-from implicitvi.vae.likelihoods import LIKELIHOODS, GaussianLikelihood, PixelLikelihood
-from implicitvi.vae.networks import (
+from implicitvi.vae.decoders import LIKELIHOODS, GaussianLikelihood, PixelLikelihood
+from implicitvi.vae.architectures import (
     POSTERIORS,
     Architecture,
     Convolutional,

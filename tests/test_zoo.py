@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.errors import ModelError
-from implicitvi.log_joint import LogJoint
+from implicitvi.pyro_model.log_joint import LogJoint
 from zoo import ZOO, Animal
 
 FITTED = [animal for animal in ZOO if animal.refused is None]

@@ -20,7 +20,7 @@ import torch
 
 from implicitvi.datasets import four_points, mnist
 from implicitvi.errors import DataError
-from implicitvi.evaluation import knn_kl
+from implicitvi.metrics import knn_kl
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.model import LatentModel
 

@@ -10,20 +10,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from implicitvi.adversaries import GatedAdversary
-from implicitvi.networks import dense
-from implicitvi.samplers import NoiseBasisSampler
+from implicitvi.avb.adversaries import GatedAdversary
+from implicitvi.nn import dense
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.training import Player, Schedule, Stage
-from implicitvi.vae.aae import AAE
-from implicitvi.vae.ali import ALI
-from implicitvi.vae.asvae import ASVAE
-from implicitvi.vae.asvae_marginal import MarginalASVAE
-from implicitvi.vae.auxiliary import AuxiliaryVAE, ConditionalGaussian
-from implicitvi.vae.avb import AVB
-from implicitvi.vae.biadversarial import BiadversarialVAE
-from implicitvi.vae.elbo import VAE
+from implicitvi.vae.objectives.aae import AAE
+from implicitvi.vae.objectives.ali import ALI
+from implicitvi.vae.objectives.asvae import ASVAE
+from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.avb import AVB
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
+from implicitvi.vae.objectives.vae import VAE
 from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, ImplicitEncoder
-from implicitvi.vae.likelihoods import (
+from implicitvi.vae.decoders import (
     BernoulliLikelihood,
     Decoder,
     GaussianLikelihood,
@@ -32,7 +32,7 @@ from implicitvi.vae.likelihoods import (
     StraightThroughLikelihood,
 )
 from implicitvi.vae.model import LatentModel
-from implicitvi.vae.symmetric import SymmetricVAE
+from implicitvi.vae.objectives.symmetric import SymmetricVAE
 
 X, Z, A = 4, 2, 3  # dimensions of data, codes and the auxiliary variable
 

@@ -10,7 +10,7 @@ from implicitvi.training.callbacks import (
     Tracker,
 )
 from implicitvi.training.player import Player
-from implicitvi.training.rng import RandomStream, derived_seed, forked
+from implicitvi.rng import RandomStream, derived_seed, forked
 from implicitvi.training.schedule import Schedule, Stage
 from implicitvi.training.trainer import History, Trainer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from implicitvi.errors import OptionError, SetupError, check_at_least, check_whole
 from implicitvi.training.checkpoint import STATE, as_folder, read_state
-from implicitvi.training.rng import RandomStream
+from implicitvi.rng import RandomStream
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ class EarlyStop:
                 "a fit is not stopped by a metric of its own training",
                 got=repr(diagnostic),
                 expected="a function of the trainer that looks at the draws",
-                do="The loss is no bound while the adversary lags; compare draws, as implicitvi.evaluation does.",
+                do="The loss is no bound while the adversary lags; compare draws, as implicitvi.metrics does.",
             )
         _check_function("diagnostic", diagnostic)
         check_whole("every", every)

@@ -1,14 +1,14 @@
 """Latent variable models with an encoder, trained by variational, adversarial and equilibrium learning."""
 
-from implicitvi.vae.aae import AAE
-from implicitvi.vae.ali import ALI
-from implicitvi.vae.asvae import ASVAE
-from implicitvi.vae.asvae_marginal import MarginalASVAE
-from implicitvi.vae.auxiliary import AuxiliaryVAE
-from implicitvi.vae.avb import AVB
-from implicitvi.vae.biadversarial import BiadversarialVAE
-from implicitvi.vae.elbo import VAE
-from implicitvi.vae.symmetric import SymmetricVAE
+from implicitvi.vae.objectives.aae import AAE
+from implicitvi.vae.objectives.ali import ALI
+from implicitvi.vae.objectives.asvae import ASVAE
+from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE
+from implicitvi.vae.objectives.avb import AVB
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
+from implicitvi.vae.objectives.vae import VAE
+from implicitvi.vae.objectives.symmetric import SymmetricVAE
 
 __all__ = [
     "AAE",

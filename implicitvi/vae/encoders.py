@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from implicitvi.errors import OptionError, check_at_least
-from implicitvi.networks import Injected
-from implicitvi.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
+from implicitvi.nn import Injected
+from implicitvi.avb.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from implicitvi import processes
+from implicitvi import distributed
 from implicitvi.errors import (
     CheckpointError,
     ModelError,
@@ -27,19 +27,12 @@ from implicitvi.errors import (
     check_positive,
     check_whole,
 )
-from implicitvi.html import table
-from implicitvi.samplers import Sampler
-from implicitvi.training import (
-    Callback,
-    History,
-    Progress,
-    RandomStream,
-    Schedule,
-    Trainer,
-    derived_seed,
-)
+from implicitvi.training.html import table
+from implicitvi.avb.samplers import Sampler
+from implicitvi.rng import RandomStream, derived_seed
+from implicitvi.training import Callback, History, Progress, Schedule, Trainer
 from implicitvi.training.checkpoint import holds_checkpoint, load_state, save_state
-from implicitvi.vae.batches import Batches, TensorBatches, Transform, batches_of
+from implicitvi.vae.data import Batches, TensorBatches, Transform, batches_of
 
 if TYPE_CHECKING:
     from implicitvi.vae.model import LatentModel
@@ -163,7 +156,7 @@ class Fitting:
     def run(self, model: LatentModel, train: Any, validation: Any) -> VAEFit:
         """Train ``model``."""
         device = device_of(self.device)
-        with processes.join(device), ExitStack() as while_it_lasts:
+        with distributed.join(device), ExitStack() as while_it_lasts:
             run = _Run(self, model.to(device), train, validation)
             dtype = PRECISIONS[self.precision]
             if dtype is not None:
@@ -180,10 +173,10 @@ class _Run:
     def __init__(self, options: Fitting, model: LatentModel, train: Any, validation: Any):
         self.options = options
         self.model = model
-        several = processes.count() > 1
+        several = distributed.count() > 1
         with RandomStream(options.seed):
             seed = torch.randint(2**62, (), device="cpu").to(model.device)
-        processes.share([seed])
+        distributed.share([seed])
         self.seed = int(seed)
         self.train = batches_of(train, options.batch_size, model.like)
         self.held_out = (
@@ -202,11 +195,11 @@ class _Run:
             max_skips=options.max_skips,
             explain=self._explain,
             prepare=self._next,
-            average=processes.average if several else None,
-            agree=processes.agree if several else None,
+            average=distributed.average if several else None,
+            agree=distributed.agree if several else None,
         )
         self.trainer.write = self._write
-        processes.share(list(self._tensors().values()))
+        distributed.share(list(self._tensors().values()))
         self.average = options.ema and AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)
         )
@@ -247,7 +240,7 @@ class _Run:
             validation=self.validation,
             epochs=epoch,
             seconds=time.perf_counter() - began,
-            rows_per_second=self.rows * processes.count() / self.seconds if self.rows else 0.0,
+            rows_per_second=self.rows * distributed.count() / self.seconds if self.rows else 0.0,
             stop_reason=reason,
             skipped=self.trainer.skipped,
             resumed=first,
@@ -255,7 +248,7 @@ class _Run:
 
     def _epoch(self, epoch: int, watchers: tuple[Callback, ...]) -> str:
         """One pass through the data; the order and the noise depend on the seed and the epoch alone."""
-        noise = derived_seed(self.seed, NOISE, epoch, processes.rank())
+        noise = derived_seed(self.seed, NOISE, epoch, distributed.rank())
         self.trainer.stream = RandomStream(noise)
         self._batches = self.train.epoch(derived_seed(self.seed, ORDER, epoch))
         began = time.perf_counter()
@@ -264,7 +257,7 @@ class _Run:
         finally:
             self.seconds += time.perf_counter() - began
         statistics = [b for m in self.normalised for b in m.buffers() if b.is_floating_point()]
-        for mine, mean in zip(statistics, processes.average(statistics), strict=True):
+        for mine, mean in zip(statistics, distributed.average(statistics), strict=True):
             mine.copy_(mean)
         return reason
 
@@ -299,13 +292,13 @@ class _Run:
         self.model.eval()
         with self.trainer.stream:
             for x in map(self._transformed, self.held_out.all()):
-                own = x.tensor_split(processes.count())[processes.rank()]
+                own = x.tensor_split(distributed.count())[distributed.rank()]
                 # without rows of its own a process still takes its part in what the model exchanges
                 figures = self.model.validate(own if len(own) else x[:1])
                 for name, value in {**figures, "rows": torch.ones(())}.items():
                     totals[name] = totals.get(name, 0.0) + value * len(own)
         self.model.train()
-        rows, *sums = processes.average(list(totals.values()))
+        rows, *sums = distributed.average(list(totals.values()))
         for name, total in zip(list(totals)[1:], sums, strict=True):
             self.validation.setdefault(name, []).append(float(total / rows))
 
@@ -326,7 +319,7 @@ class _Run:
             if self.average:
                 self.average.load_state_dict(state["average"])
             self.validation, self.seed, epoch = state["validation"], state["seed"], state["epoch"]
-        everyones = processes.gather(torch.tensor([epoch], device=self.model.device)).tolist()
+        everyones = distributed.gather(torch.tensor([epoch], device=self.model.device)).tolist()
         if len(set(everyones)) > 1:
             raise CheckpointError(
                 "the processes do not find the same checkpoint",
@@ -341,7 +334,7 @@ class _Run:
 
     def _write(self, folder: Path, notes: dict[str, Any], epoch: int | None = None) -> None:
         """The state after an epoch; ``None`` in the middle of one, whose weights can be used and no more."""
-        if processes.rank():
+        if distributed.rank():
             return
         state = {
             "model": self.model.state_dict(),
@@ -374,7 +367,7 @@ class _Run:
         return {**self.model.state_dict(), **players}
 
     def _bar(self, total: int) -> Progress | None:
-        if not self.options.progress or processes.rank():
+        if not self.options.progress or distributed.rank():
             return None
         return Progress(total, {p.name: p.name for p in self.trainer.players})
 

@@ -15,7 +15,7 @@ from torch.distributions import Distribution, TransformedDistribution, constrain
 from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
-from implicitvi.contrasts import zuko_imported
+from implicitvi.avb.contrasts import zuko_imported
 from implicitvi.errors import check_at_least
 from implicitvi.vae.encoders import gaussian_of
 

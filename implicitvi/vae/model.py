@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from implicitvi.errors import ModelError, ShapeError, check_choice, check_whole
-from implicitvi.evaluation.ais import ais
-from implicitvi.evaluation.evidence import importance_sampling, quadrature
-from implicitvi.training import Callback, Player, Stage, forked
+from implicitvi.metrics.ais import ais
+from implicitvi.metrics.evidence import importance_sampling, quadrature
+from implicitvi.rng import forked
+from implicitvi.training import Callback, Player, Stage
 from implicitvi.training.callbacks import as_callbacks
 from implicitvi.training.player import Metrics
-from implicitvi.vae.batches import Transform
+from implicitvi.vae.data import Transform
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.encoders import moments_of
 from implicitvi.vae.fitting import Fitting, VAEFit

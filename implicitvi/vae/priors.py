@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.errors import ShapeError, check_at_least
-from implicitvi.training import forked
+from implicitvi.rng import forked
 from implicitvi.vae.distributions import Implicit
 
 

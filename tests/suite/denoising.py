@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.networks import GatedBlock, GatedLayer, zeroed
-from implicitvi.problem import Problem
-from implicitvi.samplers import SemiImplicitSampler
+from implicitvi.nn import GatedBlock, GatedLayer, zeroed
+from implicitvi.inference.objective import Problem
+from implicitvi.avb.samplers import SemiImplicitSampler
 from implicitvi.training import Player, Schedule, Stage, Trainer
-from implicitvi.training.opponents import Turn
+from implicitvi.avb.players import Turn
 from suite.target import Sites, Target
 
 

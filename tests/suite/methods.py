@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from implicitvi import AVBSVI, Fit, ImplicitGuide
-from implicitvi.contrasts import MixtureContrast, zuko_imported
-from implicitvi.log_joint import LogJoint
+from implicitvi.avb.contrasts import MixtureContrast, zuko_imported
+from implicitvi.pyro_model.log_joint import LogJoint
 from suite.denoising import denoised
 from suite.target import Sites, Target
 

@@ -1,0 +1,1 @@
+"""Adversarial variational Bayes: samplers, contrasts, adversaries and their objective."""

@@ -1,0 +1,256 @@
+"""Adversaries: networks ``T(z, x)`` that learn ``log q - log r`` from draws of both.
+
+``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; the last axis is
+squeezed here and nowhere else. A score of zero everywhere is where training starts: until something is
+learned the objective is that of ``q = r``.
+
+Implementing an adversary: a module with this signature, its last layer zero; then join the list in
+``tests/contracts.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from implicitvi import distributed
+from implicitvi.errors import check_at_least, check_positive
+from implicitvi.nn import (
+    GatedBlock,
+    GatedLayer,
+    Injected,
+    ResidualBlock,
+    side_by_side,
+    zeroed,
+)
+
+
+class GatedAdversary(nn.Module):
+    """Gated residual blocks: the default. Gates multiply coordinates, as log densities do.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+
+    >>> GatedAdversary(3)(torch.zeros(5, 3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 64, blocks: int = 1):
+        super().__init__()
+        check_at_least("width", width, 1)
+        check_at_least("blocks", blocks, 0)
+        self.net = nn.Sequential(
+            nn.Linear(latent_dim + context_dim, width),
+            *(GatedBlock(width) for _ in range(blocks)),
+            GatedLayer(width, width),
+            zeroed(nn.Linear(width, 1)),
+        )
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
+        scores: Tensor = self.net(side_by_side(z, x)).squeeze(-1)
+        return scores
+
+
+class ResidualAdversary(nn.Module):
+    """A residual network on draw and context side by side (Mescheder et al. 2017, section 5.1).
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        context_dim: Dimension ``C`` of the context; 0 for none.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+
+    >>> ResidualAdversary(3)(torch.zeros(5, 3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 128, blocks: int = 2):
+        super().__init__()
+        check_at_least("width", width, 1)
+        check_at_least("blocks", blocks, 0)
+        self.net = nn.Sequential(
+            nn.Linear(latent_dim + context_dim, width),
+            nn.ELU(),
+            *(ResidualBlock(width) for _ in range(blocks)),
+            nn.ELU(),
+            zeroed(nn.Linear(width, 1)),
+        )
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
+        scores: Tensor = self.net(side_by_side(z, x)).squeeze(-1)
+        return scores
+
+
+class InformedAdversary(nn.Module):
+    """An adversary that starts from what is known: ``T(z) + a · clip(log p(x, z) - log r(z | x) - c)``.
+
+    At the optimum of the sampler ``log q - log r`` *is* ``log p - log r`` up to a constant, so with ``a = 1`` the
+    network has nothing left to learn and its error vanishes where it matters. ``a`` is learned from 0 (far from
+    the optimum the hint misleads) and ``c`` follows the median over draws of ``q``.
+
+    Args:
+        network: The adversary ``T``.
+        clip: Bound of the clipped difference, in nats.
+        momentum: Share of the old centre kept at each `recentre`.
+    """
+
+    centre: Tensor
+
+    def __init__(self, network: nn.Module, *, clip: float = 20.0, momentum: float = 0.9):
+        super().__init__()
+        check_positive("clip", clip)
+        self.network = network
+        self.clip = clip
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.register_buffer("centre", torch.full((), torch.nan))
+
+    def recentre(self, gap: Tensor) -> None:
+        """Move ``c`` toward the median of ``gap = log p - log r [S, (B,)]`` on all processes' draws of ``q``.
+
+        NaN are left out.
+        """
+        middle = distributed.gather(gap.detach()).nanmedian()
+        blend = self.momentum * self.centre + (1 - self.momentum) * middle
+        known = torch.where(blend.isfinite(), blend, middle)
+        self.centre.copy_(torch.where(known.isfinite(), known, self.centre))
+
+    def forward(self, z: Tensor, gap: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` with ``gap = log p - log r [S, (B,)]``."""
+        scores: Tensor = self.network(z) if x is None else self.network(z, x)
+        hint = (gap - self.centre).nan_to_num(-self.clip, self.clip, -self.clip)
+        return scores + self.weight * hint.clamp(-self.clip, self.clip)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        """Derivative of the score in ``gap [S, (B,)]``: ``a``, and 0 where the hint is clipped."""
+        return self.weight.detach() * ((gap - self.centre).abs() < self.clip)
+
+
+class PairwiseAdversary(nn.Module):
+    """``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder et al. 2017, section 5.2, but for the ``√K``).
+
+    A datum is looked at once for all codes that are paired with it. Without the root, one step of Adam moves a product
+    of hundreds of terms by tens of nats. The last term takes a standard normal contrast out of what has to be learned,
+    so that the networks learn ``log q`` alone; less ``D``, it is 0 on average over that contrast. It helps where ``q``
+    is much narrower than the contrast, and is only in the way of an Adaptive Contrast, whose Gaussian is near ``q``
+    from the start. Where the networks end in a linear layer, what they add to it is 0 at the start.
+
+    Args:
+        x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.
+        z_net: Codes ``[..., D]`` to ``[..., K + 1]``: features, then ``T_z``.
+        square: Whether ``½(‖z‖² - D)`` is added.
+
+    >>> T = PairwiseAdversary(nn.Linear(4, 9), nn.Linear(2, 9))
+    >>> T(torch.zeros(5, 3, 2), torch.zeros(3, 4)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, x_net: nn.Module, z_net: nn.Module, *, square: bool = True):
+        super().__init__()
+        self.x_net = x_net
+        self.z_net = z_net
+        self.square = square
+        with torch.no_grad():
+            for layer, first in ((_last(x_net), 0), (_last(z_net), -1)):
+                if isinstance(layer, nn.Linear):
+                    layer.weight[first:] = 0
+                    layer.bias[first:] = 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        of_x, of_z = self.x_net(x), self.z_net(z)
+        product = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) / (of_z.shape[-1] - 1) ** 0.5
+        scores: Tensor = product + of_x[..., -1] + of_z[..., -1]
+        return scores + _half_square(z) if self.square else scores
+
+
+class JointAdversary(nn.Module):
+    """A gated residual network that looks at code and datum together; zero at the start.
+
+    A datum is looked at once for all codes that are paired with it: its features are added to those of the code.
+
+    Args:
+        x_net: Data ``[B, *x_shape]`` to ``[B, width]``.
+        latent_dim: Dimension ``D`` of a code.
+        width: Width of every hidden layer.
+        blocks: Number of residual blocks.
+        square: Whether ``½(‖z‖² - D)`` is added, as in `PairwiseAdversary`.
+
+    >>> T = JointAdversary(nn.Linear(4, 16), 2, width=16)
+    >>> T(torch.zeros(5, 3, 2), torch.zeros(3, 4)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        x_net: nn.Module,
+        latent_dim: int,
+        *,
+        width: int = 64,
+        blocks: int = 1,
+        square: bool = False,
+    ):
+        super().__init__()
+        check_at_least("width", width, 1)
+        check_at_least("blocks", blocks, 0)
+        self.x_net = x_net
+        self.z_net = nn.Linear(latent_dim, width)
+        self.net = nn.Sequential(
+            *(GatedBlock(width) for _ in range(blocks)),
+            GatedLayer(width, width),
+            zeroed(nn.Linear(width, 1)),
+        )
+        self.square = square
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        scores: Tensor = self.net(self.z_net(z) + self.x_net(x)).squeeze(-1)
+        return scores + _half_square(z) if self.square else scores
+
+
+class InjectedAdversary(nn.Module):
+    """Layers that look at the datum, with a linear image of the code added after each; zero at the start.
+
+    As the convolutional adversary of the code of Mescheder et al. (2017) for faces, without its batch normalisation.
+
+    Args:
+        layers: Layers from ``x`` to the last features, without their activations.
+        latent_dim: Dimension ``D`` of a code.
+        x_shape: Shape of one datum.
+        square: Whether ``½(‖z‖² - D)`` is added, as in `PairwiseAdversary`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        latent_dim: int,
+        *,
+        x_shape: Sequence[int],
+        square: bool = False,
+    ):
+        super().__init__()
+        self.net = Injected(layers, latent_dim, 1, x_shape=x_shape)
+        zeroed(self.net.head)
+        self.square = square
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        scores: Tensor = self.net(z, x).squeeze(-1)
+        return scores + _half_square(z) if self.square else scores
+
+
+def _half_square(z: Tensor) -> Tensor:
+    """``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
+    return 0.5 * (z.square() - 1).sum(-1)
+
+
+def _last(network: nn.Module) -> nn.Module:
+    """The last layer of a sequence, or the network itself."""
+    return _last(network[-1]) if isinstance(network, nn.Sequential) else network

@@ -1,0 +1,117 @@
+"""Contrasts of amortized guides: a place and a scale for every context, one shape for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, constraints
+
+from implicitvi.avb.contrasts import JITTER, Contrast, Whitening
+from implicitvi.errors import check_at_least
+
+Frame = Callable[[Tensor], tuple[Tensor, Tensor]]
+Moments = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+class FramedContrast(Contrast):
+    """Another contrast in a frame for each context: one shape for all, its place and scale by the datum.
+
+    ``r(z | x)`` is the law of ``m(x) + L(x) h`` where ``h`` follows the inner contrast, which sees the draws of all
+    contexts together. What the shape owes to the context is left to the adversary.
+
+    Args:
+        inner: Contrast without context.
+        frame: Location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``.
+    """
+
+    def __init__(self, inner: Contrast, frame: Frame):
+        super().__init__()
+        self.inner = inner
+        self.marks = inner.marks
+        self._frame = (frame,)  # a tuple: it belongs to the sampler
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        assert x is not None
+        with torch.no_grad():
+            placed = Placed(*self._frame[0](x))
+            draws = placed.standardise(z.detach()).flatten(0, -2)
+        placed.base = self.inner(draws)
+        return placed
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, Placed) and r.base is not None
+        return self.inner.standardise(r.standardise(z), r.base)
+
+    def observe(self, z: Tensor, r: Distribution) -> None:
+        assert isinstance(r, Placed) and r.base is not None
+        self.inner.observe(r.standardise(z).flatten(0, -2), r.base)
+
+
+class MomentContrast(Contrast):
+    """A Gaussian with the conditional moments of the sampler in closed form (Mescheder et al. 2017, section 4).
+
+    Args:
+        moments: Mean ``[..., D]`` and covariance ``[..., D, D]`` from a number of noises and contexts ``x [..., C]``.
+        num_samples: Noises that the moments of the basis are taken from.
+    """
+
+    def __init__(self, moments: Moments, *, num_samples: int = 512):
+        super().__init__()
+        check_at_least("num_samples", num_samples, 2)
+        self._moments = (moments,)  # a tuple: they belong to the sampler
+        self.num_samples = num_samples
+
+    @torch.no_grad()
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        assert x is not None
+        loc, cov = self._moments[0](self.num_samples, x)
+        cov = cov + torch.diag_embed(JITTER * cov.diagonal(dim1=-2, dim2=-1) + 1e-12)
+        placed = Placed(loc, torch.linalg.cholesky(cov))
+        unit = torch.ones_like(loc[(0,) * (loc.dim() - 1)])
+        placed.base = Independent(Normal(torch.zeros_like(unit), unit, validate_args=False), 1)
+        return placed
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, Placed)
+        return r.standardise(z)
+
+
+class Placed(Distribution):
+    """``m + L h`` for ``h`` of a base distribution with event shape ``[D]``, one place for each context.
+
+    Args:
+        loc: ``m [..., D]``.
+        scale_tril: Lower triangular ``L [..., D, D]``.
+        base: Distribution of ``h``.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor, base: Distribution | None = None):
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+        self.loc = loc
+        self.scale_tril = scale_tril
+        self.base = base
+        self._whitening = Whitening(loc, scale_tril)
+
+    def standardise(self, z: Tensor) -> Tensor:
+        """``L⁻¹ (z - m)`` of ``z [..., D]``."""
+        return self._whitening(z)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Independent draws ``[*sample_shape, *batch_shape, D]``."""
+        assert self.base is not None
+        h = self.base.sample(torch.Size(sample_shape) + self.batch_shape)
+        z: Tensor = self.loc + (self.scale_tril @ h[..., None]).squeeze(-1)
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of ``value [..., D]``: ``[...]`` in nats."""
+        assert self.base is not None
+        log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_prob: Tensor = self.base.log_prob(self.standardise(value)) - log_scale
+        return log_prob

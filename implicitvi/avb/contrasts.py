@@ -1,0 +1,385 @@
+"""Contrasts: the explicit distributions ``r(z | x)`` that an implicit ``q`` is compared with.
+
+``contrast(z, x)`` looks at draws ``z [S, (B,) D]`` of ``q`` and returns an ordinary
+`torch.distributions.Distribution` with batch shape ``[(B,)]`` and event shape ``[D]`` that is easy to draw
+from and to score. It is a constant for the sampler: its statistics are detached, because ``E_q[∇ log r]`` is
+what the objective needs and the moments' own gradient is not part of it (Mescheder et al. 2017, section 4).
+
+The closer ``r`` is to ``q``, the less is left for the adversary to learn. ``KL(q‖r)`` does not change under a
+common bijection of both, so the adversary may look at standardised draws, ``contrast.standardise(z, r)``.
+
+Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, ``loss`` where it has
+parameters that are fitted to the draws, ``observe`` where it remembers them; then join the list in
+``tests/contracts.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import log, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    constraints,
+)
+from torch.nn.functional import one_hot, pad
+
+from implicitvi import distributed
+from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
+
+
+
+class Contrast(nn.Module, ABC):
+    """An explicit distribution made from, or fitted to, the draws of ``q``."""
+
+    marks = 0  # coordinates that `standardise` adds to those of a draw
+
+    @abstractmethod
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        """``r(· | x)`` for draws ``z [S, (B,) D]``: batch shape ``[(B,)]``, event shape ``[D]``."""
+
+    @abstractmethod
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        """``z [S, (B,) D]`` in coordinates fit for a network, one to one and fixed by ``r``, and `marks` more."""
+
+    def observe(self, z: Tensor, r: Distribution) -> None:
+        """Learn from draws ``z [S, (B,) D]`` that have been compared with ``r``; for contrasts that remember."""
+
+    def loss(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the contrast's own parameters minimise, where it has any: ``-mean log r(z | x)`` in nats."""
+        loss: Tensor = -self(z, x).log_prob(z).mean()
+        return loss
+
+
+class PriorContrast(Contrast):
+    """The prior of the model: plain AVB (Mescheder et al. 2017, section 3).
+
+    Args:
+        prior: Distribution with event shape ``[D]``; only its ``sample`` and ``log_prob`` are used.
+        loc: Centre ``[D]`` for the adversary's coordinates, default 0.
+        scale: Scale ``[D]`` for the adversary's coordinates, default 1.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, prior: Distribution, *, loc: Tensor | None = None, scale: Tensor | None = None
+    ):
+        super().__init__()
+        self.prior = prior
+        self.register_buffer("loc", torch.zeros(prior.event_shape) if loc is None else loc)
+        self.register_buffer("scale", torch.ones(prior.event_shape) if scale is None else scale)
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        return self.prior
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        return (z - self.loc) / self.scale
+
+
+class DiagonalGaussianContrast(Contrast):
+    """A Gaussian with the mean and variances of the current draws: adaptive contrast as in the paper.
+
+    Source: Mescheder et al. 2017, section 4 and eq. 4.2.
+    """
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        z = _everyones(z.detach())
+        return Independent(Normal(z.mean(0), z.std(0) + 1e-6, validate_args=False), 1)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        return (z - r.mean) / r.stddev
+
+
+class GaussianContrast(Contrast):
+    """A Gaussian with the mean and full covariance of the current draws.
+
+    A linear dependence between latents costs the adversary nothing here; with fewer draws than
+    dimensions the covariance is completed by a small multiple of its diagonal.
+    """
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        loc, scale_tril = moments(z.detach())
+        return Gaussian(loc, scale_tril=scale_tril, validate_args=False)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, Gaussian)
+        return r.standardise(z)
+
+
+
+
+
+
+class MixtureContrast(Contrast):
+    """A mixture of Gaussians that follows the draws by expectation maximisation.
+
+    A few components take in most of the shape that defeats one Gaussian: modes, bends, the neck and the mouth of a
+    funnel. What is left for the adversary is small, at little more than the price of one Gaussian. Each batch moves
+    the mixture a little, after it has been used, so that after the first batch, which starts the mixture, no draw is
+    scored by one that has already seen it.
+
+    In the coordinates of the whole the neck of a funnel is a spike that no network resolves. So ``standardise`` gives
+    ``[S, D + D + K]``: the draw as the whole sees it, as its own component does, and to which it belongs.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        components: Number ``K`` of Gaussians.
+        rate: Share of the current batch in the running estimates.
+        ridge: Least variance of a component along each axis, as a share of the whole mixture's.
+
+    References:
+        On-line expectation–maximization algorithm for latent data models, Olivier Cappé, Eric Moulines, 2009.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    covs: Tensor
+    scale_trils: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        components: int = 8,
+        rate: float = 0.25,
+        ridge: float = 1e-5,
+    ):
+        super().__init__()
+        check_at_least("components", components, 1)
+        if not 0 < rate <= 1:
+            raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
+        check_positive("ridge", ridge)
+        self.components = components
+        self.marks = latent_dim + components
+        self.rate = rate
+        self.ridge = ridge
+        unit = torch.eye(latent_dim)
+        self.register_buffer("weights", torch.full((components,), 1 / components))
+        self.register_buffer("locs", torch.zeros(components, latent_dim))
+        self.register_buffer("covs", unit.repeat(components, 1, 1))
+        self.register_buffer("scale_trils", unit.repeat(components, 1, 1))
+        self.register_buffer("loc", torch.zeros(latent_dim))
+        self.register_buffer("scale_tril", unit.clone())
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        _refuse_context(x)
+        if not self.fitted:
+            self._begin(z.detach())
+        return GaussianMixture(self.weights, self.locs, self.scale_trils)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, GaussianMixture)
+        return torch.cat([whiten(z, self.loc, self.scale_tril), *r.local(z)], -1)
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, r: Distribution) -> None:
+        self._step(_everyones(z), self.rate)
+
+    @torch.no_grad()
+    def _begin(self, z: Tensor) -> None:
+        """Spread the components over the draws, then take a few large steps on the batch."""
+        loc, scale_tril = moments(z)
+        z = _everyones(z)
+        chosen = _spread(whiten(z, loc, scale_tril), self.components)
+        distributed.share([chosen])
+        self.locs.copy_(z[chosen])
+        self.covs.copy_(scale_tril @ scale_tril.mT / self.components)
+        self.fitted.fill_(True)
+        self._factorise()
+        for _ in range(10):
+            self._step(z, 0.5)
+
+    def _step(self, z: Tensor, rate: float) -> None:
+        """One step of expectation maximisation, in updates that do not cancel far from the origin."""
+        now = GaussianMixture(self.weights, self.locs, self.scale_trils)
+        shares = now.log_joint(z).softmax(-1)
+        found = shares.mean(0)
+        weights = (1 - rate) * self.weights + rate * found
+        gain = (rate * found / weights)[:, None]
+        within = (shares / shares.sum(0).clamp(min=1e-12)).mT
+        off = z - (within @ z)[:, None]
+        spread = (within[..., None] * off).mT @ off
+        shift = within @ z - self.locs
+        outer = shift[:, :, None] * shift[:, None, :]
+        self.locs.add_(gain * shift)
+        gain = gain[..., None]
+        self.covs.copy_((1 - gain) * self.covs + gain * spread + gain * (1 - gain) * outer)
+        # no component may die: it could not be called back when a mode appears
+        self.weights.copy_((weights + 1e-3 / self.components) / (1 + 1e-3))
+        self._factorise()
+
+    def _factorise(self) -> None:
+        """Bring the factors, and the moments of the whole mixture, up to date with the components."""
+        loc = self.weights @ self.locs
+        off = self.locs - loc
+        cov = (self.weights[:, None] * off).mT @ off + torch.einsum(
+            "k,kde", self.weights, self.covs
+        )
+        floor = torch.diag_embed(self.ridge * cov.diagonal() + 1e-12)
+        factors = torch.linalg.cholesky(torch.cat([self.covs + floor, (cov + floor)[None]]))
+        self.scale_trils.copy_(factors[:-1])
+        self.loc.copy_(loc)
+        self.scale_tril.copy_(factors[-1])
+
+
+
+
+class ModalContrast(Contrast):
+    """A contrast for each of several far modes, and coordinates in which each mode has its own place and scale.
+
+    In the units of the whole, modes that lie ``d`` standard deviations apart are spikes of width ``2 / d``, which no
+    network resolves. Here a draw belongs to the mode whose Gaussian is densest at it, stands in the coordinates of that
+    mode's contrast, and is marked with the mode: ``standardise`` gives what that contrast does, and ``K`` marks.
+
+    Args:
+        contrasts: Contrasts without context, one for each of ``K`` modes.
+        weights: Weights of the modes ``[K]`` at the start; they follow the draws.
+        locs: Locations of the modes' Gaussians ``[K, D]``.
+        scale_trils: Their lower triangular scales ``[K, D, D]``.
+        rate: Share of the current batch in the weights.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    scale_trils: Tensor
+
+    def __init__(
+        self,
+        contrasts: Sequence[Contrast],
+        weights: Tensor,
+        locs: Tensor,
+        scale_trils: Tensor,
+        *,
+        rate: float = 0.25,
+    ):
+        super().__init__()
+        self.contrasts = nn.ModuleList(contrasts)
+        # a contrast of fewer coordinates than another leaves the rest of them 0
+        self.marks = max(contrast.marks for contrast in contrasts) + len(contrasts)
+        self.rate = rate
+        self.register_buffer("weights", weights.clone())
+        self.register_buffer("locs", locs.clone())
+        self.register_buffer("scale_trils", scale_trils.clone())
+
+    def modes(self, z: Tensor) -> Tensor:
+        """The mode that each of ``z [..., D]`` belongs to: ``[...]``."""
+        return GaussianMixture(self.weights, self.locs, self.scale_trils).log_joint(z).argmax(-1)
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        _refuse_context(x)
+        modes = self.modes(z.detach())
+        parts = [part(self._share(z, modes, k)) for k, part in enumerate(self._parts())]
+        return Assembly(self.weights.clone(), parts)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, Assembly)
+        own = one_hot(self.modes(z.detach()), len(self.contrasts)).to(z)
+        each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
+        widest = z.shape[-1] + self.marks - len(each)
+        wide = torch.stack([pad(e, (0, widest - e.shape[-1])) for e in each], -1)
+        return torch.cat([(wide * own[..., None, :]).sum(-1), own], -1)
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, r: Distribution) -> None:
+        assert isinstance(r, Assembly)
+        modes = self.modes(z)
+        for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
+            contrast.observe(self._share(z, modes, k), part)
+        found = one_hot(_everyones(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
+        weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
+        self.weights.copy_(weights / weights.sum())
+
+    def _share(self, z: Tensor, modes: Tensor, k: int) -> Tensor:
+        """The draws of mode ``k``; too few to show its shape get ``2 D`` points with its Gaussian's moments."""
+        own, dim = z[modes == k], z.shape[-1]
+        if len(own) >= 4 * dim:
+            return own
+        steps = dim**0.5 * self.scale_trils[k].mT
+        return torch.cat([own, self.locs[k] + steps, self.locs[k] - steps])
+
+    def _parts(self) -> list[Contrast]:
+        return list(self.contrasts)  # type: ignore[arg-type]
+
+
+
+
+class FlowContrast(Contrast):
+    """A coupling flow around the Gaussian of the draws, fitted to them by maximum likelihood.
+
+    Needs zuko. It takes the shape out of a funnel or a banana before the adversary looks at it, and follows
+    the sampler by one step of `loss` beside each step of the adversary. Coupling layers cost one pass for
+    scoring and two for drawing.
+
+    Args:
+        latent_dim: Dimension ``D`` of a draw.
+        transforms: Number of coupling layers.
+        hidden: Widths of the hidden layers of each.
+    """
+
+    def __init__(self, latent_dim: int, *, transforms: int = 4, hidden: tuple[int, ...] = (64, 64)):
+        super().__init__()
+        with zuko_imported() as zuko:
+            self.flow = zuko.flows.MAF(
+                latent_dim, transforms=transforms, hidden_features=hidden, passes=2, randperm=True
+            )
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        _refuse_context(x)
+        from pyro.distributions.transforms import LowerCholeskyAffine
+
+        affine = LowerCholeskyAffine(*moments(z.detach()))
+        return TransformedDistribution(self.flow(), [affine], validate_args=False)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, TransformedDistribution)
+        affine: Any = r.transforms[0]
+        return whiten(z, affine.loc, affine.scale_tril)
+
+
+def _spread(z: Tensor, count: int) -> Tensor:
+    """Indices ``[count]`` of draws far from each other, by the rule of k-means++ (Arthur & Vassilvitskii 2007)."""
+    chosen = torch.randint(len(z), (1,), device=z.device)
+    for _ in range(count - 1):
+        nearest = torch.cdist(z, z[chosen]).min(1).values
+        chosen = torch.cat([chosen, torch.multinomial(nearest.square() + 1e-12, 1)])
+    return chosen
+
+
+def _refuse_context(x: Tensor | None) -> None:
+    if x is not None:
+        raise ModelError("this contrast does not take a context", do="Use contrast='gaussian'.")
+
+
+
+
+
+
+
+
+@contextmanager
+def zuko_imported() -> Iterator[Any]:
+    """Import zuko, and keep to its own classes what the import does to every distribution of the process."""
+    validate, checked = Distribution._validate_args, Distribution.arg_constraints
+    try:
+        import zuko
+
+        zuko.distributions.NormalizingFlow._validate_args = False  # it names no constraints
+        yield zuko
+    finally:
+        Distribution._validate_args = validate
+        setattr(Distribution, "arg_constraints", checked)  # noqa: B010

@@ -1,0 +1,1 @@
+"""Judge the draws of a finished fit."""

@@ -1,0 +1,1 @@
+"""From a Pyro model to a fit: the guide, its settings, its set-up and its training."""

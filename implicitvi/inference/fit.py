@@ -1,0 +1,253 @@
+"""What a run returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from implicitvi.diagnostics.diagnose import diagnose, stein_error
+from implicitvi.errors import OptionError, SetupError
+from implicitvi.diagnostics.report import Report
+from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.training.html import table
+from implicitvi.diagnostics.refine import Polished, Resampled, polish, resample
+from implicitvi.inference.restarts import Agreement, restart_folder
+from implicitvi.avb.samplers import MixtureSampler
+from implicitvi.rng import RandomStream
+from implicitvi.training import History
+
+COLUMNS = ("", "mean", "sd", "5%", "50%", "95%")  # of a summary
+SHOWN = 20  # rows of it in a notebook
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained guide and the record of its training.
+
+    Attributes:
+        guide: The trained guide.
+        history: Metrics of every step: ``sampler`` and ``adversary`` (their losses), ``elbo``,
+            ``beta``, ``dropped``.
+        num_steps: Steps taken so far, over all runs.
+        seconds: Wall time of this run, the one-off costs included.
+        setup_seconds: The part of it that went to the layout, the choice of log joint, compiling and the warm start.
+        stop_reason: ``"finished"``, ``"interrupted"`` or a callback's message.
+        skipped: Turns skipped because a loss or gradient was not finite.
+        log_joint: How the model was scored, and why.
+        parameters: Values of the model's parameters that were learned with the posterior, by name.
+        model: The model that was fitted.
+        args: Its arguments in the run.
+        kwargs: Its keyword arguments.
+        restarts: The other fits of a run with ``restarts``, each with a guide of its own.
+        agreement: How far they all are from each other; ``None`` without restarts, and of amortized guides.
+        seed: Seed of the fit, ``None`` where it was drawn.
+        write: Writes the fit into a folder; see `save`.
+    """
+
+    guide: ImplicitGuide
+    history: History
+    num_steps: int
+    seconds: float
+    setup_seconds: float
+    stop_reason: str
+    skipped: int
+    log_joint: str
+    parameters: dict[str, Tensor]
+    model: Callable[..., Any] = field(repr=False)
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+    restarts: tuple[Fit, ...] = ()
+    agreement: Agreement | None = None
+    seed: int | None = None
+    write: Callable[[str | Path], None] | None = field(default=None, repr=False, compare=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything that training and drawing need into a folder; `AVBSVI.load` reads it.
+
+        Each restart has a folder of its own inside.
+        The state is the present one: of a guide that has been trained further it is the later one.
+
+        Raises:
+            SetupError: The fit was not made by `AVBSVI`.
+        """
+        if self.write is None:
+            raise SetupError(
+                "only fits made by AVBSVI can be saved",
+                do="Save the guide's state_dict(), or write fit = AVBSVI(...).run(...).",
+            )
+        self.write(folder)
+        for key, other in enumerate(self.restarts, 1):
+            other.save(restart_folder(folder, key))
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """The sampler's loss at every step in nats: the negative learned ELBO, an estimate and no bound."""
+        return self.history["sampler"]
+
+    @property
+    def dropped(self) -> int:
+        """Draws dropped because the model gave them no finite log density."""
+        return int(self.history["dropped"].sum())
+
+    @property
+    def fits(self) -> tuple[Fit, ...]:
+        """This fit and its restarts."""
+        return self, *self.restarts
+
+    def best(self, criterion: Callable[[Fit], float] | None = None) -> Fit:
+        """The one of `fits` whose draws are nearest to the posterior.
+
+        Args:
+            criterion: Lower is better, and one that is not finite is not chosen; ``None`` for the kernel Stein
+                discrepancy of the draws. Never take the loss: a fit that has collapsed can have the best of all. A
+                discrepancy does not see modes that are missing: `agreement` compares those.
+
+        Raises:
+            OptionError: The criterion is not finite for any of the fits.
+        """
+        judge = criterion or (
+            lambda fit: stein_error(fit.guide, self.model, *self.args, **self.kwargs)
+        )
+        values = [float(judge(fit)) for fit in self.fits]
+        if not any(map(isfinite, values)):
+            raise OptionError("the criterion is not finite for any of the fits", got=values)
+        return self.fits[
+            min(range(len(values)), key=lambda i: (not isfinite(values[i]), values[i]))
+        ]
+
+    def mixture(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
+        """A guide that draws from all of `fits`, each as often as any other; it has no learned density.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            SetupError: The guide is amortized.
+        """
+        if self.guide.amortization is not None:
+            raise SetupError("amortized guides have no mixture", do="Use one of fit.fits.")
+        guide = self.guide.twin().setup(*args, **kwargs)
+        samplers = [fit.guide.sampler for fit in self.fits]
+        guide.sampler = MixtureSampler(samplers, torch.ones(len(samplers))).to(samplers[0].loc)
+        return guide
+
+    def summary(self, num_samples: int = 4000) -> str:
+        """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
+        rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
+        widths = [
+            max(10, 1 + max(map(len, column))) for column in list(zip(*rows, strict=True))[1:]
+        ]
+        lines = [
+            f"{name:16}" + "".join(f"{cell:>{n}}" for n, cell in zip(widths, cells, strict=True))
+            for name, *cells in rows
+        ]
+        return "\n".join([str(self), *lines])
+
+    def _repr_html_(self) -> str:
+        """The summary for a notebook: its first rows, from draws that leave no trace in the random numbers."""
+        learned = {f"{name} (parameter)": value for name, value in self.parameters.items()}
+        rows = [[*cells, "", "", "", ""] for cells in islice(_entries(learned), SHOWN)]
+        if self.guide.amortization is None:  # one posterior, and not one for each set of data
+            with RandomStream(0):
+                draws = self.guide.sample(1000)
+            rows += islice(_rows(draws), SHOWN)
+            left = sum(value[0].numel() for value in draws.values()) - SHOWN
+            rows += [[f"and {left} more", *[""] * 5]] if left > 0 else []
+        return table(str(self), COLUMNS, rows)
+
+    def diagnose(self, *, num_samples: int = 2000, seed: int = 0) -> Report:
+        """Say whether the fit can be trusted, and what to do where not: `implicitvi.diagnose` with the run's arguments.
+
+        Args:
+            num_samples: Draws that are looked at.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+            ModelError: The model looked at minibatches of its data.
+        """
+        judge: Callable[..., Report] = diagnose
+        return judge(self, self._as_run, *self.args, num_samples=num_samples, seed=seed)
+
+    def resample(self, *, num_samples: int = 4000, seed: int = 0) -> Resampled:
+        """Draws chosen again by their importance weights: `implicitvi.diagnostics.refine.resample` with the run's arguments.
+
+        Args:
+            num_samples: Draws to return, of four times as many of the guide.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+            ModelError: The density cannot be learned well enough to weigh draws by, or a few have most of the weight.
+        """
+        return resample(self.guide, self._as_run, *self.args, num_samples=num_samples, seed=seed)
+
+    def polish(self, num_steps: int = 15, *, num_samples: int = 4000, seed: int = 0) -> Polished:
+        """Draws moved on by a Markov chain: `implicitvi.diagnostics.refine.polish` with the run's arguments.
+
+        Args:
+            num_steps: Transitions of Hamiltonian Monte Carlo, of six gradients each.
+            num_samples: Draws, each a chain.
+            seed: Of all that is random in it.
+
+        Raises:
+            SetupError: The guide is amortized.
+        """
+        return polish(
+            self.guide,
+            self._as_run,
+            *self.args,
+            num_steps=num_steps,
+            num_samples=num_samples,
+            seed=seed,
+        )
+
+    @property
+    def _as_run(self) -> Callable[..., Any]:
+        """The model with its keyword arguments, whose names may be those of options here."""
+        return partial(self.model, **self.kwargs) if self.kwargs else self.model
+
+    def __str__(self) -> str:
+        loss = self.history.last("sampler", 100)
+        agreed = "" if self.agreement is None else f"; {self.agreement}"
+        return (
+            f"{self.stop_reason} after {self.num_steps} steps, {self.seconds:.1f} s of which "
+            f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, no bound); "
+            f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}{agreed}"
+        )
+
+
+def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Name, mean, sd and quantiles of every entry of draws ``{site: [S, ...]}``."""
+    for name, value in draws.items():
+        indices = np.ndindex(*value.shape[1:])
+        for index, column in zip(indices, value.reshape(len(value), -1).T, strict=True):
+            marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
+            numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
+            yield [_label(name, index), *map(_number, numbers)]
+
+
+def _entries(values: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Name and value of every entry of tensors."""
+    for name, value in values.items():
+        for index, entry in zip(np.ndindex(*value.shape), value.flatten().tolist(), strict=True):
+            yield [_label(name, index), _number(entry)]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _label(name: str, index: tuple[int, ...]) -> str:
+    return name + (f"[{','.join(map(str, index))}]" if index else "")

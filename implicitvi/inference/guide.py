@@ -1,0 +1,460 @@
+"""`ImplicitGuide`: a Pyro autoguide whose posterior is a network fed with noise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Delta, TorchDistribution
+from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.distributions import constraints
+
+from implicitvi.inference.amortization import Amortization, Amortize, AmortizedSampler, check_finite
+from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
+from implicitvi.pyro_model.checks import Readable, check_latents, is_hidden, latent_trace
+from implicitvi.pyro_model.sites import SiteLayout
+from implicitvi.pyro_model.plates import PlateRun, read_plate
+from implicitvi.inference.modes import Mode
+from implicitvi.avb.samplers import SAMPLERS, MixtureSampler, Sampler
+
+_instances = itertools.count(1)
+
+
+def _unknown_of_dataset(_: Tensor) -> Tensor:
+    """In place of a learned log density, for guides that have none to give."""
+    raise SetupError(
+        "a guide amortized over datasets draws from the posterior of each and keeps no density of any",
+        do="Compare draws, guide.sample(num_samples, ...); or fit ImplicitGuide(model), not amortized, to this dataset "
+        "with AVBSVI: the log_prob of its get_posterior() is learned.",
+        faq="the-density-of-the-posterior-is-not-known",
+    )
+
+
+class ImplicitDistribution(TorchDistribution):
+    """What a sampler draws from, as a Pyro distribution with event shape ``[D]``.
+
+    Args:
+        draw: Gives ``S`` reparameterised draws ``[S, D]``; a `Sampler` does.
+        latent_dim: Dimension ``D`` of a draw.
+        log_density: Learned log density of ``z [S, D]``, ``[S]``; ``None`` while there is none.
+        batch_shape: Batch shape; every entry gets noise of its own.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        draw: Callable[[int], Tensor],
+        latent_dim: int,
+        *,
+        log_density: Callable[[Tensor], Tensor] | None = None,
+        batch_shape: torch.Size = torch.Size(),
+    ):
+        self.draw = draw
+        self.log_density = log_density
+        super().__init__(batch_shape, torch.Size([latent_dim]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ImplicitDistribution:
+        """The same distribution with another batch shape."""
+        return ImplicitDistribution(
+            self.draw,
+            self.event_shape[0],
+            log_density=self.log_density,
+            batch_shape=torch.Size(batch_shape),
+        )
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Reparameterised draws ``[*sample_shape, *batch_shape, D]``."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        return self.draw(shape.numel()).reshape(shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The *learned* log density in nats; raises before there is one."""
+        if self.log_density is None:
+            raise SetupError(
+                "the density of an implicit posterior is not known, only learned beside its draws",
+                do="Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO "
+                "cannot.",
+                faq="the-density-of-the-posterior-is-not-known",
+            )
+        flat = value.reshape(-1, *self.event_shape)
+        return self.log_density(flat).reshape(value.shape[:-1])
+
+
+class ImplicitGuide(AutoContinuous):
+    """Automatic guide whose posterior is implicit: draws of a network, with no density.
+
+    Discrete latent sites marked ``infer={"enumerate": "parallel"}`` are summed out of the model; the guide does not
+    have them. All continuous latent sites of ``model`` are transformed to the real line and laid out on one vector
+    ``u [D]``, as in every `pyro.infer.autoguide.AutoContinuous`; a `Sampler` draws ``u``. Train it with
+    `AVBSVI`, or with `pyro.infer.SVI` and the loss `AVB_ELBO`.
+
+    The networks are built when the model is first seen: by the first training step, or by `setup`.
+
+    An amortized guide is one network for many posteriors. Over a *plate*, ``amortize={"plate": features}``, it draws
+    the latents inside from what is known of each element, so that minibatches of the plate, and elements that were
+    never seen, have posteriors too; ``amortize="plate"`` shows the network all that the model observes there. Over
+    *datasets*, ``amortize=features``, it draws all latents from what is known of a dataset; it is trained on stacks
+    of them, one more dimension in front of every tensor, and sampled with the arguments of one.
+
+    Args:
+        model: A Pyro model with continuous latent sites.
+        amortize: The name of a plate, ``{plate: features}``, or ``features``: a function of the model's arguments that
+            returns a row for each element of the plate, ``[N, ...]``, or one tensor for a dataset.
+        sampler: ``"gated"``, ``"dense"``, ``"residual"``, ``"noise_basis"``, ``"semi_implicit"``, or a function of
+            the latent dimension ``D`` that returns a `Sampler`; an amortized guide passes it ``context_dim`` too.
+        init_loc_fn: Where the sites start, one of Pyro's ``init_to_…`` functions.
+        name: Name of the guide in Pyro's parameter store and of its auxiliary site. The default is unique in
+            the process, so that no two guides share parameters by accident.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = ImplicitGuide(model).setup(torch.zeros(3))
+        >>> guide.sample(5)["mu"].shape
+        torch.Size([5])
+
+    References:
+        Adversarial Variational Bayes: Unifying Variational Autoencoders and Generative Adversarial Networks,
+        Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        amortize: Amortize | None = None,
+        sampler: str | Callable[..., Sampler] = "gated",
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        name: str | None = None,
+    ):
+        self._make = partial(
+            type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn
+        )
+        super().__init__(Readable()(model), init_loc_fn=init_loc_fn)
+        if isinstance(sampler, str):
+            check_choice("sampler", sampler, SAMPLERS)
+        self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
+        self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+        self.amortization = None if amortize is None else Amortization.parse(amortize)
+        # tuples, so that what they hold is no submodule
+        self._learned: tuple[Callable[[Tensor], Tensor], ...] | None = None
+        self._restore: tuple[Callable[[ImplicitGuide], None]] | None = None
+
+    _prototype_hide_fn = staticmethod(is_hidden)
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the guide has seen the model and has its networks."""
+        return self.prototype_trace is not None
+
+    @property
+    def layout(self) -> SiteLayout:
+        """The latent sites on the flat vector ``u``."""
+        self._require_setup()
+        layout: SiteLayout = self._layout
+        return layout
+
+    def setup(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
+        """Run the model once with its arguments and build the networks; does nothing the second time.
+
+        Returns:
+            The guide itself, now with ``parameters()`` and a ``state_dict()``.
+
+        Raises:
+            ModelError: The model has no continuous latent site, has a discrete one that is not summed out, or has
+                latents in a subsampled plate.
+        """
+        if not self.is_set_up:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def restore_with(self, restore: Callable[[ImplicitGuide], None]) -> None:
+        """Call a function with this guide as soon as it has its networks; now, if it has them."""
+        self._restore = (restore,)
+        if self.is_set_up:
+            self._restore_now()
+
+    def _restore_now(self) -> None:
+        if self._restore is not None:
+            self._restore[0](self)
+            self._restore = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._build(*args, **kwargs)
+            self._restore_now()
+        except Exception:
+            # without networks, or not with those to be restored, it is not set up at all
+            self.prototype_trace = None
+            raise
+
+    def _build(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            trace = latent_trace(self.model, *args, **kwargs)
+        run = None if self.plate is None else self._read_plate(*args, **kwargs)
+        check_latents(trace, amortized=self.plate)
+        if run is not None:
+            self._setup_plate(run, *args, **kwargs)
+            self.prototype_trace = trace
+            return
+        super()._setup_prototype(*args, **kwargs)
+        self._layout = SiteLayout.from_trace(self.prototype_trace)
+        start = self._init_loc()
+        if self.amortization is None:
+            single: Sampler = self._make_sampler(self.latent_dim).to(start)
+            single.loc.copy_(start)
+            self.sampler: Any = single
+            return
+        row = self.amortization.row(*args, **kwargs)
+        self.sampler = AmortizedSampler(
+            None, self._make_sampler, datum_dim=self.latent_dim, feature_dim=row.shape[1]
+        ).to(start)
+        self.sampler.local.loc.copy_(start)
+
+    def _setup_plate(self, run: PlateRun, *args: Any, **kwargs: Any) -> None:
+        """Build the networks of shared and local latents."""
+        g, z = run.layout.part(run.u[None])
+        rows = self._amortization.rows(run, *args, **kwargs)
+        shared = None if g is None else self._make_sampler(g.shape[1])
+        self.sampler = AmortizedSampler(
+            shared, self._make_sampler, datum_dim=z.shape[-1], feature_dim=rows.shape[1]
+        ).to(run.u)
+        self.sampler.set_units(rows)
+        if shared is not None and g is not None:
+            shared.loc.copy_(g[0])
+        self.sampler.local.loc.copy_(z.mean((0, 1)))
+        self._layout = run.layout.all
+
+    def twin(self) -> ImplicitGuide:
+        """Another guide of the same model with the same options, not set up and with networks of its own."""
+        return self._make()
+
+    def split(self, modes: Sequence[Mode]) -> Sampler:
+        """Give each of several far modes a sampler of its own; returns the sampler, now a `MixtureSampler`.
+
+        The only mode of a list is where the one sampler is placed.
+        """
+        if len(modes) > 1:
+            samplers = [self._make_sampler(self.latent_dim).to(mode.loc) for mode in modes]
+            weights = modes[0].loc.new_tensor([mode.weight for mode in modes])
+            self.sampler = MixtureSampler(samplers, weights).to(modes[0].loc)
+        else:
+            samplers = [self.sampler]
+        for each, mode in zip(samplers, modes, strict=True):
+            each.set_frame(mode.loc, mode.scale_tril)
+        sampler: Sampler = self.sampler
+        return sampler
+
+    def split_as(self, weights: Tensor | None) -> None:
+        """Have as many samplers as the state of another guide with these weights of modes; ``None``: one."""
+        if weights is not None and len(weights) != self.num_modes:
+            place = self.sampler.loc, self.sampler.scale_tril
+            self.split([Mode(weight, *place) for weight in weights.tolist()])
+
+    @property
+    def num_modes(self) -> int:
+        """Far modes that have a sampler of their own; 1 where one sampler makes all draws."""
+        sampler = getattr(self, "sampler", None)
+        return len(sampler.weights) if isinstance(sampler, MixtureSampler) else 1
+
+    @property
+    def plate(self) -> str | None:
+        """The plate that the guide is amortized over; ``None`` where it is not, or over datasets."""
+        return None if self.amortization is None else self.amortization.plate
+
+    @property
+    def _amortization(self) -> Amortization:
+        assert self.amortization is not None
+        return self.amortization
+
+    def _read_plate(self, *args: Any, **kwargs: Any) -> PlateRun:
+        assert self.plate is not None
+        with torch.no_grad():
+            return read_plate(self.model, self.plate, *args, **kwargs)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
+        """The distribution of ``u [D]``; its ``log_prob`` is the learned one where there is one."""
+        if self.plate is not None:
+            raise SetupError(
+                "the latents of a plate have no single distribution",
+                do="Draw them with guide.sample(num_samples, ...) and the model's arguments.",
+            )
+        self._require_setup(*args, **kwargs)
+        if self.amortization is None:
+            log_density = None if self._learned is None else self._learned[0]
+            sampler = self.sampler
+            return ImplicitDistribution(sampler, sampler.latent_dim, log_density=log_density)
+        self._require_data(*args, **kwargs)
+        local = self.sampler.local
+        row = self._amortization.row(*args, **kwargs)
+        check_finite(row)
+        x = self.sampler.context(row, None)
+        return ImplicitDistribution(
+            lambda count: local(count, x)[:, 0], local.latent_dim, log_density=_unknown_of_dataset
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw every latent site once as a Pyro guide does, inside its plates: ``{site: [*site shape]}``."""
+        if self.plate is None:
+            values: dict[str, Tensor] = super().forward(*args, **kwargs)
+            return values
+        if any(isinstance(handler, IndepMessenger) for handler in _PYRO_STACK):
+            raise ModelError(
+                "a guide amortized over a plate cannot stand in a plate of particles",
+                do="Use guide.sample(num_samples, ...), or Predictive with parallel=False.",
+            )
+        self.setup(*args, **kwargs)
+        run = self._read_plate(*args, **kwargs)
+        frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
+        plates = {
+            name: pyro.plate(
+                name,
+                frame.full_size or frame.size,
+                subsample=run.indices if name == self.plate else None,
+                dim=frame.dim,
+            )
+            for name, frame in frames.items()
+        }
+        g, z = self.sampler(1, self._rows(run, *args, **kwargs))
+        u = run.layout.join(g, z)[0]
+        values, log_dets = run.layout.all.unpack_each(u)
+        for site in run.layout.all.sites:
+            density = Delta(values[site.name], -log_dets[site.name], event_dim=site.event_dim)
+            with ExitStack() as stack:
+                for frame in run.frames[site.name]:
+                    stack.enter_context(plates[frame.name])
+                pyro.sample(site.name, density)
+        return values
+
+    def _rows(self, run: PlateRun, *args: Any, **kwargs: Any) -> Tensor:
+        """Features of the elements in a run of the plate: ``[B, C]``."""
+        rows = self._amortization.rows(run, *args, **kwargs)
+        return rows if len(rows) == run.layout.size else rows[run.indices]
+
+    @property
+    def has_log_density(self) -> bool:
+        """Whether an adversary has been trained beside the guide, so that `get_posterior` can score."""
+        return self._learned is not None
+
+    def set_log_density(
+        self,
+        log_density: Callable[[Tensor], Tensor] | None,
+        log_ratio: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Attach a learned log density of ``u [S, D]``; a trained adversary does, with its ratio to the contrast."""
+        learned = (log_density, log_ratio)
+        self._learned = tuple(f for f in learned if f is not None) or None
+
+    @torch.no_grad()
+    def log_ratio(self, u: Tensor) -> Tensor | None:
+        """The learned ``log q - log r`` to the contrast at draws ``u [S, D]``, ``None`` where there is none."""
+        has_one = self._learned is not None and len(self._learned) > 1
+        return self._learned[1](u) if has_one and self._learned else None
+
+    @torch.no_grad()
+    def sample_unconstrained(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws of the unconstrained vector: ``u [S, D]``. Arguments as for `sample`."""
+        return self.draw(num_samples, *args, **kwargs)[0]
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw from the posterior.
+
+        Args:
+            num_samples: Number ``S`` of draws.
+            *args: The model's arguments; may be left out once the guide is set up, but not of an amortized guide,
+                which they ask for the posterior of *these* data. Features of a whole plate give draws of all of it,
+                minibatch or not.
+            **kwargs: The model's keyword arguments, likewise.
+
+        Returns:
+            ``{site: [S, *site shape]}``, constrained, without gradients.
+
+        Raises:
+            SetupError: The guide has not seen the model's arguments.
+        """
+        u, layout = self.draw(num_samples, *args, **kwargs)
+        return layout.unpack(u)[0]
+
+    @torch.no_grad()
+    def draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
+        """Draws ``u [S, D]`` and how the sites stand in them. Arguments as for `sample`."""
+        check_whole("num_samples", num_samples)
+        self._require_setup(*args, **kwargs)
+        if self.amortization is None:
+            return self.sampler(num_samples), self.layout
+        self._require_data(*args, **kwargs)
+        if self.plate is None:
+            return self.get_posterior(*args, **kwargs).rsample((num_samples,)), self.layout
+        run = self._read_plate(*args, **kwargs)
+        rows = self._amortization.rows(run, *args, **kwargs)
+        check_finite(rows)
+        g, z = self.sampler(num_samples, rows)
+        layout = run.layout if len(rows) == run.layout.size else run.layout.resized(len(rows))
+        return layout.join(g, z), layout.all
+
+    @torch.no_grad()
+    def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior median of each entry of each site, from ``num_samples`` draws: ``{site: [*site shape]}``."""
+        draws = self.sample(num_samples, *args, **kwargs)
+        return {name: value.median(0).values for name, value in draws.items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self,
+        quantiles: Sequence[float] | Tensor,
+        *args: Any,
+        num_samples: int = 10_000,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Posterior quantiles, from ``num_samples`` draws: ``{site: [len(quantiles), *site shape]}``."""
+        draws = self.sample(num_samples, *args, **kwargs)
+        return {
+            name: value.quantile(torch.as_tensor(quantiles).to(value), 0)
+            for name, value in draws.items()
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
+        self._require_setup()
+        self.split_as(state_dict.get("sampler.weights"))
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @staticmethod
+    def _require_data(*args: Any, **kwargs: Any) -> None:
+        """Raise `SetupError` where an amortized guide is not told of which data the posterior is wanted."""
+        if not args and not kwargs:
+            raise SetupError(
+                "an amortized guide has a posterior for each set of data, and got none",
+                do="Pass the model's arguments: guide.sample(num_samples, ...).",
+            )
+
+    def _require_setup(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_set_up:
+            return
+        try:
+            if not args and not kwargs:
+                raise TypeError("no arguments given")
+            self.setup(*args, **kwargs)
+        except TypeError as error:
+            raise SetupError(
+                "the guide has not seen its model yet, so its latent sites are not known",
+                got=str(error),
+                do="Train it, or call guide.setup(...) with the model's arguments, first.",
+            ) from error

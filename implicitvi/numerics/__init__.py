@@ -1,0 +1,1 @@
+"""Mathematics, written once: tensors only, no models."""

@@ -1,0 +1,1 @@
+"""Read a Pyro model: its sites, plates, parameters and log joint density."""

@@ -1,0 +1,1 @@
+"""Objectives of latent variable models, one file each."""
