@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.nn import dense
 from implicitvi.vae import ALI, ASVAE, VAE, MarginalASVAE
-from implicitvi.vae.encoders import GaussianEncoder
 from implicitvi.vae.decoders import Decoder, GaussianLikelihood
+from implicitvi.vae.encoders import GaussianEncoder
 from implicitvi.vae.model import LatentModel
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -35,9 +35,9 @@ from implicitvi.nn import dense
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae import VAE
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, GaussianLikelihood
 from implicitvi.vae.encoders import BinaryEncoder, GaussianEncoder
 from implicitvi.vae.ladder import LadderEncoder, LadderPrior, LowerLevel
-from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, GaussianLikelihood
 from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
 

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
-from implicitvi.metrics import knn_kl
 from implicitvi.avb.samplers import GatedSampler
+from implicitvi.metrics import knn_kl
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
 parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")

@@ -16,6 +16,9 @@ from pyro.distributions import Unit
 from pyro.infer import Predictive
 from torch import Tensor, nn
 
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
+from implicitvi.inference.fit import Fit
+from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.pyro_model.enumeration import (
     Enumerate,
     SharedSiteError,
@@ -24,11 +27,8 @@ from implicitvi.pyro_model.enumeration import (
     is_enumerated,
     log_sum_of,
 )
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
-from implicitvi.inference.fit import Fit
-from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.pyro_model.sites import plate_names
 from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.sites import plate_names
 from implicitvi.pyro_model.subsampling import Minibatch
 from implicitvi.pyro_model.tracing import (
     first_line,

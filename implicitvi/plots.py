@@ -19,8 +19,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
 from implicitvi.diagnostics.report import Check
+from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
 from implicitvi.training import History, Schedule
 
 if TYPE_CHECKING:

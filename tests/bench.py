@@ -36,9 +36,9 @@ from torch.nn.functional import softplus
 
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.avb.adversaries import GatedAdversary
+from implicitvi.avb.samplers import GatedSampler
 from implicitvi.datasets import eight_schools
 from implicitvi.inference.objective import Arguments
-from implicitvi.avb.samplers import GatedSampler
 from implicitvi.inference.stacked import stacked
 
 ROOT = Path(__file__).parents[1]

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from accuracy import at_hand, write_whole
+from implicitvi.diagnostics.stein import kernel_stein
 from implicitvi.errors import ModelError
 from implicitvi.metrics import mean_error, sd_ratio
-from implicitvi.diagnostics.stein import kernel_stein
 from suite.measure import of_method
 from suite.methods import REFINED, fitted
 from suite.target import Target

@@ -14,12 +14,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, to_arviz
-from implicitvi.inference.amortization import Amortization
-from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
 from implicitvi.avb.conditional import FramedContrast, MomentContrast
-from implicitvi.pyro_model.plates import read_plate
-from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
 from implicitvi.avb.objective import AVB
 from implicitvi.avb.samplers import (
     EncodedSampler,
@@ -27,7 +23,11 @@ from implicitvi.avb.samplers import (
     GaussianEncoder,
     NoiseBasisSampler,
 )
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
+from implicitvi.inference.amortization import Amortization
 from implicitvi.inference.minibatches import DatasetSource, PlateSource
+from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.plates import read_plate
 from implicitvi.training import StopTraining, Trainer
 
 SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 10, "progress": False}

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import models
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
-from implicitvi.pyro_model.compiled import CompiledScore, compile_networks
-from implicitvi.errors import ModelError, OptionError
-from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.avb.samplers import GatedSampler
+from implicitvi.errors import ModelError, OptionError
+from implicitvi.pyro_model.compiled import CompiledScore, compile_networks
+from implicitvi.pyro_model.log_joint import LogJoint
 
 Model = Callable[..., Any]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import models
 from implicitvi import AVBSVI, ImplicitGuide, diagnose
-from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.diagnostics.report import Check, Report
+from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.rng import RandomStream
 from planted import (
     PLANTED,

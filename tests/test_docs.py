@@ -25,8 +25,8 @@ import pyro.distributions as dist
 import pytest
 
 import implicitvi
-from implicitvi.errors import FAQ, ModelError
 from implicitvi.avb.ratios import RatioLoss
+from implicitvi.errors import FAQ, ModelError
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -18,8 +18,8 @@ from implicitvi.metrics.ais import SCHEDULES, Annealed, Annealing, ais, bidirect
 from implicitvi.metrics.evidence import importance_sampling, quadrature
 from implicitvi.nn import dense
 from implicitvi.vae import VAE
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, moments_of
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, ImplicitDecoder
+from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, moments_of
 from implicitvi.vae.priors import SampledPrior
 
 SIGMA = 0.5

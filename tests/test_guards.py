@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import models
 from implicitvi import AVBSVI, Fit, ImplicitGuide
-from implicitvi.metrics.frechet import FeatureNet
 from implicitvi.diagnostics.sbc import sbc
+from implicitvi.metrics.frechet import FeatureNet
 from implicitvi.vae import VAE
-from implicitvi.vae.encoders import GaussianEncoder
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
+from implicitvi.vae.encoders import GaussianEncoder
 
 ROOT = Path(__file__).parents[1]
 

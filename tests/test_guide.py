@@ -14,8 +14,8 @@ from torch import Tensor
 
 import models
 from implicitvi import ImplicitGuide
-from implicitvi.errors import ModelError, OptionError, SetupError
 from implicitvi.avb.samplers import DenseSampler
+from implicitvi.errors import ModelError, OptionError, SetupError
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 

@@ -18,10 +18,11 @@ from contracts import (
     gaussian,
 )
 from implicitvi.avb.adversaries import InformedAdversary, ResidualAdversary
-from implicitvi.avb.contrasts import Gaussian, GaussianContrast, GaussianMixture, MixtureContrast
+from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
 from implicitvi.avb.objective import AVB
 from implicitvi.avb.ratios import RatioLoss
 from implicitvi.avb.samplers import DenseSampler
+from implicitvi.numerics.gaussian import Gaussian, GaussianMixture
 
 
 def oracle(contrast: str, q: torch.distributions.MultivariateNormal) -> AVB:

@@ -24,7 +24,7 @@ from implicitvi import (
     ImplicitGuide,
     TensorBoard,
     Tracker,
-    evaluation,
+    metrics,
     to_arviz,
 )
 from implicitvi.errors import ImplicitVIError
@@ -153,7 +153,7 @@ ELSEWHERE: dict[str, Sized] = {
 NO_CALL = {"StopTraining"}  # an exception of a user's own callback; any message will do
 
 
-@pytest.mark.parametrize("name", [*implicitvi.__all__, *evaluation.__all__])
+@pytest.mark.parametrize("name", [*implicitvi.__all__, *metrics.__all__])
 def test_every_public_name_has_three_misuses(name: str) -> None:
     if name not in NO_CALL:
         assert len(ELSEWHERE.get(name, CASES.get(name, {}))) >= 3, f"add misuses of {name}"

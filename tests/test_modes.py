@@ -16,7 +16,8 @@ from torch.distributions import MultivariateNormal
 
 from contracts import ExplicitSampler, gaussian
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
-from implicitvi.avb.contrasts import Assembly, GaussianContrast, MixtureContrast, ModalContrast
+from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast, ModalContrast
+from implicitvi.avb.samplers import DenseSampler, MixtureSampler, Sampler
 from implicitvi.inference.modes import (
     BARRIER,
     TAIL,
@@ -29,7 +30,7 @@ from implicitvi.inference.modes import (
     wide_starts,
 )
 from implicitvi.inference.objective import Problem
-from implicitvi.avb.samplers import DenseSampler, MixtureSampler, Sampler
+from implicitvi.numerics.gaussian import Assembly
 from implicitvi.rng import RandomStream
 from models import SIGMA, Y, eight_schools
 

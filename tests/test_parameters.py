@@ -15,8 +15,8 @@ from torch.distributions import MultivariateNormal
 from contracts import ExplicitSampler, OracleAdversary, OracleContrast, gaussian
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
 from implicitvi.avb.contrasts import GaussianContrast
-from implicitvi.errors import ModelError
 from implicitvi.avb.objective import AVB, tighten
+from implicitvi.errors import ModelError
 
 SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 10, "progress": False}
 pytestmark = pytest.mark.uses_param_store

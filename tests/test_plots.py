@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from implicitvi import plots
-from implicitvi.errors import OptionError, ShapeError
 from implicitvi.diagnostics.report import Check
+from implicitvi.errors import OptionError, ShapeError
 from implicitvi.training import History, Schedule
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, DistributedSampler
 
-from implicitvi import StopTraining, processes
+from implicitvi import StopTraining, distributed
 from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
 from implicitvi.errors import OptionError
 from implicitvi.rng import RandomStream
@@ -81,7 +81,9 @@ def gradients(system: str) -> list[Tensor]:
     x = data(8).double().tensor_split(distributed.count())[distributed.rank()]
     schedule = Schedule(num_steps=1, num_particles=3, adversary_steps=2, tempering=None)
     players = model.players(lambda: x)
-    trainer = Trainer(players, schedule=schedule, stream=RandomStream(0), average=distributed.average)
+    trainer = Trainer(
+        players, schedule=schedule, stream=RandomStream(0), average=distributed.average
+    )
     found: list[Tensor] = []
     with NoiseOfAll():
         for player in players:
@@ -104,8 +106,8 @@ def gradients_of_own_statistics(folder: Path) -> tuple[list[Tensor], list[Tensor
         exchange = distributed.average
         turns = lambda tensors: exchange(tensors) if len(tensors) > 1 else list(tensors)  # noqa: E731
         with (
-            patch.object(processes, "average", turns),
-            patch.object(processes, "gather", lambda z: z),
+            patch.object(distributed, "average", turns),
+            patch.object(distributed, "gather", lambda z: z),
         ):
             return alone, gradients("AVB, Gaussian contrast")
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.errors import ModelError, OptionError, SetupError
 from implicitvi.diagnostics.chains import transitions
-from implicitvi.diagnostics.stein import kernel_stein
 from implicitvi.diagnostics.refine import polish, resample
+from implicitvi.diagnostics.stein import kernel_stein
+from implicitvi.errors import ModelError, OptionError, SetupError
 from implicitvi.rng import RandomStream
 from planted import TARGETS, Drawn, draw_several, draw_two_modes, dressed, exact, log_several
 from refinement import change, judged

@@ -27,9 +27,9 @@ import models
 from implicitvi import AVBSVI, Checkpoint, Fit, ImplicitGuide, StopTraining
 from implicitvi.avb.adversaries import ResidualAdversary
 from implicitvi.avb.contrasts import GaussianContrast
-from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError, SetupError
 from implicitvi.avb.ratios import FGanKL
 from implicitvi.avb.samplers import DenseSampler
+from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError, SetupError
 from implicitvi.inference.persistence import SavedFit
 from implicitvi.training import Trainer
 from implicitvi.training.checkpoint import CONFIG, STATE, read_state, save_state

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import models
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.errors import ModelError, OptionError
 from implicitvi.diagnostics.sbc import LOG_LIKELIHOOD, Calibration, sbc, simulate, uniformity
+from implicitvi.errors import ModelError, OptionError
 from models import half_line, no_latent, normal_normal
 
 BLANK = torch.zeros(5)

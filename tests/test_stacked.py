@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import implicitvi.inference.svi
 from implicitvi import AVBSVI, Fit, ImplicitGuide
-from implicitvi.inference.modes import Mode
-from implicitvi.nn import dense
-from implicitvi.inference.objective import Arguments
 from implicitvi.avb.samplers import DenseSampler, GatedSampler, MixtureSampler
+from implicitvi.inference.modes import Mode
+from implicitvi.inference.objective import Arguments
 from implicitvi.inference.stacked import Stack, on_accelerator, stacked
+from implicitvi.nn import dense
 from implicitvi.rng import derived_seed
 from models import normal_normal
 

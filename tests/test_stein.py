@@ -14,13 +14,13 @@ from scipy.stats import binom
 from torch import Tensor
 
 from implicitvi import ImplicitGuide
-from implicitvi.errors import OptionError, ShapeError
-from implicitvi.diagnostics.relearned_density import audit, psis
-from implicitvi.metrics.evidence import semi_implicit_bound
-from implicitvi.diagnostics.chains import elsewhere, moved
-from implicitvi.diagnostics.stein import _stein_kernel, kernel_stein, stein_identities
-from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.avb.samplers import SemiImplicitSampler
+from implicitvi.diagnostics.chains import elsewhere, moved
+from implicitvi.diagnostics.relearned_density import audit, psis
+from implicitvi.diagnostics.stein import _stein_kernel, kernel_stein, stein_identities
+from implicitvi.errors import OptionError, ShapeError
+from implicitvi.metrics.evidence import semi_implicit_bound
+from implicitvi.pyro_model.log_joint import LogJoint
 from planted import draw_banana, draw_two_modes, gaussian_of, log_banana, log_two_modes
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 import models
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, StopTraining
 from implicitvi.avb.contrasts import GaussianContrast
+from implicitvi.avb.ratios import FGanKL
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, SetupError
 from implicitvi.inference.fit import COLUMNS
-from implicitvi.avb.ratios import FGanKL
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 10, "progress": False}

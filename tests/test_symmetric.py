@@ -22,8 +22,8 @@ from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.nn import dense
 from implicitvi.training import Schedule, Stage, StopTraining, Trainer
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
-from implicitvi.vae.objectives.vae import VAE
 from implicitvi.vae.encoders import BinaryEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.ladder import (
@@ -32,8 +32,8 @@ from implicitvi.vae.ladder import (
     LowerLevel,
     UpwardEncoder,
 )
-from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
+from implicitvi.vae.objectives.vae import VAE
 
 STAGE = Schedule(num_steps=1, num_particles=1, tempering=None).at(0)
 exact: dict[str, Any] = {"rtol": 0, "atol": 1e-9}

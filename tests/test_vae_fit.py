@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from implicitvi import StopTraining
 from implicitvi.avb.adversaries import PairwiseAdversary
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, ShapeError
 from implicitvi.nn import dense
-from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.training import Trainer
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.data import batches_of
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, likelihood_of
 from implicitvi.vae.distributions import Implicit
 from implicitvi.vae.encoders import GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.fitting import VAEFit
-from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, likelihood_of
 from implicitvi.vae.model import LatentModel
 
 X, Z, H = 6, 2, 8

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from implicitvi.avb.contrasts import DiagonalGaussianContrast
-from implicitvi.errors import ImplicitVIError
 from implicitvi.avb.ratios import FGanKL
+from implicitvi.errors import ImplicitVIError
 from implicitvi.training import Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.objectives.aae import AAE
-from implicitvi.vae.objectives.ali import ALI
-from implicitvi.vae.objectives.asvae import ASVAE
-from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
-from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
-from implicitvi.vae.objectives.avb import AVB
-from implicitvi.vae.objectives.biadversarial import BiadversarialVAE, kl_bound
 from implicitvi.vae.distributions import Implicit
-from implicitvi.vae.objectives.vae import VAE
 from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
+from implicitvi.vae.objectives.aae import AAE
+from implicitvi.vae.objectives.ali import ALI
+from implicitvi.vae.objectives.asvae import ASVAE
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.avb import AVB
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE, kl_bound
+from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
 from implicitvi.vae.objectives.pairs import parted, slope
+from implicitvi.vae.objectives.vae import VAE
 from tables import (
     PARTS,
     Lookup,

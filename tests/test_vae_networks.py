@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from implicitvi.avb.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.datasets import image_folder
 from implicitvi.errors import DataError, ImplicitVIError, ModelError, OptionError, ShapeError
 from implicitvi.nn import Ensemble, Injected, SkipNet, dense
-from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.vae import AVB, VAE
-from implicitvi.vae.encoders import InjectedEncoder
-from implicitvi.vae.flows import InverseAutoregressiveFlow, PlanarFlow, PlanarTransform
-from implicitvi.vae.decoders import LIKELIHOODS, GaussianLikelihood, PixelLikelihood
 from implicitvi.vae.architectures import (
     POSTERIORS,
     Architecture,
@@ -29,6 +26,9 @@ from implicitvi.vae.architectures import (
     face_networks,
     mnist_networks,
 )
+from implicitvi.vae.decoders import LIKELIHOODS, GaussianLikelihood, PixelLikelihood
+from implicitvi.vae.encoders import InjectedEncoder
+from implicitvi.vae.flows import InverseAutoregressiveFlow, PlanarFlow, PlanarTransform
 
 D = 3
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from implicitvi.rng import RandomStream
 from implicitvi.inference.gaussian_fit import WIDEST, gaussian_fit, settle
+from implicitvi.rng import RandomStream
 
 # as the coefficients of a regression on a constant, a share, an IQ and the product of the last two
 UNITS = torch.tensor([14.0, 15.0, 0.15, 0.16])

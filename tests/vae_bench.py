@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, elu, softplus
 
 from implicitvi.avb.adversaries import PairwiseAdversary
-from implicitvi.nn import dense
 from implicitvi.avb.samplers import NoiseBasisSampler
+from implicitvi.nn import dense
 from implicitvi.training import Trainer
 from implicitvi.vae import AVB, VAE
-from implicitvi.vae.encoders import GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
+from implicitvi.vae.encoders import GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.model import LatentModel
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "vae-bench.json"

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import GatedAdversary
-from implicitvi.nn import dense
 from implicitvi.avb.samplers import NoiseBasisSampler
+from implicitvi.nn import dense
 from implicitvi.training import Player, Schedule, Stage
-from implicitvi.vae.objectives.aae import AAE
-from implicitvi.vae.objectives.ali import ALI
-from implicitvi.vae.objectives.asvae import ASVAE
-from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
-from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
-from implicitvi.vae.objectives.avb import AVB
-from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
-from implicitvi.vae.objectives.vae import VAE
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.decoders import (
     BernoulliLikelihood,
     Decoder,
@@ -31,8 +22,17 @@ from implicitvi.vae.decoders import (
     Likelihood,
     StraightThroughLikelihood,
 )
+from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.model import LatentModel
+from implicitvi.vae.objectives.aae import AAE
+from implicitvi.vae.objectives.ali import ALI
+from implicitvi.vae.objectives.asvae import ASVAE
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.avb import AVB
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
+from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
+from implicitvi.vae.objectives.vae import VAE
 
 X, Z, A = 4, 2, 3  # dimensions of data, codes and the auxiliary variable
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 
-from implicitvi.avb.contrasts import JITTER, Contrast, Whitening
+from implicitvi.avb.contrasts import Contrast
 from implicitvi.errors import check_at_least
+from implicitvi.numerics.gaussian import JITTER, Whitening
 
 Frame = Callable[[Tensor], tuple[Tensor, Tensor]]
 Moments = Callable[[int, Tensor], tuple[Tensor, Tensor]]

@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import log, pi
 from typing import Any
 
 import torch
@@ -26,16 +25,14 @@ from torch import Tensor, nn
 from torch.distributions import (
     Distribution,
     Independent,
-    MultivariateNormal,
     Normal,
     TransformedDistribution,
-    constraints,
 )
 from torch.nn.functional import one_hot, pad
 
 from implicitvi import distributed
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
-
+from implicitvi.numerics.gaussian import Assembly, Gaussian, GaussianMixture, _everyones, moments, whiten
 
 
 class Contrast(nn.Module, ABC):
@@ -115,10 +112,6 @@ class GaussianContrast(Contrast):
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, Gaussian)
         return r.standardise(z)
-
-
-
-
 
 
 class MixtureContrast(Contrast):
@@ -237,8 +230,6 @@ class MixtureContrast(Contrast):
         self.scale_tril.copy_(factors[-1])
 
 
-
-
 class ModalContrast(Contrast):
     """A contrast for each of several far modes, and coordinates in which each mode has its own place and scale.
 
@@ -316,8 +307,6 @@ class ModalContrast(Contrast):
         return list(self.contrasts)  # type: ignore[arg-type]
 
 
-
-
 class FlowContrast(Contrast):
     """A coupling flow around the Gaussian of the draws, fitted to them by maximum likelihood.
 
@@ -363,12 +352,6 @@ def _spread(z: Tensor, count: int) -> Tensor:
 def _refuse_context(x: Tensor | None) -> None:
     if x is not None:
         raise ModelError("this contrast does not take a context", do="Use contrast='gaussian'.")
-
-
-
-
-
-
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from implicitvi.avb.adversaries import InformedAdversary
 from implicitvi.avb.contrasts import Contrast
 from implicitvi.avb.ratios import Logistic, RatioLoss
 from implicitvi.avb.samplers import MixtureSampler, Sampler
+from implicitvi.numerics.optimise import finite_draws
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -284,5 +285,3 @@ def _relative(gap: Tensor) -> Tensor:
     known = torch.where(gap.isfinite(), gap, 0.0).detach()
     others = gap.isfinite().sum(0) - gap.isfinite().long()
     return gap - (known.sum(0) - known) / others.clamp(min=1)
-
-

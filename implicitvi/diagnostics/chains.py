@@ -17,15 +17,15 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import check_at_least
-from implicitvi.diagnostics.stein import frame, standardise
+from implicitvi.numerics.gaussian import frame
+from implicitvi.numerics.gaussian import whiten as standardise
+from implicitvi.numerics.optimise import gradients
 
 LogDensity = Callable[[Tensor], Tensor]
 
 TAIL = 0.01  # share of the draws that counts as their tail
 _ACCEPTANCE = 0.8
 _FAR = 1.5  # times the distance of the most solitary draw
-
-
 
 
 @dataclass(frozen=True, eq=False)

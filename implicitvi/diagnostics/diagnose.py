@@ -12,6 +12,11 @@ from pyro.distributions import Unit
 from pyro.infer import Predictive
 from torch import Tensor
 
+from implicitvi.avb.samplers import SemiImplicitSampler
+from implicitvi.diagnostics.chains import TAIL, Moved, elsewhere, moved
+from implicitvi.diagnostics.relearned_density import TRUSTED_AUC, Audit, audit, psis
+from implicitvi.diagnostics.report import Check, Report
+from implicitvi.diagnostics.stein import FRAME, kernel_stein, stein_identities
 from implicitvi.errors import (
     ImplicitVIError,
     OptionError,
@@ -19,16 +24,11 @@ from implicitvi.errors import (
     ShapeError,
     check_at_least,
 )
-from implicitvi.diagnostics.relearned_density import TRUSTED_AUC, Audit, audit, psis
-from implicitvi.metrics.evidence import semi_implicit_bound
-from implicitvi.diagnostics.chains import TAIL, Moved, elsewhere, moved
-from implicitvi.diagnostics.report import Check, Report
-from implicitvi.diagnostics.stein import FRAME, kernel_stein, stein_identities
 from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.inference.restarts import R_HAT, Agreement
+from implicitvi.metrics.evidence import semi_implicit_bound
 from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Draws, ModelDensity
-from implicitvi.inference.restarts import R_HAT, Agreement
-from implicitvi.avb.samplers import SemiImplicitSampler
 from implicitvi.pyro_model.tracing import is_deterministic, run_at, unvalidated
 from implicitvi.rng import RandomStream
 from implicitvi.training import History

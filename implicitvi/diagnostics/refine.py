@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from implicitvi.errors import ModelError, SetupError, check_at_least
-from implicitvi.diagnostics.relearned_density import LEAST, audit, psis
 from implicitvi.diagnostics.chains import transitions
+from implicitvi.diagnostics.relearned_density import LEAST, audit, psis
 from implicitvi.diagnostics.stein import FRAME
+from implicitvi.errors import ModelError, SetupError, check_at_least
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.pyro_model.target import ModelDensity
 from implicitvi.rng import RandomStream

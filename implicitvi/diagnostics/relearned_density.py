@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
+from implicitvi.diagnostics.stein import standardise
 from implicitvi.errors import ShapeError
-from implicitvi.diagnostics.stein import frame, standardise
+from implicitvi.numerics.gaussian import frame
 
 LogDensity = Callable[[Tensor], Tensor]
 

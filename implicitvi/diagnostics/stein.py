@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
+from implicitvi.numerics.gaussian import _scale, frame
 
 LEAST = 20  # draws
 FRAME = 20  # draws for each dimension, of which a covariance is taken
@@ -174,10 +175,6 @@ def _frame_for(draws: Tensor) -> tuple[Tensor, Tensor]:
     if len(draws) >= FRAME * draws.shape[1]:
         return frame(draws)
     return draws.mean(0), torch.diag(_scale(draws))
-
-
-
-
 
 
 def standardise(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicitvi.avb.samplers import EncodedSampler, GaussianEncoder, Sampler
 from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.pyro_model.plates import PlateRun
-from implicitvi.avb.samplers import EncodedSampler, GaussianEncoder, Sampler
 
 Features = Callable[..., Tensor]
 Amortize = str | Mapping[str, Features] | Features

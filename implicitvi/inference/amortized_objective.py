@@ -15,14 +15,15 @@ from math import ceil, nan
 import torch
 from torch import Tensor
 
-from implicitvi.inference.amortization import AmortizedSampler
-from implicitvi.pyro_model.log_joint import LogJoint
-from implicitvi.avb.objective import AVB, finite_draws, tighten
-from implicitvi.inference.objective import Arguments
-from implicitvi.inference.minibatches import Batch, Source
-from implicitvi.training import Player, Stage
+from implicitvi.avb.objective import AVB, tighten
 from implicitvi.avb.players import Turn, follow_contrast
-from implicitvi.inference.gaussian_fit import descend, parameter_groups
+from implicitvi.inference.amortization import AmortizedSampler
+from implicitvi.inference.gaussian_fit import parameter_groups
+from implicitvi.inference.minibatches import Batch, Source
+from implicitvi.inference.objective import Arguments
+from implicitvi.numerics.optimise import descend, finite_draws
+from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.training import Player, Stage
 
 LEAST_DRAWS = 4  # of every datum, so that its own evidence can be taken out of the adversary's hint
 

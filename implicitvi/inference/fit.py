@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitvi.diagnostics.diagnose import diagnose, stein_error
-from implicitvi.errors import OptionError, SetupError
-from implicitvi.diagnostics.report import Report
-from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.training.html import table
-from implicitvi.diagnostics.refine import Polished, Resampled, polish, resample
-from implicitvi.inference.restarts import Agreement, restart_folder
 from implicitvi.avb.samplers import MixtureSampler
+from implicitvi.diagnostics.diagnose import diagnose, stein_error
+from implicitvi.diagnostics.refine import Polished, Resampled, polish, resample
+from implicitvi.diagnostics.report import Report
+from implicitvi.errors import OptionError, SetupError
+from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.inference.restarts import Agreement, restart_folder
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
+from implicitvi.training.html import table
 
 COLUMNS = ("", "mean", "sd", "5%", "50%", "95%")  # of a summary
 SHOWN = 20  # rows of it in a notebook

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.errors import ModelError
-from implicitvi.diagnostics.chains import gradients
+from implicitvi.numerics.optimise import descend, gradients
 
 LogDensity = Callable[[Tensor], Tensor]
 TRIES = 100
@@ -194,5 +194,3 @@ def parameter_groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
     others = [p for p in parameters if not isinstance(p, nn.Parameter)]
     rates = ((weights, 0.005), (others, 0.05))
     return [{"params": group, "lr": rate} for group, rate in rates if group]
-
-

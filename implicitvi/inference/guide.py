@@ -17,13 +17,13 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import constraints
 
-from implicitvi.inference.amortization import Amortization, Amortize, AmortizedSampler, check_finite
-from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
-from implicitvi.pyro_model.checks import Readable, check_latents, is_hidden, latent_trace
-from implicitvi.pyro_model.sites import SiteLayout
-from implicitvi.pyro_model.plates import PlateRun, read_plate
-from implicitvi.inference.modes import Mode
 from implicitvi.avb.samplers import SAMPLERS, MixtureSampler, Sampler
+from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
+from implicitvi.inference.amortization import Amortization, Amortize, AmortizedSampler, check_finite
+from implicitvi.inference.modes import Mode
+from implicitvi.pyro_model.checks import Readable, check_latents, is_hidden, latent_trace
+from implicitvi.pyro_model.plates import PlateRun, read_plate
+from implicitvi.pyro_model.sites import SiteLayout
 
 _instances = itertools.count(1)
 

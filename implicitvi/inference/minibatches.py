@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from implicitvi.inference.amortization import Amortization
 from implicitvi.errors import ShapeError
-from implicitvi.pyro_model.sites import SiteLayout
-from implicitvi.pyro_model.plates import LocalLayout, PlateRun, read_plate
+from implicitvi.inference.amortization import Amortization
 from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.plates import LocalLayout, PlateRun, read_plate
+from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.subsampling import Minibatch
 from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, unvalidated
 

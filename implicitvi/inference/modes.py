@@ -16,8 +16,9 @@ from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from implicitvi.avb.contrasts import whiten
-from implicitvi.inference.gaussian_fit import descend, gaussian_fit
+from implicitvi.inference.gaussian_fit import gaussian_fit
+from implicitvi.numerics.gaussian import whiten
+from implicitvi.numerics.optimise import descend
 
 LogDensity = Callable[[Tensor], Tensor]
 CLIMB = 150  # steps of each point uphill

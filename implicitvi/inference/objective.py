@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from implicitvi.avb.contrasts import GaussianMixture
-from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.avb.objective import AVB
-from implicitvi.training import Player, Stage
 from implicitvi.avb.players import Turn, follow_contrast
+from implicitvi.numerics.gaussian import GaussianMixture
+from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 
 Model = Callable[..., Any]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from implicitvi.avb.adversaries import GatedAdversary
-from implicitvi.inference.amortization import AmortizedSampler
-from implicitvi.errors import CheckpointError, ModelError
-from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.avb.ratios import RATIOS
 from implicitvi.avb.samplers import SAMPLERS, Sampler
+from implicitvi.errors import CheckpointError, ModelError
+from implicitvi.inference.amortization import AmortizedSampler
+from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.pyro_model.tracing import (
     PARTICLE_ERRORS,
     Model,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.avb.samplers import MixtureSampler
+from implicitvi.inference.guide import ImplicitGuide
 
 R_HAT = 1.01  # above it fits disagree; their means then differ by about 0.15 standard deviations
 # of the draws: a mode whose share differs by more is lost, or found, by some of the fits

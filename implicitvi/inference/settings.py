@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from implicitvi.avb.adversaries import GatedAdversary, InformedAdversary
-from implicitvi.inference.amortization import AmortizedSampler
-from implicitvi.inference.amortized_objective import AmortizedProblem
-from implicitvi.pyro_model.compiled import check_compile, compile_networks
+from implicitvi.avb.conditional import FramedContrast, MomentContrast
 from implicitvi.avb.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
@@ -24,8 +22,10 @@ from implicitvi.avb.contrasts import (
     MixtureContrast,
     ModalContrast,
     PriorContrast,
-    moments,
 )
+from implicitvi.avb.objective import AVB
+from implicitvi.avb.ratios import RATIOS, RatioLoss
+from implicitvi.avb.samplers import MixtureSampler, Sampler
 from implicitvi.errors import (
     ImplicitVIError,
     ModelError,
@@ -34,22 +34,34 @@ from implicitvi.errors import (
     check_choice,
     check_whole,
 )
-from implicitvi.avb.conditional import FramedContrast, MomentContrast
-from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.pyro_model.checks import check_latents, latent_trace
-from implicitvi.pyro_model.sites import plate_names
-from implicitvi.pyro_model.log_joint import LogJoint
-from implicitvi.pyro_model.prior import ModelPrior
-from implicitvi.inference.modes import Mode, find_modes, wide_starts
-from implicitvi.avb.objective import AVB
-from implicitvi.pyro_model.parameters import model_parameters
-from implicitvi.inference.objective import Arguments, Model, Problem
-from implicitvi.avb.ratios import RATIOS, RatioLoss
-from implicitvi.avb.samplers import MixtureSampler, Sampler
-from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, first_line, flat_sites, sites_without_density
-from implicitvi.inference.minibatches import Batch, DatasetSource, PlateSource, Source, count_datasets, dataset
-from implicitvi.rng import RandomStream, forked
+from implicitvi.inference.amortization import AmortizedSampler
+from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.inference.gaussian_fit import gaussian_fit, settle, starting_point
+from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.inference.minibatches import (
+    Batch,
+    DatasetSource,
+    PlateSource,
+    Source,
+    count_datasets,
+    dataset,
+)
+from implicitvi.inference.modes import Mode, find_modes, wide_starts
+from implicitvi.inference.objective import Arguments, Model, Problem
+from implicitvi.numerics.gaussian import moments
+from implicitvi.pyro_model.checks import check_latents, latent_trace
+from implicitvi.pyro_model.compiled import check_compile, compile_networks
+from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.parameters import model_parameters
+from implicitvi.pyro_model.prior import ModelPrior
+from implicitvi.pyro_model.sites import plate_names
+from implicitvi.pyro_model.tracing import (
+    PARTICLE_ERRORS,
+    first_line,
+    flat_sites,
+    sites_without_density,
+)
+from implicitvi.rng import RandomStream, forked
 
 STARTS = 32  # of each kind, from which far modes are looked for
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is read

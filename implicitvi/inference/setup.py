@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 
-from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.errors import SetupError, check_at_least, check_positive, check_whole
+from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.settings import ProblemOptions, check_devices, check_guide
 from implicitvi.inference.objective import Arguments, Model, Problem
-from implicitvi.rng import RandomStream
+from implicitvi.inference.settings import ProblemOptions, check_devices, check_guide
+from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Schedule, Trainer
-from implicitvi.rng import derived_seed
 
 
 class Engine:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.avb.objective import elbo, tighten
-from implicitvi.inference.objective import Arguments, Problem, loss_of, with_metrics
+from implicitvi.avb.players import Turn
 from implicitvi.avb.samplers import MixtureSampler, Sampler
+from implicitvi.inference.amortized_objective import AmortizedProblem
+from implicitvi.inference.objective import Arguments, Problem, loss_of, with_metrics
 from implicitvi.rng import RandomStream
 from implicitvi.training import Player, Stage, Trainer
 from implicitvi.training.lockstep import Lockstep, Losses, Turns
-from implicitvi.avb.players import Turn
 
 PROBES = 8  # inputs at which a stack is held against its networks
 NOT_STACKED = (RuntimeError, ValueError, TypeError, KeyError)  # of networks that cannot be, by vmap

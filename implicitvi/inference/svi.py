@@ -17,18 +17,14 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import GatedAdversary
-from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.avb.contrasts import Contrast
-from implicitvi.inference.setup import Engine
+from implicitvi.avb.ratios import RatioLoss
 from implicitvi.errors import ModelError, OptionError, check_whole
+from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.inference.fit import Fit
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.pyro_model.log_joint import LogJoint
-from implicitvi.inference.settings import ProblemOptions, check_guide
-from implicitvi.pyro_model.parameters import parameter_values, show_parameters
+from implicitvi.inference.minibatches import dataset
 from implicitvi.inference.objective import Arguments, Model, Problem
-from implicitvi.avb.ratios import RatioLoss
-from implicitvi.inference.restarts import agreement, restart_folder, warn_of_disagreement
 from implicitvi.inference.persistence import (
     OF_GUIDE,
     SavedFit,
@@ -39,8 +35,12 @@ from implicitvi.inference.persistence import (
     log_density,
     save,
 )
-from implicitvi.inference.minibatches import dataset
+from implicitvi.inference.restarts import agreement, restart_folder, warn_of_disagreement
+from implicitvi.inference.settings import ProblemOptions, check_guide
+from implicitvi.inference.setup import Engine
 from implicitvi.inference.stacked import on_accelerator, stacked
+from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.parameters import parameter_values, show_parameters
 from implicitvi.rng import RandomStream
 from implicitvi.training import Callback, Checkpoint, History, Progress, Schedule, Trainer
 from implicitvi.training.callbacks import as_callbacks

@@ -21,7 +21,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
-from implicitvi.diagnostics.stein import frame, standardise
+from implicitvi.numerics.gaussian import frame
+from implicitvi.numerics.gaussian import whiten as standardise
 
 __all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]
 

@@ -13,7 +13,6 @@ from torch.distributions import Distribution, MultivariateNormal, constraints
 from implicitvi import distributed
 from implicitvi.errors import OptionError
 
-
 JITTER = (
     1e-5  # added to the relative variances of a batch, so that a collapsed direction stays scorable
 )

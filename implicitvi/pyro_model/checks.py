@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint, is_dependent
 
-from implicitvi.pyro_model.enumeration import is_enumerated, is_finite
 from implicitvi.errors import ModelError
+from implicitvi.pyro_model.enumeration import is_enumerated, is_finite
 from implicitvi.pyro_model.sites import bijection
 from implicitvi.pyro_model.subsampling import check_subsample
 from implicitvi.pyro_model.tracing import is_scored

@@ -12,13 +12,13 @@ import pyro
 import torch
 from torch import Tensor
 
+from implicitvi.errors import ModelError, check_choice
+from implicitvi.numerics.optimise import finite_draws
 from implicitvi.pyro_model.compiled import CompiledScore
 from implicitvi.pyro_model.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
-from implicitvi.errors import ModelError, check_choice
-from implicitvi.pyro_model.sites import SiteLayout, bijection
 from implicitvi.pyro_model.plates import by_datum
+from implicitvi.pyro_model.sites import SiteLayout, bijection
 from implicitvi.pyro_model.subsampling import Minibatch
-from implicitvi.avb.objective import finite_draws
 from implicitvi.pyro_model.tracing import (
     PARTICLE_ERRORS,
     Model,

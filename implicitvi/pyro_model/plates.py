@@ -11,8 +11,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.errors import ModelError, did_you_mean
+from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.pyro_model.sites import Site, SiteLayout, latent_nodes
 
 Model = Callable[..., Any]

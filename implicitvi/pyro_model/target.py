@@ -12,12 +12,12 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
 from implicitvi.errors import ModelError, SetupError, ShapeError
-from implicitvi.diagnostics.chains import gradients
 from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.numerics.optimise import gradients
 from implicitvi.pyro_model.checks import check_latents, latent_trace
-from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.prior import ModelPrior
+from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.tracing import sites_without_density
 from implicitvi.rng import RandomStream
 

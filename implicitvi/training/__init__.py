@@ -1,5 +1,6 @@
 """The one training loop: players that take turns, on a schedule, guarded and watched."""
 
+from implicitvi.rng import RandomStream, derived_seed, forked
 from implicitvi.training.callbacks import (
     Callback,
     Checkpoint,
@@ -10,7 +11,6 @@ from implicitvi.training.callbacks import (
     Tracker,
 )
 from implicitvi.training.player import Player
-from implicitvi.rng import RandomStream, derived_seed, forked
 from implicitvi.training.schedule import Schedule, Stage
 from implicitvi.training.trainer import History, Trainer
 

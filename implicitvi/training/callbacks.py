@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from implicitvi.errors import OptionError, SetupError, check_at_least, check_whole
-from implicitvi.training.checkpoint import STATE, as_folder, read_state
 from implicitvi.rng import RandomStream
+from implicitvi.training.checkpoint import STATE, as_folder, read_state
 
 T = TypeVar("T")
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitvi.errors import NonFiniteError
+from implicitvi.rng import RandomStream
 from implicitvi.training.callbacks import Callback, StopTraining
 from implicitvi.training.checkpoint import as_folder, save_state
 from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics, Player
-from implicitvi.rng import RandomStream
 from implicitvi.training.schedule import Schedule, Stage
 
 LOOK_EVERY = 10  # steps between two looks at the counts of an accelerator; the CPU's are free

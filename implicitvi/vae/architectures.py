@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
+from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
 from implicitvi.nn import dense
-from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
+from implicitvi.vae.decoders import Decoder, Likelihood, likelihood_of
 from implicitvi.vae.encoders import (
     BinaryEncoder,
     DeterministicEncoder,
@@ -32,7 +33,6 @@ from implicitvi.vae.encoders import (
     InjectedEncoder,
 )
 from implicitvi.vae.flows import InverseAutoregressiveFlow, PlanarFlow
-from implicitvi.vae.decoders import Decoder, Likelihood, likelihood_of
 
 
 class Architecture(ABC):

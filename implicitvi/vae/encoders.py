@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
+from implicitvi.avb.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
 from implicitvi.errors import OptionError, check_at_least
 from implicitvi.nn import Injected
-from implicitvi.avb.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicitvi import distributed
+from implicitvi.avb.samplers import Sampler
 from implicitvi.errors import (
     CheckpointError,
     ModelError,
@@ -27,11 +28,10 @@ from implicitvi.errors import (
     check_positive,
     check_whole,
 )
-from implicitvi.training.html import table
-from implicitvi.avb.samplers import Sampler
 from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Callback, History, Progress, Schedule, Trainer
 from implicitvi.training.checkpoint import holds_checkpoint, load_state, save_state
+from implicitvi.training.html import table
 from implicitvi.vae.data import Batches, TensorBatches, Transform, batches_of
 
 if TYPE_CHECKING:

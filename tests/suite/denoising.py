@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi import AVBSVI, ImplicitGuide
-from implicitvi.nn import GatedBlock, GatedLayer, zeroed
-from implicitvi.inference.objective import Problem
-from implicitvi.avb.samplers import SemiImplicitSampler
-from implicitvi.training import Player, Schedule, Stage, Trainer
 from implicitvi.avb.players import Turn
+from implicitvi.avb.samplers import SemiImplicitSampler
+from implicitvi.inference.objective import Problem
+from implicitvi.nn import GatedBlock, GatedLayer, zeroed
+from implicitvi.training import Player, Schedule, Stage, Trainer
 from suite.target import Sites, Target
 
 

@@ -13,9 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from implicitvi.diagnostics.stein import kernel_stein
 from implicitvi.errors import OptionError
 from implicitvi.metrics import c2st, knn_kl, mean_error, sd_ratio, sliced_wasserstein, whiten
-from implicitvi.diagnostics.stein import kernel_stein
 from suite.target import Target
 
 JUDGED = 5000  # draws of each side for the figures whose time or noise depends on their number

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from implicitvi import ImplicitGuide
-from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.sites import SiteLayout
 
 Sites = dict[str, Tensor]
 

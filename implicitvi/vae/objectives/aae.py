@@ -12,9 +12,9 @@ from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
-from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.objectives.pairs import codes, rows
 
 

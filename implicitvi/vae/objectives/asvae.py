@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from implicitvi.avb.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
-from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.objectives.pairs import codes, parted, rows
 
 

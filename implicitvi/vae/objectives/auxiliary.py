@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
+from implicitvi.avb.samplers import LOG_RANGE
 from implicitvi.errors import ShapeError
 from implicitvi.nn import dense, side_by_side
-from implicitvi.avb.samplers import LOG_RANGE
 from implicitvi.rng import forked
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.distributions import Implicit
-from implicitvi.vae.decoders import Likelihood
-from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.architectures import Architecture, ReadyMade, size_of
+from implicitvi.vae.decoders import Likelihood
+from implicitvi.vae.distributions import Implicit
+from implicitvi.vae.model import Batch, LatentModel
 
 
 class AuxiliaryVAE(ReadyMade, LatentModel):

@@ -10,22 +10,22 @@ from torch.distributions import Distribution
 
 from implicitvi.avb import objective as objectives
 from implicitvi.avb.adversaries import InformedAdversary
+from implicitvi.avb.conditional import MomentContrast
 from implicitvi.avb.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
     PriorContrast,
 )
-from implicitvi.errors import ModelError, check_choice
-from implicitvi.avb.conditional import MomentContrast
-from implicitvi.avb.ratios import RATIOS, RatioLoss
-from implicitvi.training import Player, Stage
 from implicitvi.avb.players import Turn, follow_contrast
+from implicitvi.avb.ratios import RATIOS, RatioLoss
+from implicitvi.errors import ModelError, check_choice
+from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.architectures import Architecture, ReadyMade
+from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.distributions import Implicit, has_density
 from implicitvi.vae.encoders import Encoded
-from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
-from implicitvi.vae.architectures import Architecture, ReadyMade
 
 CONTRASTS = ("prior", "gaussian")
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from implicitvi.avb.contrasts import Contrast, GaussianContrast
-from implicitvi.errors import check_at_least
 from implicitvi.avb.ratios import Logistic
+from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.objectives.vae import divergence
 from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.objectives.pairs import codes
+from implicitvi.vae.objectives.vae import divergence
 
 
 class MarginalASVAE(LatentModel):

@@ -14,12 +14,12 @@ from implicitvi import distributed
 from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.data import tensor_of
+from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.fitting import VAEFit
-from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
-from implicitvi.vae.architectures import Architecture, ReadyMade
 
 Utility = Callable[[Tensor, Tensor], Tensor]
 Pairs = tuple[Tensor, Tensor]  # codes [M, D] and data [M, *x_shape]

@@ -12,9 +12,9 @@ from torch.distributions import Distribution, kl_divergence
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.model import Batch, LatentModel
-from implicitvi.vae.architectures import Architecture, ReadyMade
 
 
 def divergence(q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None) -> Tensor:
