@@ -43,11 +43,7 @@ def unchanged_process(request: pytest.FixtureRequest) -> Iterator[None]:
     if shows_svi or request.node.get_closest_marker("uses_param_store"):
         after["parameters in Pyro's store"] = before["parameters in Pyro's store"]
     restore(before)
-    changed = [
-        f"{name}: {before[name]!r} -> {after[name]!r}"
-        for name in before
-        if before[name] != after[name]
-    ]
+    changed = [f"{name}: {before[name]!r} -> {after[name]!r}" for name in before if before[name] != after[name]]
     if changed:
         pytest.fail("the test left the process changed: " + "; ".join(changed), pytrace=False)
 
@@ -77,9 +73,7 @@ def restore(state: dict[str, Any]) -> None:
     """Bring back a `process_state` whose parameter store was empty."""
     torch.set_default_dtype(state["default dtype"])
     torch.set_grad_enabled(state["grad mode"])
-    pyro.settings.set(
-        **{name.removeprefix(PYROS): state[name] for name in state if name.startswith(PYROS)}
-    )
+    pyro.settings.set(**{name.removeprefix(PYROS): state[name] for name in state if name.startswith(PYROS)})
     Distribution._validate_args = state["torch's argument checks"]
     Distribution.arg_constraints = state["arguments that torch checks"]
     pyro.clear_param_store()

@@ -131,9 +131,7 @@ def give_title(app: Sphinx, docname: str, source: list[str]) -> None:
     """Files of results are bare tables: as pages they get a title, and the command that repeats them."""
     folder, _, name = docname.rpartition("/")
     if folder == "results" and not source[0].startswith("# "):
-        title, command, picture = RESULTS.get(
-            name, (name.replace("-", " ").capitalize(), None, None)
-        )
+        title, command, picture = RESULTS.get(name, (name.replace("-", " ").capitalize(), None, None))
         by = f"Measured by `{command}`.\n\n" if command else ""
         shown = f"![{title}]({picture})\n\n" if picture else ""
         source[0] = f"# {title}\n\n{by}{source[0]}\n\n{shown}"
@@ -151,9 +149,7 @@ def find_by_name(app: Sphinx, env: Any, node: Any, content: nodes.TextElement) -
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, name)
 
 
-def keep_formulas(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def keep_formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Formulas are indented paragraphs before the first section of a docstring: shown as they are written."""
     sections = (i for i, line in enumerate(lines) if re.fullmatch(r"[A-Z][a-z]+:", line))
     end = next(sections, len(lines))
@@ -174,10 +170,7 @@ def exported() -> dict[str, list[tuple[str, str]]]:
         for info in pkgutil.walk_packages(implicitvi.__path__, "implicitvi.")
         if info.ispkg
     }
-    return {
-        name: [described(getattr(package, each)) for each in package.__all__]
-        for name, package in packages.items()
-    }
+    return {name: [described(getattr(package, each)) for each in package.__all__] for name, package in packages.items()}
 
 
 def described(value: Any) -> tuple[str, str]:
@@ -204,9 +197,7 @@ def check_coverage(app: Sphinx, env: Any) -> None:
     """Warn, and so fail the build, for every public object that the reference does not have."""
     known = env.get_domain("py").objects
     for name in sorted(public_objects() - known.keys()):
-        logger.warning(
-            "the API reference does not have %s: add its module to reference/api.md", name
-        )
+        logger.warning("the API reference does not have %s: add its module to reference/api.md", name)
 
 
 autosummary_context = {"exported": exported()}

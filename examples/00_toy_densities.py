@@ -58,9 +58,7 @@ def compare(sizes: Sizes, seed: int) -> dict[str, Tensor]:
     for name, density in toy_densities().items():
         draws, seconds = fit(density, sizes, seed)
         exact, other = density.sample(sizes.draws), density.sample(sizes.draws)
-        numbers = (
-            f"{knn_kl(draws, exact):10.3f}{knn_kl(exact, draws):10.3f}{knn_kl(other, exact):8.3f}"
-        )
+        numbers = f"{knn_kl(draws, exact):10.3f}{knn_kl(exact, draws):10.3f}{knn_kl(other, exact):8.3f}"
         print(f"{name:14}{seconds:9.1f}{numbers}", flush=True)
         fitted[name] = draws
     return fitted
@@ -77,9 +75,7 @@ def true_density(density: ToyDensity, sizes: Sizes) -> tuple[np.ndarray, np.ndar
 
 def draw(fitted: dict[str, Tensor], sizes: Sizes) -> plt.Figure:
     """Above each density, below the draws of its fit over the same contours."""
-    figure, axes = plt.subplots(
-        2, len(fitted), figsize=(13, 5.4), sharex="col", sharey="col", layout="constrained"
-    )
+    figure, axes = plt.subplots(2, len(fitted), figsize=(13, 5.4), sharex="col", sharey="col", layout="constrained")
     for (above, below), (name, draws) in zip(axes.T, fitted.items(), strict=True):
         density = toy_densities()[name]
         x, y, height = true_density(density, sizes)
@@ -98,9 +94,7 @@ def draw(fitted: dict[str, Tensor], sizes: Sizes) -> plt.Figure:
         for panel in (above, below):
             panel.set_box_aspect(1)
             panel.locator_params(nbins=5)
-    figure.legend(
-        *below.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False
-    )
+    figure.legend(*below.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     axes[0, 0].set_ylabel("density\n$z_2$")
     axes[1, 0].set_ylabel("draws of the fit\n$z_2$")
     return figure

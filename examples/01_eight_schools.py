@@ -125,9 +125,7 @@ def avb(sizes: Sizes, seed: int, *, sampler: str = "gated", **options: Any) -> R
     guide = ImplicitGuide(SCHOOLS.model, sampler=sampler)
     fit = AVBSVI(SCHOOLS.model, guide, seed=seed, progress=False, **options)
     watch = Watch(
-        guide,
-        flat(SCHOOLS.exact_draws(sizes.curve_draws)),
-        every=max(1, fit.schedule.num_steps // sizes.curve_points),
+        guide, flat(SCHOOLS.exact_draws(sizes.curve_draws)), every=max(1, fit.schedule.num_steps // sizes.curve_points)
     )
     fit.callbacks = (watch,)
     seconds = fit.run(SCHOOLS.sigma, SCHOOLS.y).seconds - watch.own_seconds
@@ -190,9 +188,7 @@ def methods(sizes: Sizes, seed: int, *, papers: int) -> dict[str, Callable[[], R
         # the Gaussians need the higher rate to arrive
         "AutoNormal": lambda: autoguide(sizes, AutoNormal(model), lr=1e-2),
         "AutoMultivariateNormal": lambda: autoguide(sizes, AutoMultivariateNormal(model), lr=1e-2),
-        "AutoIAFNormal": lambda: autoguide(
-            sizes, AutoIAFNormal(model, hidden_dim=[64, 64], num_transforms=4), lr=2e-3
-        ),
+        "AutoIAFNormal": lambda: autoguide(sizes, AutoIAFNormal(model, hidden_dim=[64, 64], num_transforms=4), lr=2e-3),
         "NUTS": lambda: nuts(sizes),
     }
 
@@ -207,10 +203,7 @@ def row(name: str, result: Result, exact: Tensor, sizes: Sizes) -> tuple[str, fl
     return f"{name:40}{result.seconds:9.1f}{len(q):9,}{numbers}", forward
 
 
-HEADER = (
-    f"{'method':40}{'seconds':>9}{'draws':>9}{'KL(q||p)':>10}{'KL(p||q)':>10}"
-    f"{'P(tau > 0)':>12}{'C2ST':>8}"
-)
+HEADER = f"{'method':40}{'seconds':>9}{'draws':>9}{'KL(q||p)':>10}{'KL(p||q)':>10}{'P(tau > 0)':>12}{'C2ST':>8}"
 
 
 def compare(sizes: Sizes, seed: int, *, papers: int) -> tuple[dict[str, Result], dict[str, float]]:
@@ -244,9 +237,7 @@ def draw_densities(results: dict[str, Result], sizes: Sizes) -> plt.Figure:
         "implicit posterior\nImplicitGuide": ("AVB + AC (defaults)", plots.BLUE),
         "truth\nexact draws": ("floor", "0.25"),
     }
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(12, 3.6), sharex=True, sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.6), sharex=True, sharey=True, layout="constrained")
     for ax, (title, (name, colour)) in zip(axes, panels.items(), strict=True):
         plots.draws_on_density(
             results[name].draws[:, [1, 0]],
@@ -270,12 +261,7 @@ def draw_curves(results: dict[str, Result], divergences: dict[str, float]) -> pl
     watched = {name: result.curve for name, result in results.items() if result.curve is not None}
     for colour, (name, curve) in zip(colours, watched.items(), strict=False):
         panel.plot(*curve, color=colour, label=name)
-    levels = {
-        "AutoNormal": ":",
-        "AutoMultivariateNormal": "-.",
-        "AutoIAFNormal": "--",
-        "floor": "-",
-    }
+    levels = {"AutoNormal": ":", "AutoMultivariateNormal": "-.", "AutoIAFNormal": "--", "floor": "-"}
     for name, style in levels.items():
         panel.axhline(divergences[name], color="0.4", lw=1, ls=style, label=name, zorder=0)
     panel.set_yscale("symlog", linthresh=0.1, linscale=0.5)

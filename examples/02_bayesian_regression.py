@@ -136,9 +136,7 @@ def numbers(draws: np.ndarray, exact: np.ndarray) -> str:
     return f"{error.mean():12.3f}{error.max():10.3f}{ratio.min():10.3f}{ratio.max():10.3f}"
 
 
-HEADER = (
-    f"{'posterior':16}{'seconds':>9}{'mean error':>12}{'at most':>10}{'sd ratio':>10}{'to':>10}"
-)
+HEADER = f"{'posterior':16}{'seconds':>9}{'mean error':>12}{'at most':>10}{'sd ratio':>10}{'to':>10}"
 
 
 def compare(sizes: Sizes, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -196,9 +194,7 @@ def draw_forest(fits: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> pl
 def draw_pairs(fitted: np.ndarray, exact: np.ndarray) -> plt.Figure:
     """The horseshoe's posterior of four serum measurements by twos: dots for the fit, contours for Gibbs."""
     serum = [PREDICTORS.index(name) for name in ("ldl", "hdl", "tch", "ltg")]
-    figure, axes = plt.subplots(
-        4, 4, figsize=(9, 9), sharex="col", layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(4, 4, figsize=(9, 9), sharex="col", layout="constrained", squeeze=False)
     for i, row in enumerate(serum):
         for j, column in enumerate(serum):
             panel = axes[i, j]

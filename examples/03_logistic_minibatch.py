@@ -155,9 +155,7 @@ def compare(sizes: Sizes, seed: int, *, control: bool) -> tuple[dict[str, Result
     began = time.perf_counter()
     mean, sd = newton(x, y)
     print(f"{time.perf_counter() - began:.1f} s for the exact posterior, once\n")
-    print(
-        f"{'model':20}{'seconds':>9}{'ms/step':>9}{'mean error':>12}{'at most':>9}{'sd ratio':>10}{'to':>8}"
-    )
+    print(f"{'model':20}{'seconds':>9}{'ms/step':>9}{'mean error':>12}{'at most':>9}{'sd ratio':>10}{'to':>8}")
     models = {"plain": lambda: Plain(sizes.batch)}
     if control:
         models["control variate"] = lambda: Controlled(sizes.batch, x, y)
@@ -191,9 +189,7 @@ def draw(results: dict[str, Result], mean: Tensor, sd: Tensor) -> plt.Figure:
         panel.set_yticks([])
         panel.set_xlabel(f"$w_{i + 1}$ (log odds per unit of $x_{i + 1}$)")
     axes[0].set_ylabel("posterior density")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -202,9 +198,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--no-control", action="store_true", help="only the plain model: half the time"
-    )
+    parser.add_argument("--no-control", action="store_true", help="only the plain model: half the time")
     options = parser.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
     pyro.set_rng_seed(options.seed)

@@ -83,9 +83,7 @@ def gibbs(y: NDArray[np.float64], chains: int, steps: int, seed: int) -> Draws:
     weight = rng.dirichlet(np.ones(3), chains)
     kept: list[tuple[NDArray[Any], ...]] = []
     for step in range(steps + steps // 2):
-        log_joint = np.log(weight[:, None]) + norm.logpdf(
-            y[:, None], mean[:, None], np.sqrt(variance)[:, None]
-        )
+        log_joint = np.log(weight[:, None]) + norm.logpdf(y[:, None], mean[:, None], np.sqrt(variance)[:, None])
         chance = np.exp(log_joint - log_joint.max(-1, keepdims=True))
         chance /= chance.sum(-1, keepdims=True)
         if step >= steps // 2 and step % 10 == 0:
@@ -107,9 +105,7 @@ def gibbs(y: NDArray[np.float64], chains: int, steps: int, seed: int) -> Draws:
         mean = np.where(count > 0, inside, LOW + (HIGH - LOW) * uniform)
     mean, variance, weight, chance = (np.concatenate(each) for each in zip(*kept, strict=True))
     order = mean.argsort(-1)
-    mean, variance, weight = (
-        np.take_along_axis(each, order, -1) for each in (mean, variance, weight)
-    )
+    mean, variance, weight = (np.take_along_axis(each, order, -1) for each in (mean, variance, weight))
     chance = np.take_along_axis(chance, order[:, None], -1).mean(0)
     return {"mean": mean, "sd": np.sqrt(variance), "weight": weight, "chance": chance}
 
@@ -159,13 +155,8 @@ def compare(sizes: Sizes, seed: int) -> tuple[Draws, Draws]:
     for name, values in TRUTH.items():
         for i, value in enumerate(values):
             mean, sd = exact[name][:, i].mean(), exact[name][:, i].std()
-            error, ratio = (
-                abs(fitted[name][:, i].mean() - mean) / sd,
-                fitted[name][:, i].std() / sd,
-            )
-            print(
-                f"{f'{name} {i + 1}':12}{value:10.3f}{mean:10.3f}{sd:10.3f}{error:12.3f}{ratio:10.3f}"
-            )
+            error, ratio = (abs(fitted[name][:, i].mean() - mean) / sd, fitted[name][:, i].std() / sd)
+            print(f"{f'{name} {i + 1}':12}{value:10.3f}{mean:10.3f}{sd:10.3f}{error:12.3f}{ratio:10.3f}")
     off = np.abs(fitted["chance"] - exact["chance"])
     right = [(each["chance"].argmax(-1) == component).mean() for each in (fitted, exact)]
     print(f"\n{seconds:.1f} seconds of fitting, {gibbs_seconds:.1f} of Gibbs")

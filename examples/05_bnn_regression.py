@@ -139,16 +139,12 @@ GRID = torch.linspace(-2, 2, 161)
 def draw(values: dict[str, Tensor], seed: int) -> plt.Figure:
     """Bands of the function, a panel a method, with the data and the curve they come from."""
     x, y = generate(seed)
-    figure, axes = plt.subplots(
-        1, len(values), figsize=(5.5 * len(values), 4.5), sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(values), figsize=(5.5 * len(values), 4.5), sharey=True, squeeze=False)
     colours = {"implicit": "#0072B2", "NUTS": "#D55E00"}
     for panel, (name, each) in zip(axes[0], values.items(), strict=True):
         marks = each.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]), dim=0)
         for low, high, alpha in ((0, 4, 0.25), (1, 3, 0.4)):
-            panel.fill_between(
-                GRID, marks[low], marks[high], color=colours[name], alpha=alpha, lw=0
-            )
+            panel.fill_between(GRID, marks[low], marks[high], color=colours[name], alpha=alpha, lw=0)
         panel.plot(GRID, marks[2], color=colours[name], label="median, 50 % and 90 % bands")
         panel.plot(GRID, curve(GRID), color="black", ls="--", lw=1, label="truth")
         panel.plot(x, y, "k.", ms=4, label="data")

@@ -100,9 +100,7 @@ class Exact:
         y, variance = y.double().numpy(), error.double().numpy() ** 2
         kept = (share := np.exp(2 * self.log_tau)[:, None]) / (share + variance)
         mean = kept * y + (1 - kept) * self.mu[:, None]
-        return moments(
-            self.weight, mean, kept * variance + (1 - kept) ** 2 / self.precision[:, None]
-        )
+        return moments(self.weight, mean, kept * variance + (1 - kept) ** 2 / self.precision[:, None])
 
 
 def compare(sizes: Sizes, seed: int) -> dict[str, tuple[tuple[Tensor, ...], Moments, Moments]]:
@@ -116,12 +114,8 @@ def compare(sizes: Sizes, seed: int) -> dict[str, tuple[tuple[Tensor, ...], Mome
         for name, groups in (("groups fitted", old), ("groups never seen", new))
     }
     step = (fit.seconds - fit.setup_seconds) / fit.num_steps
-    print(
-        f"{fit.seconds:.1f} seconds, {step * 1000:.1f} ms a step of 100 of {len(old[1]):,} groups\n"
-    )
-    print(
-        f"{'posterior':20}{'error (sd)':>12}{'at most':>10}{'sd ratio':>10}{'from':>10}{'to':>10}"
-    )
+    print(f"{fit.seconds:.1f} seconds, {step * 1000:.1f} ms a step of 100 of {len(old[1]):,} groups\n")
+    print(f"{'posterior':20}{'error (sd)':>12}{'at most':>10}{'sd ratio':>10}{'from':>10}{'to':>10}")
     for name, moments in exact.shared().items():
         print(row(name, moments, measured(draws["groups fitted"][name])))
     results = {}

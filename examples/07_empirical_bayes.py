@@ -86,9 +86,7 @@ def maximum(group: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return named(best.x)
 
 
-def posterior(
-    at: dict[str, float], group: np.ndarray, y: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def posterior(at: dict[str, float], group: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Exact means and deviations ``[G]`` of the effects, given the parameters."""
     precision = np.bincount(group) / at["noise"] ** 2 + 1 / at["spread"] ** 2
     weighted = np.bincount(group, y) / at["noise"] ** 2 + at["mean"] / at["spread"] ** 2
@@ -105,15 +103,11 @@ def compare(sizes: Sizes, seed: int) -> tuple[np.ndarray, dict[str, float]]:
     print(f"{'parameter':12}{'fitted':>10}{'exact':>10}{'truth':>10}")
     for name, value in TRUTH.items():
         print(f"{name:12}{fitted[name]:10.4f}{exact[name]:10.4f}{value:10.4f}")
-    short = log_evidence(exact, group.numpy(), y.numpy()) - log_evidence(
-        fitted, group.numpy(), y.numpy()
-    )
+    short = log_evidence(exact, group.numpy(), y.numpy()) - log_evidence(fitted, group.numpy(), y.numpy())
     draws = guide.sample(sizes.draws)["effect"].numpy()
     mean, sd = posterior(exact, group.numpy(), y.numpy())
     error, ratio = np.abs(draws.mean(0) - mean) / sd, draws.std(0) / sd
-    print(
-        f"\n{fit.seconds:.1f} seconds; log marginal likelihood {short:.4f} nats short of its maximum"
-    )
+    print(f"\n{fit.seconds:.1f} seconds; log marginal likelihood {short:.4f} nats short of its maximum")
     print(
         f"effects: error of the means {error.mean():.3f} sds, at most {error.max():.3f}; "
         f"ratio of the sds {ratio.min():.3f} to {ratio.max():.3f}"

@@ -92,9 +92,7 @@ class Solution:
         rotation, _ = orthogonal_procrustes(self.loadings.numpy(), truth.loadings.numpy())
         turn = torch.tensor(rotation, dtype=torch.float32)
         draws = None if self.draws is None else self.draws @ turn
-        return Solution(
-            self.loadings @ turn, self.thresholds, self.traits @ turn, draws, self.seconds
-        )
+        return Solution(self.loadings @ turn, self.thresholds, self.traits @ turn, draws, self.seconds)
 
 
 def generate(persons: int, seed: int) -> tuple[Tensor, Solution]:
@@ -164,9 +162,7 @@ def fit(answers: Tensor, num_importance: int, sizes: Sizes, seed: int) -> Soluti
     """The items' parameters and draws of everyone's traits, by adversarial variational Bayes."""
     pyro.clear_param_store()
     guide = ImplicitGuide(model, amortize={"persons": lambda answers, batch=None: answers.float()})
-    svi = AVBSVI(
-        model, guide, num_importance=num_importance, seed=seed, progress=False, **sizes.avb
-    )
+    svi = AVBSVI(model, guide, num_importance=num_importance, seed=seed, progress=False, **sizes.avb)
     done = svi.run(answers, batch=sizes.batch)
     draws = guide.sample(sizes.draws, answers)["traits"]
     items = done.parameters["loadings"], done.parameters["thresholds"]

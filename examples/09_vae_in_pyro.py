@@ -98,9 +98,7 @@ def log_joint_on_grid(x: Tensor) -> Tensor:
     return log_joint(x, grid).mT + cell
 
 
-evidence = {
-    name: log_joint_on_grid(x).logsumexp(-1) for name, x in (("train", train), ("test", test))
-}
+evidence = {name: log_joint_on_grid(x).logsumexp(-1) for name, x in (("train", train), ("test", test))}
 
 
 def posterior(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,13 +136,9 @@ draws = guide.sample(2000, shown)["z"]
 fourth = (weights[..., None] * (grid - exact_mean[:, None]) ** 4).sum(1) / exact_sd**4
 hardest = (fourth - 3).abs().amax(-1).topk(4).indices.tolist()
 
-figure, axes = plt.subplot_mosaic(
-    "mmab;mmcd", figsize=(12, 6), layout="constrained", gridspec_kw={"wspace": 0.05}
-)
+figure, axes = plt.subplot_mosaic("mmab;mmcd", figsize=(12, 6), layout="constrained", gridspec_kw={"wspace": 0.05})
 plots.decoded_plane(
-    lambda z: pad(
-        model.decoder(z).sigmoid().unflatten(-1, (8, 8)), (2, 2, 2, 2)
-    ),  # white around each
+    lambda z: pad(model.decoder(z).sigmoid().unflatten(-1, (8, 8)), (2, 2, 2, 2)),  # white around each
     extent=(-2.35, 2.35, -2.35, 2.35),
     num=12,
     ax=axes["m"],

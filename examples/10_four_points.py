@@ -72,9 +72,7 @@ def figures_of(model: LatentModel) -> dict[str, float]:
     """The rows of the paper's table 1, in nats."""
     z = model.encode(points, draws)
     aggregate = z.flatten(0, 1)
-    elbo = (
-        model.elbo(points, draws) if isinstance(model, VAE) else model.learned_elbo(points, draws)
-    )  # type: ignore[attr-defined]
+    elbo = model.elbo(points, draws) if isinstance(model, VAE) else model.learned_elbo(points, draws)  # type: ignore[attr-defined]
     return {
         "log likelihood": model.log_evidence(points, "quadrature").mean().item(),
         "reconstruction error": -model.decoder(z).log_prob(points).mean().item() / 4,
@@ -84,18 +82,8 @@ def figures_of(model: LatentModel) -> dict[str, float]:
 
 
 PAPER = {
-    "VAE": {
-        "log likelihood": -1.568,
-        "reconstruction error": 88.5e-3,
-        "ELBO": -1.697,
-        "KL of the codes": 0.165,
-    },
-    "AVB": {
-        "log likelihood": -1.403,
-        "reconstruction error": 5.77e-3,
-        "ELBO": -1.421,
-        "KL of the codes": 0.026,
-    },
+    "VAE": {"log likelihood": -1.568, "reconstruction error": 88.5e-3, "ELBO": -1.697, "KL of the codes": 0.165},
+    "AVB": {"log likelihood": -1.403, "reconstruction error": 5.77e-3, "ELBO": -1.421, "KL of the codes": 0.026},
 }
 
 runs = []

@@ -101,9 +101,7 @@ for name, system in (("VAE", VAE), ("AVB + AC", AVB)):
     rows[name] = [n.item() for n in numbers] + [fit.rows_per_second, fit.seconds]
     fitted[name] = model
 
-print(
-    f"\n{'system':10}{'log p(x)':>10}{'+-':>8}{'bound':>10}{'log p(x|z)':>12}{'images/s':>10}{'s':>8}"
-)
+print(f"\n{'system':10}{'log p(x)':>10}{'+-':>8}{'bound':>10}{'log p(x|z)':>12}{'images/s':>10}{'s':>8}")
 for name, numbers in rows.items():
     head = "".join(f"{n:{w}.2f}" for n, w in zip(numbers[:4], (10, 8, 10, 12), strict=True))
     print(f"{name:10}{head}{numbers[4]:10.0f}{numbers[5]:8.1f}")

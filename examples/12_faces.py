@@ -88,9 +88,7 @@ def squared_error(model: AVB | VAE, x: Tensor) -> float:
     return torch.stack(errors).mean().item()
 
 
-def compare(
-    folder: ImageFolder, options: argparse.Namespace
-) -> tuple[Tensor, dict[str, AVB | VAE]]:
+def compare(folder: ImageFolder, options: argparse.Namespace) -> tuple[Tensor, dict[str, AVB | VAE]]:
     """Fit both, and print the table; returns held-out pictures and the models."""
     pictures = folder.tensor()
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed))
@@ -135,16 +133,11 @@ def draw(test: Tensor, models: dict[str, AVB | VAE], seed: int) -> plt.Figure:
     panels = {
         "held-out faces": shown,
         **{f"reconstructed, {name}": m.reconstruct(shown) for name, m in models.items()},
-        **{
-            f"new, {name}": m.decode(m.prior().sample(torch.Size([20])))
-            for name, m in models.items()
-        },
+        **{f"new, {name}": m.decode(m.prior().sample(torch.Size([20]))) for name, m in models.items()},
         "from one held-out face to another, AVB": avb.decode(ways),
     }
     heights = [len(pictures) for pictures in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), figsize=(7, 8.6), height_ratios=heights, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(panels), figsize=(7, 8.6), height_ratios=heights, layout="constrained")
     for panel, (title, pictures) in zip(axes, panels.items(), strict=True):
         plots.images(pictures, columns=10, ax=panel)
         panel.set_title(title, fontsize=9, loc="left")
@@ -160,9 +153,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8, help="channels of the first convolution")
     parser.add_argument("--codes", type=int, default=16, help="latent dimensions")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument(
-        "--count", type=int, default=2000, help="drawings, where there is no --data"
-    )
+    parser.add_argument("--count", type=int, default=2000, help="drawings, where there is no --data")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)

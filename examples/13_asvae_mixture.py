@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import GatedAdversary
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.vae import ALI, ASVAE, VAE, MarginalASVAE
 from implicitvi.vae.decoders import Decoder, GaussianLikelihood
 from implicitvi.vae.encoders import GaussianEncoder
@@ -62,8 +62,8 @@ def mixture(num_rows: int, generator: torch.Generator) -> Tensor:
 
 
 def arrows() -> tuple[nn.Module, nn.Module]:
-    encoder = GaussianEncoder(dense([2, 128, 128, 4], nn.ReLU))
-    decoder = Decoder(dense([2, 128, 128, 2], nn.ReLU), GaussianLikelihood([2]))
+    encoder = GaussianEncoder(mlp([2, 128, 128, 4], nn.ReLU))
+    decoder = Decoder(mlp([2, 128, 128, 2], nn.ReLU), GaussianLikelihood([2]))
     return encoder, decoder
 
 
@@ -117,9 +117,7 @@ for seed in seeds:
         if seed == seeds[0]:
             fitted[name] = model
 
-print(
-    f"{'means over seeds':20}{'in a mode':>11}{'modes':>8}{'least':>9}{'error':>10}{'seconds':>10}"
-)
+print(f"{'means over seeds':20}{'in a mode':>11}{'modes':>8}{'least':>9}{'error':>10}{'seconds':>10}")
 for name, rows in results.items():
     inside, modes, least, error, seconds = np.mean(rows, 0)
     print(f"{name:20}{inside:11.3f}{modes:8.1f}{least:9.3f}{error:10.4f}{seconds:10.1f}")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from implicitvi.avb.adversaries import ResidualAdversary
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae import ALI, BiadversarialVAE
@@ -73,7 +73,7 @@ class NoiseDecoder(nn.Module):
     def __init__(self, noise_dim: int = 4):
         super().__init__()
         self.noise_dim = noise_dim
-        self.network = dense([1 + noise_dim, 128, 128, 1], nn.ReLU)
+        self.network = mlp([1 + noise_dim, 128, 128, 1], nn.ReLU)
 
     def forward(self, z: Tensor) -> Distribution:
         def draw(shape: torch.Size) -> Tensor:
@@ -89,7 +89,7 @@ class NormalDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = dense([1, 128, 128, 2], nn.ReLU)
+        self.network = mlp([1, 128, 128, 2], nn.ReLU)
 
     def forward(self, z: Tensor) -> Distribution:
         loc, log_scale = self.network(z).chunk(2, -1)
@@ -124,9 +124,7 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
     "Gaussian decoder": lambda: MaximumLikelihood(ReadOff(), NormalDecoder(), 1),
     "ALI": lambda: ALI(ReadOff(), NoiseDecoder(), 1, adversary()),
     "biadversarial": lambda: BiadversarialVAE(ReadOff(), NoiseDecoder(), 1, None, adversary()),
-    "biadversarial, f-GAN": lambda: BiadversarialVAE(
-        ReadOff(), NoiseDecoder(), 1, None, adversary(), ratio="fgan_kl"
-    ),
+    "biadversarial, f-GAN": lambda: BiadversarialVAE(ReadOff(), NoiseDecoder(), 1, None, adversary(), ratio="fgan_kl"),
 }
 
 
@@ -178,10 +176,7 @@ print(
     "\nWasserstein distance of x - 0.3 s to the data's\n"
 )
 for name, rows in results.items():
-    print(
-        f"{name:24}"
-        + "".join(f"  blur {blur:.3f}, positive {positive:.3f}" for blur, positive, *_ in rows)
-    )
+    print(f"{name:24}" + "".join(f"  blur {blur:.3f}, positive {positive:.3f}" for blur, positive, *_ in rows))
 
 # %%
 # What the whole objective is worth
@@ -215,9 +210,7 @@ print(f"\n{'codes':16}{'V1 + V2':>10}{'-ELBO':>10}{'-H(x)':>10}{'+I(x; z)':>10}{
 for telling, words in ((0.0, "tell nothing"), (2.0, "tell something"), (6.0, "tell much")):
     first, second, loss, entropy, information = worth(telling)
     total = abs(loss - entropy + information)  # no minus before a zero
-    print(
-        f"{words:16}{first + second:10.4f}{loss:10.4f}{-entropy:10.4f}{information:10.4f}{total:10.4f}"
-    )
+    print(f"{words:16}{first + second:10.4f}{loss:10.4f}{-entropy:10.4f}{information:10.4f}{total:10.4f}")
 
 # %%
 # The pictures
@@ -225,13 +218,7 @@ for telling, words in ((0.0, "tell nothing"), (2.0, "tell something"), (6.0, "te
 
 figure, axes = plt.subplots(1, len(shown), figsize=(14, 3.8), layout="constrained", sharey=True)
 for ax, name in zip(axes, ["data", *SYSTEMS], strict=True):
-    ax.scatter(
-        *shown[name].T.numpy(),
-        s=2,
-        alpha=0.5,
-        linewidths=0,
-        color="#D55E00" if name == "data" else "#0072B2",
-    )
+    ax.scatter(*shown[name].T.numpy(), s=2, alpha=0.5, linewidths=0, color="#D55E00" if name == "data" else "#0072B2")
     ax.set(xlim=(-3, 3), ylim=(-3, 3), xlabel="$s$")
     ax.set_title(name, fontsize=10)
 axes[0].set_ylabel("$x$")

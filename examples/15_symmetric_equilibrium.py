@@ -31,7 +31,7 @@ from torch.distributions import Bernoulli, Independent
 
 from implicitvi import plots
 from implicitvi.datasets import bar_codes, bar_images, or_bars
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae import VAE
@@ -48,9 +48,7 @@ parser.add_argument("--seeds", type=int, default=3, help="fits of each method on
 options = parser.parse_args()
 torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
 seeds = range(1 if options.smoke else options.seeds)
-bar_epochs, wine_epochs, digit_epochs, chain_steps = (
-    (1, 2, 1, 3) if options.smoke else (100, 2000, 200, 200)
-)
+bar_epochs, wine_epochs, digit_epochs, chain_steps = (1, 2, 1, 3) if options.smoke else (100, 2000, 200, 200)
 
 
 # %%
@@ -62,18 +60,16 @@ bar_epochs, wine_epochs, digit_epochs, chain_steps = (
 
 def networks(straight_through: bool = False) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder of the bars, the same for every method."""
-    network = nn.Sequential(nn.Flatten(), dense([64, 128, 128, 8], nn.Tanh))
+    network = nn.Sequential(nn.Flatten(), mlp([64, 128, 128, 8], nn.Tanh))
     encoder = BinaryEncoder(network, straight_through=straight_through)
-    return encoder, Decoder(dense([8, 128, 128, 64], nn.Tanh), BernoulliLikelihood([1, 8, 8]))
+    return encoder, Decoder(mlp([8, 128, 128, 64], nn.Tanh), BernoulliLikelihood([1, 8, 8]))
 
 
 class LabelledVAE(VAE):
     """The ELBO of images without labels and the log likelihood of both arrows on those with."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, pairs: tuple[Tensor, Tensor]):
-        share = torch.tensor(
-            [0.5] * 4 + [0.25] * 4
-        )  # right bit by bit, blind to what excludes what
+        share = torch.tensor([0.5] * 4 + [0.25] * 4)  # right bit by bit, blind to what excludes what
         super().__init__(encoder, decoder, Independent(Bernoulli(share), 1))
         self.pairs = pairs
 
@@ -187,12 +183,8 @@ def best_responses(rounds: int) -> tuple[Tensor, Tensor]:
 
 
 torch.manual_seed(0)
-linear = SymmetricVAE(
-    GaussianEncoder(nn.Linear(13, 4)), Decoder(nn.Linear(2, 13), GaussianLikelihood([13])), 2
-)
-linear.fit(
-    wine.float(), epochs=wine_epochs, batch_size=178, lr=(1e-2, 1e-5), seed=0, progress=False
-)
+linear = SymmetricVAE(GaussianEncoder(nn.Linear(13, 4)), Decoder(nn.Linear(2, 13), GaussianLikelihood([13])), 2)
+linear.fit(wine.float(), epochs=wine_epochs, batch_size=178, lr=(1e-2, 1e-5), seed=0, progress=False)
 weight, learned = linear.decoder.network.weight.detach(), linear.decoder.likelihood.log_scale
 trained = [*torch.linalg.svdvals(weight).square().tolist(), (2 * learned).exp().item()]
 variances, rest = best_responses(2000)
@@ -205,9 +197,7 @@ for name, one, two, three in zip(
     strict=True,
 ):
     print(f"{name:14}{one:10.4f}{two:18.4f}{three:12.4f}")
-print(
-    "\nvariances along the first two components beyond the noise, and the noise, of standardised data\n"
-)
+print("\nvariances along the first two components beyond the noise, and the noise, of standardised data\n")
 
 # %%
 # Digits: one joint distribution
@@ -240,10 +230,10 @@ def frechet(x: Tensor, y: Tensor) -> float:
 def ladder(system: Callable[..., LatentModel], straight_through: bool) -> LatentModel:
     """A model of the digits on two levels of bits, fitted by a system."""
     torch.manual_seed(0)
-    prior = LadderPrior(dense([UPPER, 128, LOWER], nn.Tanh), UPPER)
-    says = dense([64, 256, 128, UPPER + LOWER], nn.Tanh)
+    prior = LadderPrior(mlp([UPPER, 128, LOWER], nn.Tanh), UPPER)
+    says = mlp([64, 256, 128, UPPER + LOWER], nn.Tanh)
     encoder = LadderEncoder(says, prior, straight_through=straight_through)
-    network = nn.Sequential(LowerLevel(UPPER), dense([LOWER, 128, 256, 64], nn.Tanh))
+    network = nn.Sequential(LowerLevel(UPPER), mlp([LOWER, 128, 256, 64], nn.Tanh))
     model = system(encoder, Decoder(network, BernoulliLikelihood([64])), prior)
     model.fit(digits, epochs=digit_epochs, lr=(1e-3, 1e-4), seed=0, progress=False)
     return model
@@ -269,10 +259,7 @@ for name, system in (("ELBO", VAE), ("SEL", SymmetricVAE)):
 half = len(digits) // 2
 print(f"{'digits':14}{'samples':>12}{'end of chain':>16}{'moved':>10}")
 for name, (first, last) in ends.items():
-    print(
-        f"{name:14}{frechet(first, digits):12.3f}{frechet(last, digits):16.3f}"
-        f"{frechet(first, last):10.3f}"
-    )
+    print(f"{name:14}{frechet(first, digits):12.3f}{frechet(last, digits):16.3f}{frechet(first, last):10.3f}")
 print(
     f"\nsquared Fréchet distance on 20 principal components: of images drawn from the model, and of those "
     f"{chain_steps} steps\nof the chain later, from the digits, and of the two from each other; of one half of the "
@@ -286,16 +273,9 @@ print(
 # distance of the images that the chain visits from the digits, and some images at its end.
 
 options.output.mkdir(parents=True, exist_ok=True)
-colours = {
-    "labels only": plots.GREEN,
-    "ELBO": plots.VERMILION,
-    "SEL": plots.BLUE,
-    "Bayes' rule": plots.BLACK,
-}
+colours = {"labels only": plots.GREEN, "ELBO": plots.VERMILION, "SEL": plots.BLUE, "Bayes' rule": plots.BLACK}
 
-figure, (dots, tiles) = plt.subplots(
-    1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.6]
-)
+figure, (dots, tiles) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.6])
 for place, (method, runs) in enumerate(results.items()):
     shares = [scores[0].item() for _, scores in runs]
     dots.plot([place] * len(shares), shares, "o", color=colours[method], ms=8, alpha=0.7)
@@ -312,9 +292,7 @@ plots.images(torch.cat([*rows.values()]), columns=6, rows=list(rows), ax=tiles)
 tiles.set_title("what the decoder makes of six codes")
 figure.savefig(options.output / "symmetric_bars.png", dpi=150)
 
-figure, (course, tiles) = plt.subplots(
-    1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.2]
-)
+figure, (course, tiles) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.2])
 for name, curve in curves.items():
     course.plot(range(len(marks)), curve, "o-", color=colours[name], label=name)
 course.axhline(frechet(digits[:half], digits[half:]), color="0.5", ls="--", label="half the digits")

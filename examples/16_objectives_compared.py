@@ -24,16 +24,7 @@ import torch
 from implicitvi import plots
 from implicitvi.datasets import binarise, digits
 from implicitvi.metrics import knn_kl
-from implicitvi.vae import (
-    AAE,
-    ALI,
-    ASVAE,
-    AVB,
-    VAE,
-    AuxiliaryVAE,
-    BiadversarialVAE,
-    SymmetricVAE,
-)
+from implicitvi.vae import AAE, ALI, ASVAE, AVB, VAE, AuxiliaryVAE, BiadversarialVAE, SymmetricVAE
 from implicitvi.vae.model import LatentModel
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -81,23 +81,13 @@ north_share = heights[side > 0].exp().sum().item() / heights.exp().sum().item()
 
 TRIED: dict[str, dict[str, Any]] = {
     "good": {},
-    "collapsed": {
-        "adversary_lr": 1e-7,
-        "contrast": "prior",
-        "max_modes": 1,
-    },
+    "collapsed": {"adversary_lr": 1e-7, "contrast": "prior", "max_modes": 1},
     "one mode": {"max_modes": 1, "restarts": 4},
 }
 fits, reports, points, warned = {}, {}, {}, ""
 for name, tried in TRIED.items():
     svi = AVBSVI(
-        model,
-        ImplicitGuide(model),
-        num_steps=steps,
-        warm_start=warm_start,
-        seed=options.seed,
-        progress=False,
-        **tried,
+        model, ImplicitGuide(model), num_steps=steps, warm_start=warm_start, seed=options.seed, progress=False, **tried
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -143,9 +133,7 @@ losses = np.concatenate([fit.losses for fit in fits.values()])
 for column, (name, fit) in enumerate(fits.items()):
     above, middle, below = (figure.add_subplot(rows[i, column]) for i in range(3))
     window = (-5.0, 5.0, -5.0, 5.0)
-    plots.draws_on_density(
-        points[name], log_joint, extent=window, legend=column == 0, color=plots.BLUE, ax=above
-    )
+    plots.draws_on_density(points[name], log_joint, extent=window, legend=column == 0, color=plots.BLUE, ax=above)
     if len(fit.fits) > 1:
         last = fit.fits[-1].guide.sample(1000)
         above.plot(last["east"], last["north"], "x", ms=3, mew=0.6, alpha=0.6, color=plots.ORANGE)
@@ -161,9 +149,7 @@ for column, (name, fit) in enumerate(fits.items()):
         middle.legend(frameon=False, fontsize="small")
     plots.diagnosis(reports[name], ax=below)
     checks, failed = reports[name].checks, len(reports[name].failed)
-    below.set_title(
-        f"failed: {failed} of {sum(c.state in plots.MARKS for c in checks)}", loc="left"
-    )
+    below.set_title(f"failed: {failed} of {sum(c.state in plots.MARKS for c in checks)}", loc="left")
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "diagnostics_of_a_bad_fit.png"
 figure.savefig(path, dpi=110)

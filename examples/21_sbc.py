@@ -111,9 +111,9 @@ def features(y: Tensor, batch: int | None = None) -> Tensor:
 scales, means = torch.randn(10_000, 1).exp(), 2 * torch.randn(10_000, 1)
 simulated = means + scales * torch.randn(10_000, EACH)
 guide = ImplicitGuide(model, amortize={"dataset": features})
-fit = AVBSVI(
-    model, guide, num_steps=steps, warm_start=warm_start, seed=options.seed, progress=False
-).run(simulated, batch=100)
+fit = AVBSVI(model, guide, num_steps=steps, warm_start=warm_start, seed=options.seed, progress=False).run(
+    simulated, batch=100
+)
 print(f"the guide was trained in {fit.seconds:.0f} s on {len(simulated):,} datasets", flush=True)
 
 POSTERIORS: dict[str, Callable[[Tensor], Any]] = {
@@ -144,12 +144,8 @@ for name, posterior in POSTERIORS.items():
     )
     shares = [band_share(found.ranks[key], DRAWS) for key in QUANTITIES]
     seconds = time.perf_counter() - began
-    print(
-        f"{name:24}{shares[0]:10.2f}{shares[1]:10.2f}{shares[2]:18.2f}{seconds:10.1f}", flush=True
-    )
-print(
-    f"\nthe furthest that the ECDF of {datasets} ranks strays, as a share of the 95 % band's half-width"
-)
+    print(f"{name:24}{shares[0]:10.2f}{shares[1]:10.2f}{shares[2]:18.2f}{seconds:10.1f}", flush=True)
+print(f"\nthe furthest that the ECDF of {datasets} ranks strays, as a share of the 95 % band's half-width")
 for name, found in results.items():
     print(f"\n{name}: {found}")
 
@@ -178,16 +174,12 @@ for column, (name, found) in zip(axes.T, results.items(), strict=True):
         ax.text(0.98, 0.97, verdict, color=colour, fontsize="small", **style)
         furthest = difference[difference.abs().argmax()].item()
         if abs(furthest) > REACH:
-            ax.text(
-                0.98, 0.89, f"as far as {furthest:.2f}", color=colour, fontsize="small", **style
-            )
+            ax.text(0.98, 0.89, f"as far as {furthest:.2f}", color=colour, fontsize="small", **style)
 for row, quantity in zip(axes, QUANTITIES.values(), strict=True):
     row[0].set_ylabel(f"rank of the {quantity}:\nECDF less uniform")
 for ax in axes[-1]:
     ax.set(xlabel="share of the draws below", xlim=(0, 1), ylim=(-REACH, REACH))
-figure.suptitle(
-    f"Where is the truth among {DRAWS} draws, in {datasets} datasets?  Grey: 95 % of exact posteriors"
-)
+figure.suptitle(f"Where is the truth among {DRAWS} draws, in {datasets} datasets?  Grey: 95 % of exact posteriors")
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "sbc.png"
 figure.savefig(path, dpi=130)

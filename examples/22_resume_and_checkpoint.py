@@ -64,13 +64,7 @@ def model(dose: Tensor, deaths: Tensor) -> None:
 def new_fit(seed: int = options.seed, **more: Any) -> AVBSVI:
     """What any script that is to be started again begins with: the same model, options and seed."""
     return AVBSVI(
-        model,
-        ImplicitGuide(model),
-        num_steps=steps,
-        warm_start=warm_start,
-        seed=seed,
-        progress=False,
-        **more,
+        model, ImplicitGuide(model), num_steps=steps, warm_start=warm_start, seed=seed, progress=False, **more
     )
 
 
@@ -169,9 +163,7 @@ at = np.arange(1, steps + 1)
 above.plot(at, whole.losses, color="0.75", lw=5, label="never interrupted")
 before, after = at <= kept.num_steps, at > kept.num_steps
 above.plot(at[before], kept.losses, color=VERMILION, lw=1, label="the process that was killed")
-above.plot(
-    at[after], resumed.losses[after], color=BLUE, lw=1, label="the process that took its place"
-)
+above.plot(at[after], resumed.losses[after], color=BLUE, lw=1, label="the process that took its place")
 low, high = np.quantile(whole.losses, [0.01, 0.985])
 above.set(ylabel="loss (nats)", ylim=(low - 0.2 * (high - low), high + 0.45 * (high - low)))
 above.set_title("The loss of every step", loc="left", weight="bold")
@@ -197,9 +189,7 @@ marks = {"transform": above.get_xaxis_transform(), "va": "bottom", "fontsize": "
 above.text(killed_at + steps / 100, 0.03, f"killed after step {killed_at}", **marks)
 middle = (kept.num_steps + killed_at) / 2
 above.text(middle, 0.5, "taken twice", ha="center", color="0.35", **marks)
-above.text(
-    kept.num_steps - steps / 100, 0.03, f"last state kept: {kept.num_steps}", ha="right", **marks
-)
+above.text(kept.num_steps - steps / 100, 0.03, f"last state kept: {kept.num_steps}", ha="right", **marks)
 
 first, second = draws(whole), draws(resumed)
 shown = {"extent": (-2.5, 6.0, -3.0, 45.0), "legend": False}

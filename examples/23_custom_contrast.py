@@ -146,26 +146,15 @@ print(f"{'contrast':20}{'KL(q||p)':>10}{'KL(p||q)':>10}{'sd of v':>10}{'seconds'
 for name, contrast in CONTRASTS.items():
     guide = ImplicitGuide(model)
     svi = AVBSVI(
-        model,
-        guide,
-        contrast=contrast,
-        num_steps=steps,
-        warm_start=warm_start,
-        seed=options.seed,
-        progress=False,
+        model, guide, contrast=contrast, num_steps=steps, warm_start=warm_start, seed=options.seed, progress=False
     )
     fit = svi.run()
     sites = guide.sample(draws)
     q = fitted[name] = torch.stack([sites["x"], sites["v"]], -1)
     print(
-        f"{name:20}{knn_kl(q, truth):10.3f}{knn_kl(truth, q):10.3f}{q[:, 1].std():10.3f}"
-        f"{fit.seconds:10.1f}",
-        flush=True,
+        f"{name:20}{knn_kl(q, truth):10.3f}{knn_kl(truth, q):10.3f}{q[:, 1].std():10.3f}{fit.seconds:10.1f}", flush=True
     )
-print(
-    f"{'exact draws':20}{knn_kl(other, truth):10.3f}{knn_kl(truth, other):10.3f}"
-    f"{other[:, 1].std():10.3f}{0:10.1f}"
-)
+print(f"{'exact draws':20}{knn_kl(other, truth):10.3f}{knn_kl(truth, other):10.3f}{other[:, 1].std():10.3f}{0:10.1f}")
 learned = svi.problem.avb.contrast
 print(
     "\ndivergences in nats from draws, 0 at best; of exact draws what the estimator makes of its own noise; sd of v: 2"

@@ -114,9 +114,7 @@ def row(name: str, z: Tensor, seconds: float) -> str:
 
 for name, sampler in SAMPLERS.items():
     guide = ImplicitGuide(model, sampler=sampler)
-    svi = AVBSVI(
-        model, guide, num_steps=steps, warm_start=warm_start, seed=options.seed, progress=False
-    )
+    svi = AVBSVI(model, guide, num_steps=steps, warm_start=warm_start, seed=options.seed, progress=False)
     fit = svi.run(torch.tensor(PRODUCT))
     sites = guide.sample(draws)
     fitted[name] = torch.stack([sites["a"], sites["b"]], -1)
@@ -132,13 +130,9 @@ print(
 # -----------
 # Draws on the contours of the truth; below, how the branches share them.
 
-figure, axes = plt.subplot_mosaic(
-    "lr;ww", figsize=(10, 7), layout="constrained", height_ratios=[3.2, 1]
-)
+figure, axes = plt.subplot_mosaic("lr;ww", figsize=(10, 7), layout="constrained", height_ratios=[3.2, 1])
 for place, (name, z) in zip("lr", fitted.items(), strict=True):
-    ax = plots.draws_on_density(
-        z, log_density, extent=(-6, 6, -6, 6), grid=500, legend=place == "l", ax=axes[place]
-    )
+    ax = plots.draws_on_density(z, log_density, extent=(-6, 6, -6, 6), grid=500, legend=place == "l", ax=axes[place])
     ax.set(title=name, xlabel="factor $a$", ylabel="factor $b$", aspect="equal")
 shares = [[1 - branches(z)[0], branches(z)[0]] for z in fitted.values()]
 bars = plots.mode_weights(shares, truth=[0.5, 0.5], names=["a < 0", "a > 0"], ax=axes["w"])

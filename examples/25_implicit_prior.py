@@ -114,9 +114,7 @@ def row(name: str, z: Tensor) -> str:
     return f"{name:16}{right:12.3f}{distance:12.3f}{z.sum(-1).std():12.3f}{divergences}"
 
 
-print(
-    f"{'draws of':16}{'z1 > z2':>12}{'distance':>12}{'sd of sum':>12}{'KL(q||p)':>10}{'KL(p||q)':>10}"
-)
+print(f"{'draws of':16}{'z1 > z2':>12}{'distance':>12}{'sd of sum':>12}{'KL(q||p)':>10}{'KL(p||q)':>10}")
 print(row("the prior", start))
 print(row("the fit", fitted))
 print(row("brute force", two))

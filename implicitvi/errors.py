@@ -33,13 +33,7 @@ class ImplicitVIError(Exception):
     faq = ""
 
     def __init__(
-        self,
-        what: str,
-        *,
-        got: object = None,
-        expected: object = None,
-        do: str = "",
-        faq: str | None = None,
+        self, what: str, *, got: object = None, expected: object = None, do: str = "", faq: str | None = None
     ) -> None:
         if SHAPES in what:  # made again by Pyro, of a whole message and a table that tells less
             super().__init__(what.partition(SHAPES)[0])
@@ -122,9 +116,7 @@ def check_whole(option: str, value: float, least: int = 1) -> None:
     """Raise `OptionError` unless ``value`` is a whole number and ``value >= least``."""
     check_at_least(option, value, least)
     if not isinstance(value, int):
-        raise OptionError(
-            f"{option} is not a whole number", got=repr(value), expected=f"an int >= {least}"
-        )
+        raise OptionError(f"{option} is not a whole number", got=repr(value), expected=f"an int >= {least}")
 
 
 def check_positive(option: str, value: float) -> None:

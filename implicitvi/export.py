@@ -29,7 +29,7 @@ from implicitvi.pyro_model.enumeration import (
 )
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.sites import plate_names
-from implicitvi.pyro_model.subsampling import Minibatch
+from implicitvi.pyro_model.subsampling import PinnedSubsample
 from implicitvi.pyro_model.tracing import (
     first_line,
     is_deterministic,
@@ -197,14 +197,10 @@ class _Run:
     """
 
     def __init__(
-        self,
-        model: Callable[..., Any],
-        draws: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, model: Callable[..., Any], draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ):
         self.model, self.draws, self.args, self.kwargs = model, draws, args, kwargs
-        minibatch = Minibatch()
+        minibatch = PinnedSubsample()
         try:
             with unvalidated(), minibatch.pinned():
                 trace = run_at(minibatch(model), _at(draws, 0), *args, **kwargs)
@@ -216,9 +212,7 @@ class _Run:
         self.observed = {
             name: node
             for name, node in nodes.items()
-            if node["is_observed"]
-            and name not in draws | self.computed
-            and not isinstance(node["fn"], Unit)
+            if node["is_observed"] and name not in draws | self.computed and not isinstance(node["fn"], Unit)
         }
         self.implicit = sites_without_density(model, _at(draws, 0), *args, **kwargs)
         self._nesting = plate_nesting(nodes.values())
@@ -230,9 +224,7 @@ class _Run:
         # one by one: what Pyro samples through its contractions cannot run under vmap
         with torch.no_grad(), unvalidated():
             each = [
-                discrete_draw(
-                    self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs
-                )
+                discrete_draw(self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs)
                 for i in range(_size(self.draws))
             ]
         return {
@@ -258,10 +250,7 @@ class _Run:
         predictive = Predictive(free, posterior_samples=posterior, return_sites=list(self.observed))
         with torch.no_grad():
             drawn = predictive(*self.args, **self.kwargs)
-        return {
-            name: drawn[name].reshape(-1, *node["value"].shape)
-            for name, node in self.observed.items()
-        }
+        return {name: drawn[name].reshape(-1, *node["value"].shape) for name, node in self.observed.items()}
 
     def prior(self, num_samples: int) -> dict[str, dict[str, Tensor]]:
         """The groups of the prior: latent and deterministic sites, and the observed ones drawn from the model."""
@@ -273,16 +262,13 @@ class _Run:
             "prior_predictive": {name: node["value"].shape for name, node in self.observed.items()},
         }
         names = [name for shapes in groups.values() for name in shapes]
-        predictive = Predictive(
-            poutine.uncondition(self.model), num_samples=num_samples, return_sites=names
-        )
+        predictive = Predictive(poutine.uncondition(self.model), num_samples=num_samples, return_sites=names)
         try:
             with torch.no_grad():
                 drawn = predictive(*self.args, **self.kwargs)
         except (NotImplementedError, ValueError, RuntimeError) as error:
             warnings.warn(
-                f"the prior cannot be drawn from ({first_line(error)}), so its groups are left out",
-                stacklevel=3,
+                f"the prior cannot be drawn from ({first_line(error)}), so its groups are left out", stacklevel=3
             )
             return {}
         return {
@@ -301,8 +287,7 @@ class _Run:
         return {
             name: value
             for name, value in bound.items()
-            if isinstance(value, Tensor)
-            and not any(value.shape == y.shape and torch.equal(value, y) for y in seen)
+            if isinstance(value, Tensor) and not any(value.shape == y.shape and torch.equal(value, y) for y in seen)
         }
 
     def log_likelihood(self) -> dict[str, Tensor]:
@@ -322,15 +307,10 @@ class _Run:
         except SharedSiteError as error:
             warnings.warn(f"no log_likelihood in the export: {error}", stacklevel=3)
             return {}
-        return {
-            name: scores[name].reshape(-1, *node["fn"].batch_shape)
-            for name, node in self.observed.items()
-        }
+        return {name: scores[name].reshape(-1, *node["fn"].batch_shape) for name, node in self.observed.items()}
 
 
-def _each(
-    one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _each(one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply a function to each draw: under vmap, or draw by draw where the model cannot be batched."""
     with torch.no_grad(), unvalidated():
         try:
@@ -352,7 +332,7 @@ def _size(draws: dict[str, Tensor]) -> int:
     return len(next(iter(draws.values())))
 
 
-def _refuse_minibatches(minibatch: Minibatch) -> None:
+def _refuse_minibatches(minibatch: PinnedSubsample) -> None:
     """Raise `ModelError` where the model looked at a part of its data: every group would be of another part."""
     for name, (size, subsample_size, _) in minibatch.plates.items():
         raise ModelError(
@@ -364,9 +344,7 @@ def _refuse_minibatches(minibatch: Minibatch) -> None:
 
 def _chains(chains: Sequence[dict[str, Tensor]]) -> dict[str, NDArray[Any]]:
     """Draws ``[S, …]`` of each chain as ``[chains, S, …]``."""
-    return {
-        name: np.stack([chain[name].numpy(force=True) for chain in chains]) for name in chains[0]
-    }
+    return {name: np.stack([chain[name].numpy(force=True) for chain in chains]) for name in chains[0]}
 
 
 def _container(groups: Groups, coords: Any, dims: Any, attrs: dict[str, Any]) -> Any:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 
-def side_by_side(z: Tensor, x: Tensor | None) -> Tensor:
+def concat_context(z: Tensor, x: Tensor | None) -> Tensor:
     """``z [S, (B,) D]`` and context ``x [B, C]`` as one input ``[S, (B,) D + C]``."""
     return z if x is None else torch.cat([z, x.expand(*z.shape[:-1], -1)], -1)
 
 
-def dense(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> nn.Sequential:
+def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> nn.Sequential:
     """A multilayer perceptron through ``sizes``, linear at the end."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-1], sizes[1:], strict=True):
@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.inner = nn.Linear(width, width)
         self.activation = activation()
-        self.outer = zeroed(nn.Linear(width, width))
+        self.outer = zero_init(nn.Linear(width, width))
 
     def forward(self, h: Tensor) -> Tensor:
         """``[..., width]`` to the same shape."""
@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def zeroed(layer: nn.Linear) -> nn.Linear:
+def zero_init(layer: nn.Linear) -> nn.Linear:
     """The layer with weight and bias set to zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -66,7 +66,7 @@ class SkipNet(nn.Module):
 
     def forward(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         """``eps [S, (B,) noise_dim]`` and ``x [B, C]`` to ``[S, (B,) out_dim]``."""
-        h: Tensor = self.skip(eps) + self.net(side_by_side(eps, x))
+        h: Tensor = self.skip(eps) + self.net(concat_context(eps, x))
         return h
 
 
@@ -76,7 +76,7 @@ class Ensemble(nn.Module):
     Args:
         nets: The networks, whose weights are taken over as they are.
 
-    >>> nets = [SkipNet(2, 3, dense([2, 8, 3])) for _ in range(4)]
+    >>> nets = [SkipNet(2, 3, mlp([2, 8, 3])) for _ in range(4)]
     >>> Ensemble(nets)(torch.zeros(5, 4, 2)).shape
     torch.Size([5, 4, 3])
     """
@@ -175,9 +175,47 @@ class GatedBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.inner = GatedLayer(width, width)
-        self.outer = zeroed(nn.Linear(width, width))
+        self.outer = zero_init(nn.Linear(width, width))
 
     def forward(self, h: Tensor) -> Tensor:
         """``[..., width]`` to the same shape."""
         out: Tensor = h + self.outer(self.inner(h))
         return out
+
+
+LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever it is shown
+
+
+class LocationScaleNet(nn.Module):
+    """Context to the location and scale of a Gaussian; 0 and 1 at the start.
+
+    Args:
+        context_dim: Dimension ``C`` of the context.
+        latent_dim: Dimension ``D`` of a draw.
+        hidden: Widths of the hidden layers, beside a linear path.
+
+    >>> loc, scale = LocationScaleNet(4, 2)(torch.zeros(5, 4))
+    >>> loc.shape, scale.shape
+    (torch.Size([5, 2]), torch.Size([5, 2, 2]))
+    """
+
+    def __init__(self, context_dim: int, latent_dim: int, *, hidden: Sequence[int] = (64, 64)):
+        super().__init__()
+        self.latent_dim = latent_dim
+        size = latent_dim * (latent_dim + 3) // 2
+        self.skip = zero_init(nn.Linear(context_dim, size))
+        self.net = mlp([context_dim, *hidden, size])
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        zero_init(last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
+        raw = self.skip(x) + self.net(x)
+        d = self.latent_dim
+        loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
+        diagonal = (LOG_RANGE * (log_diagonal / LOG_RANGE).tanh()).exp()
+        rows, columns = torch.tril_indices(d, d, -1, device=x.device)
+        lower = raw.new_zeros(*raw.shape[:-1], d, d)
+        lower[..., rows, columns] = below * diagonal[..., rows]
+        return loc, lower + torch.diag_embed(diagonal)

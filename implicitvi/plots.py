@@ -46,9 +46,7 @@ class Recorded(Protocol):
         """The metrics."""
 
 
-def loss(
-    fit: Recorded, name: str = "sampler", *, unit: str = "nats", ax: Axes | None = None
-) -> Axes:
+def loss(fit: Recorded, name: str = "sampler", *, unit: str = "nats", ax: Axes | None = None) -> Axes:
     """One player's loss over the steps: the median of every few steps, in a band that holds 90 % of them.
 
     Steps that are tempered (``β < 1``) have a grey ground, as their losses are those of another density; skipped turns
@@ -71,9 +69,7 @@ def loss(
     values, steps = history[name], np.arange(1, len(history[name]) + 1)
     finite = np.isfinite(values)
     if not finite.any():
-        raise OptionError(
-            f"no value of {name!r} is finite", got=f"{len(values)} steps", do="Look at the model."
-        )
+        raise OptionError(f"no value of {name!r} is finite", got=f"{len(values)} steps", do="Look at the model.")
     ax = _one(ax)
     window = max(1, len(steps) // 100)
     parts = [part for part in np.split(steps, steps[window::window] - 1) if finite[part - 1].any()]
@@ -246,9 +242,7 @@ def draws_on_density(
     levels = _levels(height, masses)
     shown = points[:num_draws]
     size = min(12.0, max(4.0, 4000 / len(shown)))
-    ax.scatter(
-        shown[:, 0], shown[:, 1], s=size, color=color, alpha=0.4, linewidths=0, label="draws"
-    )
+    ax.scatter(shown[:, 0], shown[:, 1], s=size, color=color, alpha=0.4, linewidths=0, label="draws")
     inside = ", ".join(f"{100 * mass:g}" for mass in sorted(masses))
     if levels:
         ax.contour(x, y, height, levels, colors="black", linewidths=0.9, linestyles="solid")
@@ -270,9 +264,7 @@ def _window(
     if extent is not None:
         left, right, bottom, top = extent
         if not (left < right and bottom < top):
-            raise OptionError(
-                "extent is no window", got=extent, expected="(left, right, bottom, top)"
-            )
+            raise OptionError("extent is no window", got=extent, expected="(left, right, bottom, top)")
         return _heights(log_density, np.array([left, bottom]), np.array([right, top]), grid)
     low, high = np.quantile(points, [0.002, 0.998], axis=0)
     margin = 0.15 * (high - low) + 1e-6
@@ -321,9 +313,7 @@ def _levels(height: NDArray[Any], masses: Sequence[float]) -> list[float]:
     return sorted({float(level) for level in ranked[within] if level < 0})
 
 
-def codes(
-    z: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, *, ax: Axes | None = None
-) -> Axes:
+def codes(z: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, *, ax: Axes | None = None) -> Axes:
     """Codes of data in the latent plane, classes told apart by colour and by name, numbers by shade.
 
     Args:
@@ -425,11 +415,7 @@ def decoded_plane(
 
 
 def images(
-    x: ArrayLike | Tensor,
-    *,
-    columns: int | None = None,
-    rows: Sequence[str] = (),
-    ax: Axes | None = None,
+    x: ArrayLike | Tensor, *, columns: int | None = None, rows: Sequence[str] = (), ax: Axes | None = None
 ) -> Axes:
     """Images side by side, row after row: samples of a model, or reconstructions below what they are of.
 
@@ -514,9 +500,7 @@ def mode_weights(
     """
     shares = _array(weights).astype(float)
     if shares.ndim != 2:
-        raise ShapeError(
-            "the weights are no matrix", got=shares.shape, expected="(restarts, modes)"
-        )
+        raise ShapeError("the weights are no matrix", got=shares.shape, expected="(restarts, modes)")
     labels = [f"restart {i + 1}" for i in range(len(shares))]
     if truth is not None:
         true = _array(truth).astype(float)
@@ -536,18 +520,9 @@ def mode_weights(
     ax = _one(ax)
     ends = shares.cumsum(1)
     for k, mode in enumerate(modes):
-        style: dict[str, Any] = {
-            "color": PALETTE[k % 8],
-            "hatch": ["", "//", "..", "xx"][k // 8 % 4],
-        }
+        style: dict[str, Any] = {"color": PALETTE[k % 8], "hatch": ["", "//", "..", "xx"][k // 8 % 4]}
         bars = ax.barh(
-            labels,
-            shares[:, k],
-            left=ends[:, k] - shares[:, k],
-            height=0.65,
-            edgecolor="white",
-            label=mode,
-            **style,
+            labels, shares[:, k], left=ends[:, k] - shares[:, k], height=0.65, edgecolor="white", label=mode, **style
         )
         texts = [f"{100 * share:.0f} %" if share >= 0.06 else "" for share in shares[:, k]]
         dark = PALETTE[k % 8] in (BLUE, VERMILION, GREEN, BLACK)
@@ -560,13 +535,7 @@ def mode_weights(
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the draws")
     ax.set_ylabel("")
-    ax.legend(
-        title="mode",
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=min(len(modes), 8),
-        frameon=False,
-    )
+    ax.legend(title="mode", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(modes), 8), frameon=False)
     return ax
 
 
@@ -683,9 +652,7 @@ def _one(ax: Axes | None, **figure: Any) -> Axes:
 
     if not isinstance(ax, Axes):
         raise OptionError(
-            "ax is not one Axes of matplotlib",
-            got=type(ax).__name__,
-            do="Of several, pass one: axes[0].",
+            "ax is not one Axes of matplotlib", got=type(ax).__name__, do="Of several, pass one: axes[0]."
         )
     return ax
 

@@ -57,11 +57,7 @@ HEADINGS = {
 }
 # What is accepted, by the median over seeds
 C2ST, MEAN, LOW, HIGH, MODES = 0.55, 0.1, 0.9, 1.1, 0.1
-NOISE = {
-    "c2st": 0.01,
-    "kl_qp": 0.03,
-    "kl_pq": 0.03,
-}  # two of their standard deviations for equal distributions
+NOISE = {"c2st": 0.01, "kl_qp": 0.03, "kl_pq": 0.03}  # two of their standard deviations for equal distributions
 
 
 class Results:
@@ -81,9 +77,7 @@ class Results:
         self.rows = [each for each in self.rows if of(each) != of(row)] + [row]
         order = {name: i for i, name in enumerate([EXACT, *METHODS])}
         targets = list(TARGETS)
-        self.rows.sort(
-            key=lambda row: (targets.index(row["target"]), order[row["method"]], row["seed"])
-        )
+        self.rows.sort(key=lambda row: (targets.index(row["target"]), order[row["method"]], row["seed"]))
         write_whole(self.path, json.dumps(self.whole(), indent=1) + "\n")
 
     def whole(self) -> Row:
@@ -102,9 +96,7 @@ def of(row: Row) -> tuple[Any, ...]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-    ) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
@@ -166,11 +158,7 @@ def table(result: Row) -> str:
     for target, methods in groups(result).items():
         for method, rows in methods.items():
             lines.append("| " + " | ".join([target, method, *cells(rows)]) + " |")
-            notes += [
-                f"- {target}, {method}, seed {row['seed']}: {row['failed']}"
-                for row in rows
-                if "failed" in row
-            ]
+            notes += [f"- {target}, {method}, seed {row['seed']}: {row['failed']}" for row in rows if "failed" in row]
     if notes:
         lines += ["", "Not to be had:", "", *notes]
     lines += ["", *summary(result)]
@@ -286,9 +274,7 @@ def picture(result: Row, path: Path) -> None:
 
     grouped = groups(result)
     shown = [name for name in [EXACT, *OURS, *PEERS] if any(name in m for m in grouped.values())]
-    fig, axes = plt.subplots(
-        1, 3, figsize=(12, 1.2 + 0.32 * len(grouped)), sharey=True, layout="constrained"
-    )
+    fig, axes = plt.subplots(1, 3, figsize=(12, 1.2 + 0.32 * len(grouped)), sharey=True, layout="constrained")
     panels = {
         "c2st": "C2ST (0.5 is perfect)",
         "kl_qp": "KL(q‖p), nats; 0.001 or less at the edge",
@@ -325,17 +311,10 @@ def picture(result: Row, path: Path) -> None:
 
 def main() -> None:
     """Run what is asked for, and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=TARGETS, metavar="TARGET", default=[*TARGETS])
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        metavar="METHOD",
-        default=[*OURS, *PEERS],
-        help=", ".join(METHODS),
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", default=[*OURS, *PEERS], help=", ".join(METHODS)
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that all runs")
@@ -357,9 +336,7 @@ def main() -> None:
                 continue
             row = row_of(target, method, seed, quick=options.quick)
             results.add(row)
-            short = {
-                k: None if v is None else round(v, 3) for k, v in row.get("figures", {}).items()
-            }
+            short = {k: None if v is None else round(v, 3) for k, v in row.get("figures", {}).items()}
             print(name, method, seed, row.get("failed", short), flush=True)
         if any(row["target"] == name for row in results.rows):
             write_whole(options.output.with_suffix(".md"), table(results.whole()))

@@ -38,8 +38,6 @@ from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.samplers import GatedSampler
 from implicitvi.datasets import eight_schools
-from implicitvi.inference.objective import Arguments
-from implicitvi.inference.stacked import stacked
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "results" / "bench.json"
@@ -103,9 +101,7 @@ def hierarchy(dim: int = 100) -> Problem:
     y = 2 * torch.randn(dim - 2)
 
     def log_density(u: Tensor) -> Tensor:
-        mean = (
-            u[:, :1] + u[:, 1:2].exp() * u[:, 2:]
-        )  # the lognormal's own density is normal in its log
+        mean = u[:, :1] + u[:, 1:2].exp() * u[:, 2:]  # the lognormal's own density is normal in its log
         return normal(u[:, 0], 5.0) + normal(u[:, 1:]).sum(-1) + normal(y - mean).sum(-1)
 
     return Problem(groups, (y,), dim, log_density)
@@ -268,15 +264,11 @@ def data_rows(seconds: float, sizes: tuple[int, ...]) -> list[Row]:
     found: dict[str, dict[str, float]] = {}
     for method in ("eager", "graph"):
         steps = {
-            str(size): METHODS[method](
-                Problem(minibatches, (x[:size], y[:size]), 10, lambda u: u.sum(-1)), 512, 64
-            )
+            str(size): METHODS[method](Problem(minibatches, (x[:size], y[:size]), 10, lambda u: u.sum(-1)), 512, 64)
             for size in sizes
         }
         found[method] = paired(steps, 4 * seconds)
-    return [
-        {"rows": size} | {method: found[method][str(size)] for method in found} for size in sizes
-    ]
+    return [{"rows": size} | {method: found[method][str(size)] for method in found} for size in sizes]
 
 
 MEMORY: dict[str, Callable[[], Problem]] = {
@@ -285,39 +277,6 @@ MEMORY: dict[str, Callable[[], Problem]] = {
     "hierarchy": hierarchy,
     "hierarchy, D = 1000": lambda: hierarchy(1000),
 }
-
-
-def restarts(seconds: float, counts: tuple[int, ...]) -> list[Row]:
-    """Restarts of the Eight Schools with the defaults: one after the other, and at once by `stacked`."""
-    rows = []
-    problem = schools()
-    arguments = Arguments(problem.args, {})
-
-    def made(count: int) -> list[AVBSVI]:
-        svis = []
-        for seed in range(count):
-            guide = ImplicitGuide(problem.model)
-            svis.append(AVBSVI(problem.model, guide, seed=seed, warm_start=10, max_modes=1))
-            svis[-1].setup(*problem.args)
-        return svis
-
-    for threads in dict.fromkeys((1, len(os.sched_getaffinity(0)))):
-        torch.set_num_threads(threads)
-        for count in counts:
-            turns, at_once = made(count), made(count)
-            lockstep = stacked(
-                [svi.problem for svi in at_once], [svi.trainer for svi in at_once], arguments
-            )
-            assert lockstep is not None
-            steps = {
-                "one fit": turns[0].trainer.step,
-                "by turns": lambda fits=turns: [svi.trainer.step() for svi in fits],
-                "at once": lockstep.step,
-            }
-            rows.append({"threads": threads, "restarts": count} | paired(steps, seconds))
-            print(line(list(map(cell, rows[-1].values()))), flush=True)
-    torch.set_num_threads(1)
-    return rows
 
 
 def peak() -> float:
@@ -342,9 +301,7 @@ def memory(cases: list[tuple[str, str, int]]) -> list[Row]:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
         megabytes = float(done.stdout.split()[-1])
-        rows.append(
-            {"problem": problem, "particles": num_particles, "method": method, "MB": megabytes}
-        )
+        rows.append({"problem": problem, "particles": num_particles, "method": method, "MB": megabytes})
         print(line(list(map(cell, rows[-1].values()))), flush=True)
     return rows
 
@@ -393,8 +350,7 @@ def table(result: Row) -> str:
     rows = result["rows"]
     least, most = rows[0], rows[-1]
     text = [
-        f"Measured on {result['date']} with Python {result['python']}, {names}; one thread of "
-        f"{result['machine']}.",
+        f"Measured on {result['date']} with Python {result['python']}, {names}; one thread of {result['machine']}.",
         "",
         "## A step, in milliseconds",
         "",
@@ -417,13 +373,6 @@ def table(result: Row) -> str:
         + ".",
         "",
         *columns(rows, list(least)),
-        "",
-        "## Restarts, in milliseconds",
-        "",
-        "A step of all restarts of the Eight Schools with the defaults, by turns and at once; in brackets the ratio to "
-        "one fit alone.",
-        "",
-        *columns(result["restarts"], list(result["restarts"][0]), "one fit"),
         "",
         "## Peak memory, in MB",
         "",
@@ -487,10 +436,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("implicitvi", "torch", "pyro-ppl")},
         "methods": methods(seconds, (64, 512) if options.quick else (64, 512, 4096), ways),
         "growth": growth(seconds, (10, 100) if options.quick else (10, 100, 1000)),
-        "rows": data_rows(
-            seconds, tuple(10**k for k in ((3, 6) if options.quick else range(3, 7)))
-        ),
-        "restarts": restarts(seconds, (2,) if options.quick else (2, 4, 8)),
+        "rows": data_rows(seconds, tuple(10**k for k in ((3, 6) if options.quick else range(3, 7)))),
         "memory": memory(cases),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

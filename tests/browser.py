@@ -88,12 +88,7 @@ def main(site: Path, pictures: Path) -> None:
             for width in (1280, 390):
                 name = f"{page.replace('/', '_').removesuffix('.html')}_{width}.png"
                 subprocess.run(
-                    [
-                        *run,
-                        f"--window-size={width},2000",
-                        f"--screenshot={pictures / name}",
-                        f"{base}/{page}",
-                    ],
+                    [*run, f"--window-size={width},2000", f"--screenshot={pictures / name}", f"{base}/{page}"],
                     check=True,
                     capture_output=True,
                     timeout=120,
@@ -101,11 +96,7 @@ def main(site: Path, pictures: Path) -> None:
     finally:
         measure.unlink()
         server.shutdown()
-    bad = [
-        each
-        for each in found
-        if each.get("overflow", 0) > 0 or each.get("missing") or each.get("found") == 0
-    ]
+    bad = [each for each in found if each.get("overflow", 0) > 0 or each.get("missing") or each.get("found") == 0]
     print(json.dumps(found, indent=1))  # noqa: T201
     sys.exit(f"{len(bad)} pages are not as they should be: {bad}" if bad else 0)
 

@@ -98,17 +98,11 @@ def conjugates() -> dict[str, Conjugate]:
     root = torch.linalg.cholesky(torch.eye(10).double() + x.double().mT @ x.double())
     place = torch.cholesky_solve(x.double().mT @ response.double()[:, None], root)[:, 0]
     return {
-        "normal–normal": Conjugate(
-            normal, (y,), dist.Normal(y.double().sum() / 4 / precision, precision**-0.5)
-        ),
-        "beta–binomial": Conjugate(
-            binomial, (torch.tensor(3.0),), dist.Beta(double(4.0), double(18.0))
-        ),
+        "normal–normal": Conjugate(normal, (y,), dist.Normal(y.double().sum() / 4 / precision, precision**-0.5)),
+        "beta–binomial": Conjugate(binomial, (torch.tensor(3.0),), dist.Beta(double(4.0), double(18.0))),
         "gamma–Poisson": Conjugate(poisson, (counts,), dist.Gamma(double(8.0), double(6.0))),
         "linear regression, 10-D": Conjugate(
-            regression,
-            (x, response),
-            dist.MultivariateNormal(place, covariance_matrix=torch.cholesky_inverse(root)),
+            regression, (x, response), dist.MultivariateNormal(place, covariance_matrix=torch.cholesky_inverse(root))
         ),
         "Dirichlet–multinomial, 5 categories": Conjugate(
             multinomial, (categories,), dist.Dirichlet(1 + categories.double())
@@ -121,11 +115,7 @@ def double(value: float) -> Tensor:
 
 
 def measure(
-    judge: Callable[[ImplicitGuide], Figures],
-    model: Callable[..., Any],
-    *args: Any,
-    seed: int,
-    amortize: Any = None,
+    judge: Callable[[ImplicitGuide], Figures], model: Callable[..., Any], *args: Any, seed: int, amortize: Any = None
 ) -> Row:
     """Seconds and figures of a fit, everything by default, and the figures of its warm start."""
 
@@ -348,17 +338,7 @@ def target(figure: str) -> float | None:
 
 def table(result: Row) -> str:
     """The result as a Markdown table: medians over the seeds, with the range; a target is met by the worst of them."""
-    head = [
-        "model",
-        "figure",
-        "fit",
-        "its Gaussian start",
-        "exact draws",
-        "target",
-        "",
-        "seeds",
-        "seconds",
-    ]
+    head = ["model", "figure", "fit", "its Gaussian start", "exact draws", "target", "", "seeds", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     checks: dict[str, list[Row]] = {}
     for row in result["rows"]:
@@ -367,10 +347,7 @@ def table(result: Row) -> str:
         beside = [str(len(rows)), f"{statistics.median(row['seconds'] for row in rows):.0f}"]
         for figure in rows[0]["figures"]:
             values = sorted(row["figures"][figure] for row in rows)
-            beyond = [
-                f"{statistics.median(row[kind][figure] for row in rows):.3f}"
-                for kind in ("start", "exact")
-            ]
+            beyond = [f"{statistics.median(row[kind][figure] for row in rows):.3f}" for kind in ("start", "exact")]
             spread = f" ({values[0]:.3f} to {values[-1]:.3f})" if len(values) > 1 else ""
             goal = target(figure)
             verdict = ["", ""]
@@ -389,10 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
-        "--only",
-        choices=CHECKS,
-        action="append",
-        help="run this check alone, and keep the others' results",
+        "--only", choices=CHECKS, action="append", help="run this check alone, and keep the others' results"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()

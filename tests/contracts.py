@@ -18,9 +18,9 @@ from implicitvi.avb.contrasts import (
     FlowContrast,
     GaussianContrast,
     MixtureContrast,
-    ModalContrast,
     PriorContrast,
 )
+from implicitvi.avb.multimodal import PerModeContrast
 from implicitvi.avb.ratios import FGanKL, LeastSquares, Logistic, RatioLoss
 from implicitvi.avb.samplers import (
     DenseSampler,
@@ -46,7 +46,7 @@ CONTRASTS: dict[str, Callable[[], Contrast]] = {
     "gaussian": GaussianContrast,
     "mixture": lambda: MixtureContrast(D, components=3),
     "flow": lambda: FlowContrast(D, hidden=(16,)),
-    "modal": lambda: ModalContrast(
+    "modal": lambda: PerModeContrast(
         [GaussianContrast(), MixtureContrast(D, components=2)],
         torch.tensor([0.5, 0.5]),
         torch.tensor([[0.0] * D, [3.0] * D]),
@@ -55,15 +55,9 @@ CONTRASTS: dict[str, Callable[[], Contrast]] = {
 }
 ADVERSARIES: dict[str, Callable[..., nn.Module]] = {
     "gated": lambda dim, context_dim=0: GatedAdversary(dim, context_dim=context_dim, width=16),
-    "residual": lambda dim, context_dim=0: ResidualAdversary(
-        dim, context_dim=context_dim, width=16, blocks=1
-    ),
+    "residual": lambda dim, context_dim=0: ResidualAdversary(dim, context_dim=context_dim, width=16, blocks=1),
 }
-RATIOS: dict[str, RatioLoss] = {
-    "logistic": Logistic(),
-    "fgan_kl": FGanKL(),
-    "least_squares": LeastSquares(),
-}
+RATIOS: dict[str, RatioLoss] = {"logistic": Logistic(), "fgan_kl": FGanKL(), "least_squares": LeastSquares()}
 
 
 def gaussian(seed: int, dim: int = D) -> MultivariateNormal:
@@ -81,7 +75,7 @@ class ExplicitSampler(Sampler):
         super().__init__(len(q.loc))
         self.double()
         self.shift = nn.Parameter(torch.zeros_like(q.loc))
-        self.set_frame(q.loc, q.scale_tril)
+        self.set_affine(q.loc, q.scale_tril)
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         return eps + self.shift

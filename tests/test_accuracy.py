@@ -102,13 +102,7 @@ def test_a_chain_that_stood_still_has_no_divergence() -> None:
 
 
 def row(target: str, method: str, seed: int = 0, **figures: Any) -> dict[str, Any]:
-    return {
-        "target": target,
-        "method": method,
-        "seed": seed,
-        "seconds": 1.0,
-        "figures": {**GOOD, **figures},
-    }
+    return {"target": target, "method": method, "seed": seed, "seconds": 1.0, "figures": {**GOOD, **figures}}
 
 
 def test_rows_are_kept_one_by_one(tmp_path: Path) -> None:
@@ -118,10 +112,7 @@ def test_rows_are_kept_one_by_one(tmp_path: Path) -> None:
     Results(path).add(row("banana", "iaf"))
     Results(path).add(row("kidiq", "implicit", c2st=0.6))
     results = Results(path)
-    assert [(r["target"], r["method"]) for r in results.rows] == [
-        ("banana", "iaf"),
-        ("kidiq", "implicit"),
-    ]
+    assert [(r["target"], r["method"]) for r in results.rows] == [("banana", "iaf"), ("kidiq", "implicit")]
     assert results.rows[1]["figures"]["c2st"] == 0.6
     assert results.has("banana", "iaf", 0) and not results.has("banana", "iaf", 1)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

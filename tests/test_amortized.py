@@ -14,18 +14,14 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, to_arviz
-from implicitvi.avb.conditional import FramedContrast, MomentContrast
+from implicitvi.avb.conditional import ConditionalContrast, ConditionalSampler, MomentContrast
 from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
-from implicitvi.avb.objective import AVB
-from implicitvi.avb.samplers import (
-    EncodedSampler,
-    GatedSampler,
-    GaussianEncoder,
-    NoiseBasisSampler,
-)
+from implicitvi.avb.objective import AVBObjective
+from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
 from implicitvi.inference.amortization import Amortization
 from implicitvi.inference.minibatches import DatasetSource, PlateSource
+from implicitvi.nn import LocationScaleNet
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.plates import read_plate
 from implicitvi.training import StopTraining, Trainer
@@ -130,10 +126,10 @@ def test_a_particle_that_fails_takes_no_other_with_it() -> None:
     assert terms.isfinite().all(1).tolist() == [True, False, True]
 
 
-def explicit(context: Tensor) -> EncodedSampler:
+def explicit(context: Tensor) -> ConditionalSampler:
     """A Gaussian for each context, in disguise: its inner sampler is the noise itself."""
     inner = GatedSampler(2, noise_dim=2, context_dim=context.shape[-1], width=8)
-    sampler = EncodedSampler(inner, GaussianEncoder(context.shape[-1], 2, hidden=(8,)))
+    sampler = ConditionalSampler(inner, LocationScaleNet(context.shape[-1], 2, hidden=(8,)))
     for parameter in sampler.encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     inner.transform = lambda eps, x=None: eps  # type: ignore[method-assign]
@@ -143,7 +139,7 @@ def explicit(context: Tensor) -> EncodedSampler:
 class Oracle(torch.nn.Module):
     """The optimal adversary of `explicit`; it is shown the standardised draw, so it asks for the contrast."""
 
-    def __init__(self, sampler: EncodedSampler, contrast: Any):
+    def __init__(self, sampler: ConditionalSampler, contrast: Any):
         super().__init__()
         self.sampler, self.contrast = (sampler,), (contrast,)
 
@@ -161,7 +157,7 @@ def test_the_oracle_law_holds_for_every_context(per_draw: bool, inner: Any) -> N
     x = torch.randn(*([40, 5] if per_draw else [5]), 4, dtype=torch.float64)
     sampler = explicit(x)
 
-    class Remembering(FramedContrast):
+    class Remembering(ConditionalContrast):
         def forward(self, z: Tensor, x: Tensor | None = None) -> Any:
             self.r = super().forward(z, x)
             return self.r
@@ -176,7 +172,7 @@ def test_the_oracle_law_holds_for_every_context(per_draw: bool, inner: Any) -> N
         seen.append(z)
         return -z.square().sum(-1)
 
-    elbo, dropped = AVB(sampler, contrast, Oracle(sampler, contrast)).elbo(40, log_joint, x)
+    elbo, dropped = AVBObjective(sampler, contrast, Oracle(sampler, contrast)).elbo(40, log_joint, x)
     loc, scale = sampler.frame(x)
     q = torch.distributions.MultivariateNormal(loc, scale_tril=scale)
     expected = -seen[0].square().sum(-1) - q.log_prob(seen[0])
@@ -187,7 +183,7 @@ def test_the_oracle_law_holds_for_every_context(per_draw: bool, inner: Any) -> N
 def test_closed_form_moments_are_those_of_the_draws() -> None:
     """The contrast's mean and covariance for each context against 40 000 draws, 6 standard errors."""
     x = torch.randn(3, 4)
-    sampler = EncodedSampler(NoiseBasisSampler(2, context_dim=4), GaussianEncoder(4, 2))
+    sampler = ConditionalSampler(NoiseBasisSampler(2, context_dim=4), LocationScaleNet(4, 2))
     for parameter in sampler.encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     with torch.no_grad():
@@ -200,7 +196,7 @@ def test_closed_form_moments_are_those_of_the_draws() -> None:
 
 
 def test_an_encoders_scale_stays_within_bounds_whatever_it_is_shown() -> None:
-    encoder = GaussianEncoder(2, 2)
+    encoder = LocationScaleNet(2, 2)
     torch.nn.init.normal_(encoder.skip.weight)
     _, scale = encoder(torch.tensor([[1e6, -1e6]]))
     assert scale.isfinite().all() and (scale.diagonal(dim1=-2, dim2=-1) > 0).all()
@@ -209,9 +205,7 @@ def test_an_encoders_scale_stays_within_bounds_whatever_it_is_shown() -> None:
 @pytest.mark.parametrize("contrast", ["mixture", "gaussian", "diagonal", "flow"])
 @pytest.mark.parametrize("num_importance", [1, 4])
 @pytest.mark.parametrize("minibatch", [None, 4])
-def test_a_plate_is_fitted_and_new_data_are_drawn(
-    contrast: str, num_importance: int, minibatch: int | None
-) -> None:
+def test_a_plate_is_fitted_and_new_data_are_drawn(contrast: str, num_importance: int, minibatch: int | None) -> None:
     guide = ImplicitGuide(groups, amortize={"groups": features})
     svi = AVBSVI(groups, guide, contrast=contrast, num_importance=num_importance, **SMALL, seed=0)
     fit = svi.run(Y, minibatch=minibatch)
@@ -237,9 +231,7 @@ def test_each_effect_gets_its_own_posterior() -> None:
     torch.manual_seed(0)
     y = 1.4 * torch.randn(200)
     guide = ImplicitGuide(effects, amortize="groups")
-    AVBSVI(effects, guide, num_steps=200, num_particles=128, progress=False, seed=0).run(
-        y, minibatch=50
-    )
+    AVBSVI(effects, guide, num_steps=200, num_particles=128, progress=False, seed=0).run(y, minibatch=50)
     for data in (y, 1.4 * torch.randn(50)):
         z = guide.sample(4000, data)["z"]
         assert ((z.mean(0) - data / 2).abs() / 0.5**0.5).mean() < 0.15
@@ -419,9 +411,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], type[ImplicitVIError], str]] = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:the model is scored one particle:UserWarning"
-)  # where it is NaN
+@pytest.mark.filterwarnings("ignore:the model is scored one particle:UserWarning")  # where it is NaN
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_amortized_is_refused_by_name(name: str) -> None:
     amortize, args, kind, match = BAD[name]
@@ -471,9 +461,7 @@ def test_more_that_is_refused() -> None:
         guide.sample(3, torch.tensor([torch.nan, 0.0]))
     with pytest.raises(SetupError, match="posterior for each set of data"):
         guide.sample(3)
-    wide = ImplicitGuide(
-        effects, amortize={"groups": lambda y: torch.stack([y, y], 1)[:, : len(y)]}
-    )
+    wide = ImplicitGuide(effects, amortize={"groups": lambda y: torch.stack([y, y], 1)[:, : len(y)]})
     wide.setup(Y)
     with pytest.raises(ShapeError, match="not those that the guide was made with"):
         wide.sample(3, Y[:1])

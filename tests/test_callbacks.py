@@ -12,15 +12,7 @@ import pytest
 import torch
 
 import models
-from implicitvi import (
-    AVBSVI,
-    Checkpoint,
-    EarlyStop,
-    ImplicitGuide,
-    StopTraining,
-    TensorBoard,
-    Tracker,
-)
+from implicitvi import AVBSVI, Checkpoint, EarlyStop, ImplicitGuide, StopTraining, TensorBoard, Tracker
 from implicitvi.errors import CheckpointError, SetupError
 from implicitvi.rng import RandomStream
 from implicitvi.training import Schedule, Trainer
@@ -28,13 +20,7 @@ from implicitvi.training.checkpoint import read_state
 from test_vae_fit import data, fit, same, vae
 
 Y = torch.tensor([0.5, -0.3, 1.0])
-SMALL: dict[str, Any] = {
-    "num_steps": 6,
-    "num_particles": 16,
-    "warm_start": 5,
-    "seed": 0,
-    "progress": False,
-}
+SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 5, "seed": 0, "progress": False}
 
 
 @pytest.fixture
@@ -98,9 +84,7 @@ def test_tensorboard_is_told_the_means_since_the_last_look(
     tmp_path: Path, writer: list[tuple[str, float, int]]
 ) -> None:
     board = TensorBoard(tmp_path, every=3)
-    svi = AVBSVI(
-        models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL, callbacks=[board]
-    )
+    svi = AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL, callbacks=[board])
     losses = svi.run(Y).losses
     board.close()
     told = {step: value for name, value, step in writer if name == "sampler"}
@@ -108,9 +92,7 @@ def test_tensorboard_is_told_the_means_since_the_last_look(
     assert {name for name, _, _ in writer} == set(svi.history.names())
 
 
-def test_tensorboard_that_is_not_there_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SetupError, match=r"not installed.*pip install 'implicitvi\[tensorboard\]'"):
         TensorBoard(tmp_path)
@@ -156,9 +138,7 @@ def test_how_often_noise_is_taken_for_progress_and_progress_for_noise() -> None:
 
 def test_early_stopping_ends_a_fit() -> None:
     stop = EarlyStop(lambda trainer: 1.0, every=1, window=2)
-    svi = AVBSVI(
-        models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL, callbacks=[stop]
-    )
+    svi = AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL, callbacks=[stop])
     fit = svi.run(Y)
     assert fit.num_steps == 4 and fit.stop_reason.startswith("the diagnostic no longer falls: 1")
 

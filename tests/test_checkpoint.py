@@ -93,9 +93,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "of another program": partial(save_file, {"a": torch.ones(2)}, metadata={"format": "pt"}),
     "one bit": flip,
     "malicious": malicious,
-    "maliciously pickled": lambda path: path.write_bytes(
-        pickle.dumps(Malicious(path.with_name("ran")))
-    ),
+    "maliciously pickled": lambda path: path.write_bytes(pickle.dumps(Malicious(path.with_name("ran")))),
 }
 
 
@@ -103,9 +101,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(damage: str, tmp_path: Path) -> None:
     save_state(tmp_path, STATE_OF_A_FIT, config={})
     DAMAGE[damage](tmp_path / STATE)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read; got .*state\.safetensors: .*an older copy"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be read; got .*state\.safetensors: .*an older copy"):
         load_state(tmp_path, like={})
     assert not (tmp_path / "ran").exists()
 
@@ -164,15 +160,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def resumable(
-    model: LatentModel, folder: Path | None, make: Callable[[], Any], **options: Any
-) -> VAEFit:
-    options = {
-        "validation": data(),
-        "ema": 0.9,
-        "epochs": 4,
-        "transform": torch.bernoulli,
-    } | options
+def resumable(model: LatentModel, folder: Path | None, make: Callable[[], Any], **options: Any) -> VAEFit:
+    options = {"validation": data(), "ema": 0.9, "epochs": 4, "transform": torch.bernoulli} | options
     return fit(model, make(), checkpoint=folder, **options)
 
 
@@ -259,9 +248,7 @@ def test_what_belongs_to_another_fit_is_refused(case: str, tmp_path: Path) -> No
     make, options, words = OTHERS[case]
     before = weights(model := make())
     train: Tensor = options.pop("train", data())
-    with pytest.raises(
-        CheckpointError, match=f"differs in its {words}.*same model, data and options"
-    ):
+    with pytest.raises(CheckpointError, match=f"differs in its {words}.*same model, data and options"):
         resumable(model, tmp_path, lambda: train, **options)
     assert same_weights(before, weights(model))
 
@@ -269,7 +256,7 @@ def test_what_belongs_to_another_fit_is_refused(case: str, tmp_path: Path) -> No
 def test_an_averaged_adversary_is_no_plain_one(tmp_path: Path) -> None:
     """What a player has besides the model's weights is part of the state."""
     resumable(avb(averaging=0.5), tmp_path, data)
-    with pytest.raises(CheckpointError, match="weights; got adversary: followers.1.x_net.0.weight"):
+    with pytest.raises(CheckpointError, match="weights; got adversary: averaged_modules.1.x_net.0.weight"):
         resumable(avb(), tmp_path, data)
 
 

@@ -22,10 +22,7 @@ from implicitvi.pyro_model.log_joint import LogJoint
 
 Model = Callable[..., Any]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-BACKENDS = [
-    "graph",
-    pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler]),
-]
+BACKENDS = ["graph", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
 MODELS: dict[str, tuple[Model, tuple[Tensor, ...]]] = {
     "eight_schools": (models.eight_schools, (models.SIGMA, models.Y)),
     "every_support": (models.every_support, (torch.arange(3.0),)),  # one number of rows only
@@ -63,9 +60,7 @@ def agree(log_joint: LogJoint, count: int, *args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_equals_eager_for_any_number_of_particles(
-    name: str, dtype: torch.dtype, backend: str
-) -> None:
+def test_compiled_equals_eager_for_any_number_of_particles(name: str, dtype: torch.dtype, backend: str) -> None:
     model, args = MODELS[name]
     args = tuple(arg.to(dtype) for arg in args)
     log_joint = made(model, *args, backend=backend)
@@ -171,11 +166,7 @@ REFUSED: dict[str, tuple[Model, tuple[Any, ...], str]] = {
     "numbers read off the data": (looks_at_the_data, (), "tracing raised RuntimeError"),
     "mode loop": (models.branches_on_a_latent, (), "not mode 'loop'"),
     "an array": (array, (np.ones(3),), "neither tensor nor number.*got ndarray"),
-    "an argument that learns": (
-        array,
-        (torch.ones(3, requires_grad=True),),
-        "an argument needs a gradient",
-    ),
+    "an argument that learns": (array, (torch.ones(3, requires_grad=True),), "an argument needs a gradient"),
 }
 
 

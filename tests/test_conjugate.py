@@ -10,17 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from conjugate import (
-    QUANTITIES,
-    RANKED,
-    Conjugate,
-    ExactHierarchy,
-    conjugates,
-    errors,
-    pair_posterior,
-    rank,
-    simulate,
-)
+from conjugate import QUANTITIES, RANKED, Conjugate, ExactHierarchy, conjugates, errors, pair_posterior, rank, simulate
 from implicitvi.diagnostics.sbc import band_share
 
 Posterior = dist.MultivariateNormal
@@ -51,10 +41,7 @@ def shares(spoil: Spoil, seed: int = 3) -> list[float]:
     """The deviations that `datasets` reports, of draws from a posterior that may be spoiled."""
     torch.manual_seed(seed)
     truths, data = simulate(500)
-    ranks = [
-        rank(truth, spoil(pair_posterior(y)).sample((RANKED,)), y)
-        for truth, y in zip(truths, data, strict=True)
-    ]
+    ranks = [rank(truth, spoil(pair_posterior(y)).sample((RANKED,)), y) for truth, y in zip(truths, data, strict=True)]
     return [band_share(column, RANKED) for column in torch.stack(ranks, 1)]
 
 
@@ -65,11 +52,7 @@ def test_exact_posteriors_are_inside_the_band() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "caught"),
-    [
-        (narrow, QUANTITIES),
-        (moved, ("first", "second")),
-        (uncorrelated, ("product", "log likelihood")),
-    ],
+    [(narrow, QUANTITIES), (moved, ("first", "second")), (uncorrelated, ("product", "log likelihood"))],
 )
 def test_a_fault_leaves_the_band(fault: Spoil, caught: tuple[str, ...]) -> None:
     """Narrow by a fifth, moved by a fifth of a standard deviation, correlation lost; 0, 1, 1 of 10 seeds miss it."""

@@ -14,24 +14,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions import Normal
 
-from implicitvi.datasets import (
-    Banana,
-    EightSchools,
-    ToyDensity,
-    TwoModes,
-    XShaped,
-    eight_schools,
-    toy_densities,
-)
+from implicitvi.datasets import Banana, EightSchools, ToyDensity, TwoModes, XShaped, eight_schools, toy_densities
 from implicitvi.errors import OptionError
 from implicitvi.metrics import knn_kl
 
-DENSITIES = [
-    *toy_densities().values(),
-    Banana(correlation=-0.5),
-    TwoModes(offset=4.0),
-    XShaped(correlation=0.5),
-]
+DENSITIES = [*toy_densities().values(), Banana(correlation=-0.5), TwoModes(offset=4.0), XShaped(correlation=0.5)]
 each_density = pytest.mark.parametrize("density", DENSITIES, ids=repr)
 
 
@@ -72,8 +59,7 @@ def test_log_evidence_agrees_with_a_grid_over_both_parameters() -> None:
     assert data.log_evidence() == pytest.approx(grid, abs=1e-8)
     assert data.log_evidence() == pytest.approx(-12.7108, abs=1e-4)
     usual = EightSchools(
-        y=torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]) / 10,
-        sigma=torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18]) / 10,
+        y=torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]) / 10, sigma=torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18]) / 10
     )
     assert usual.log_evidence() == pytest.approx(-13.0115, abs=1e-4)
 
@@ -102,10 +88,7 @@ def eight_schools_errors(draws: dict[str, Tensor]) -> Tensor:
         lambda mu, tau: (tau.abs() < 0.3).double(),
     ]
     return torch.stack(
-        [
-            standard_errors(test(draws["mu"], draws["tau"]), float((mass * test(mu, tau)).sum()))
-            for test in tests
-        ]
+        [standard_errors(test(draws["mu"], draws["tau"]), float((mass * test(mu, tau)).sum())) for test in tests]
     )
 
 
@@ -123,9 +106,7 @@ def stein_errors(draws: dict[str, Tensor]) -> Tensor:
     values = {name: draw.clone().requires_grad_() for name, draw in draws.items()}
     batch = {"mu": values["mu"][:, None], "tau": values["tau"][:, None], "eta": values["eta"]}
     total = log_joint(data.model, batch, data.sigma, data.y)
-    score = stacked(
-        dict(zip(values, torch.autograd.grad(total, list(values.values())), strict=True))
-    )
+    score = stacked(dict(zip(values, torch.autograd.grad(total, list(values.values())), strict=True)))
     products = torch.einsum("si,sj->sij", stacked(draws), score)
     return torch.cat([standard_errors(score, 0.0)[None], standard_errors(products, -torch.eye(10))])
 
@@ -186,9 +167,7 @@ def window(density: ToyDensity, z: Tensor) -> Tensor:
 
 
 @each_density
-def test_log_normaliser_agrees_with_a_grid_and_the_window_holds_the_mass(
-    density: ToyDensity,
-) -> None:
+def test_log_normaliser_agrees_with_a_grid_and_the_window_holds_the_mass(density: ToyDensity) -> None:
     points, area = grid_of(density)
     mass = density.log_prob(points).exp() * area / math.exp(density.log_normaliser())
     assert float(mass.sum()) == pytest.approx(1, abs=1e-6)

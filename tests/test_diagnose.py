@@ -17,17 +17,7 @@ from implicitvi import AVBSVI, ImplicitGuide, diagnose
 from implicitvi.diagnostics.report import Check, Report
 from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.rng import RandomStream
-from planted import (
-    PLANTED,
-    TARGETS,
-    bare,
-    draw_several,
-    dressed,
-    exact,
-    planted,
-    several_sites,
-    short_fit,
-)
+from planted import PLANTED, TARGETS, bare, draw_several, dressed, exact, planted, several_sites, short_fit
 
 # which check is meant to see each; others may too
 SEEN_BY = {
@@ -136,11 +126,7 @@ MISUSES: list[tuple[Any, type[Exception], str]] = [
     (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' have the wrong shape.*\[S, 2\]"),
     (lambda d: d | {"a": half(d["a"])}, ShapeError, "different numbers of draws"),
     (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "too few draws"),
-    (
-        lambda d: d | {"s": -d["s"]},
-        ModelError,
-        "site 's' lie outside its support; got 400 of 400",
-    ),
+    (lambda d: d | {"s": -d["s"]}, ModelError, "site 's' lie outside its support; got 400 of 400"),
     (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "outside its support"),
     (lambda d: torch.zeros(3), SetupError, "nothing to diagnose; got Tensor"),
     (lambda d: ImplicitGuide(several_sites), SetupError, "has not been trained"),
@@ -189,11 +175,7 @@ def test_a_report_prints_and_goes_through_json() -> None:
     )
     assert not report.ok  # a figure that is not a number fails
     assert "two, three: No sampler." in str(report)
-    assert [check["name"] for check in json.loads(json.dumps(report.to_dict()))["checks"]] == [
-        "one",
-        "two",
-        "three",
-    ]
+    assert [check["name"] for check in json.loads(json.dumps(report.to_dict()))["checks"]] == ["one", "two", "three"]
     with pytest.raises(KeyError, match="no check 'four'; there are one, two, three"):
         report["four"]
 

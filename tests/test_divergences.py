@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError
-from implicitvi.metrics import (
-    c2st,
-    divergences,
-    knn_kl,
-    mean_error,
-    mmd,
-    sd_ratio,
-    sliced_wasserstein,
-    whiten,
-)
+from implicitvi.metrics import c2st, divergences, knn_kl, mean_error, mmd, sd_ratio, sliced_wasserstein, whiten
 
 EVERY = {
     "knn_kl": knn_kl,
@@ -344,11 +335,7 @@ def test_it_takes_torch_and_numpy_and_changes_nothing(compare: Callable[..., Any
     ],
 )
 def test_it_refuses_bad_draws(
-    compare: Callable[..., Any],
-    first: Tensor,
-    second: Tensor,
-    error: type[Exception],
-    message: str,
+    compare: Callable[..., Any], first: Tensor, second: Tensor, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         compare(first, second)

@@ -77,9 +77,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def cut(
-    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, spare: int = 0, **limits: int
-) -> None:
+def cut(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, *, spare: int = 0, **limits: int) -> None:
     """Hold arguments of a method below limits, or ``spare`` where that is more, those left at their defaults too."""
     whole = getattr(owner, method)
     parameters = inspect.signature(whole)
@@ -108,14 +106,10 @@ def shortened(code: str) -> str:
 @pytest.mark.filterwarnings("ignore:4 steps with:UserWarning")  # too few for minibatches, they are
 @pytest.mark.filterwarnings("ignore:. fits DISAGREE:UserWarning")  # after so few, they do
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")  # of such fits, large
-@pytest.mark.filterwarnings(
-    "ignore:a few draws have most of the weight:UserWarning"
-)  # of such fits
+@pytest.mark.filterwarnings("ignore:a few draws have most of the weight:UserWarning")  # of such fits
 @pytest.mark.filterwarnings("ignore::FutureWarning:arviz")
 @pytest.mark.parametrize("path", CODE, ids=name_of)
-def test_every_code_block_runs(
-    path: Path, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_code_block_runs(path: Path, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import random
 
     import matplotlib
@@ -286,10 +280,7 @@ def test_what_is_public_is_documented(module: ModuleType) -> None:
     """A sentence for everything; arguments by name wherever there is a list of them; shapes wherever tensors go in."""
     missing = []
     for name, value in public():
-        if (
-            not name.startswith(module.__name__ + ".")
-            or name.count(".") - module.__name__.count(".") > 2
-        ):
+        if not name.startswith(module.__name__ + ".") or name.count(".") - module.__name__.count(".") > 2:
             continue
         text = text_of(value)
         if not re.match(r"\S.{8,}", text):
@@ -319,7 +310,5 @@ def undocumented(value: Any, text: str) -> list[str]:
 def test_the_reference_has_every_module() -> None:
     """The build fails where a class or function is missing; this says so without one."""
     page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
-    missing = [
-        m.__name__ for m in MODULES if not re.search(rf"^   {re.escape(m.__name__)}$", page, re.M)
-    ]
+    missing = [m.__name__ for m in MODULES if not re.search(rf"^   {re.escape(m.__name__)}$", page, re.M)]
     assert not missing, "list them in docs/reference/api.md"

@@ -46,9 +46,7 @@ def scaled(model: Model) -> Model:
     ],
     ids=["mixture", "scaled", "markov", "nested"],
 )
-def test_the_sum_is_the_one_written_by_hand(
-    model: Model, by_hand: Model, y: Tensor, mode: str
-) -> None:
+def test_the_sum_is_the_one_written_by_hand(model: Model, by_hand: Model, y: Tensor, mode: str) -> None:
     log_joint = made(model, y, mode=mode)
     u = torch.randn(5, log_joint.layout.dim).double().requires_grad_()
     scores, exact = log_joint(u, y), made(by_hand, y, mode="loop")(u, y)
@@ -113,9 +111,7 @@ def test_the_prior_of_a_mixture_is_summed_too() -> None:
 
     z = torch.linspace(-2, 5, 9).double()
     normal = torch.distributions.Normal
-    exact = (
-        0.75 * normal(0.0, 1.0).log_prob(z).exp() + 0.25 * normal(3.0, 1.0).log_prob(z).exp()
-    ).log()
+    exact = (0.75 * normal(0.0, 1.0).log_prob(z).exp() + 0.25 * normal(3.0, 1.0).log_prob(z).exp()).log()
     torch.testing.assert_close(made(model, Y, only=("z",))(z[:, None], Y), exact)
 
 
@@ -136,10 +132,7 @@ def marked(infer: dict[str, Any], fn: Any) -> Model:
             r"'k' is not marked to be summed out. Write pyro.sample\('k', ..., infer={\"enumerate\": \"parallel\"}\)",
         ),
         (marked({"enumerate": "sequential"}, dist.Bernoulli(0.5)), "not marked to be summed out"),
-        (
-            marked({}, dist.Poisson(2.0)),
-            "infinitely many .* got Poisson. Integrate it out .*GammaPoisson",
-        ),
+        (marked({}, dist.Poisson(2.0)), "infinitely many .* got Poisson. Integrate it out .*GammaPoisson"),
         (marked(models.SUMMED_OUT, dist.Poisson(2.0)), "infinitely many"),
         (
             config_enumerate(marked({}, dist.Bernoulli(0.5).expand([3]).to_event(1))),

@@ -16,7 +16,7 @@ from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.metrics import ais as module
 from implicitvi.metrics.ais import SCHEDULES, Annealed, Annealing, ais, bidirectional
 from implicitvi.metrics.evidence import importance_sampling, quadrature
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.vae import VAE
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, ImplicitDecoder
 from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, moments_of
@@ -175,11 +175,7 @@ def without_its_end(self: Annealing) -> list[float]:
 
 @pytest.mark.parametrize(
     ("where", "name", "bug"),
-    [
-        (module, "_accepted", always),
-        (module, "_gaussian", unnormalised),
-        (Annealing, "betas", without_its_end),
-    ],
+    [(module, "_accepted", always), (module, "_gaussian", unnormalised), (Annealing, "betas", without_its_end)],
     ids=["nothing is rejected", "the start is not normalised", "the last term is missing"],
 )
 def test_a_planted_bug_is_found(
@@ -218,9 +214,7 @@ def short_runs(given: LinearGaussian, adapt: bool, chains: int = 4000) -> tuple[
         ("too wide and beside", torch.float32),
     ],
 )
-def test_ais_finds_the_evidence_of_images_from_a_wrong_start(
-    start: str, dtype: torch.dtype
-) -> None:
+def test_ais_finds_the_evidence_of_images_from_a_wrong_start(start: str, dtype: torch.dtype) -> None:
     given = IMAGES.to(dtype)
     loc, scale = wrong_starts(given)[start]
     annealing = Annealing(num_chains=20, num_leapfrog=5)
@@ -245,9 +239,7 @@ def test_forward_and_backward_have_the_truth_between_them() -> None:
     loc, scale = wrong_starts(given)["the prior"]
     exact, gaps = given.log_evidence(), {}
     for num_steps in (20, 200):
-        bounds = bidirectional(
-            given.log_joint, loc, scale, given.z, num_steps=num_steps, num_leapfrog=5
-        )
+        bounds = bidirectional(given.log_joint, loc, scale, given.z, num_steps=num_steps, num_leapfrog=5)
         for side, bound in zip((1, -1), bounds, strict=True):
             gap = side * (exact - bound)
             error = float(gap.std() / len(gap) ** 0.5)
@@ -261,7 +253,7 @@ def nonlinear() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]:
     """Log joint, prior moments and quadrature of binary data under a network of two latent dimensions."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        net = dense([2, 32, 16]).requires_grad_(False)
+        net = mlp([2, 32, 16]).requires_grad_(False)
         net[-1].weight.mul_(4)
         x = Bernoulli(logits=net(torch.randn(6, 2))).sample()
 
@@ -397,8 +389,8 @@ POINTS = torch.eye(4)
 
 def networks() -> tuple[GaussianEncoder, Decoder]:
     torch.manual_seed(0)
-    encoder = GaussianEncoder(dense([4, 64, 64, 4]))
-    return encoder, Decoder(dense([2, 64, 64, 4]), BernoulliLikelihood([4]))
+    encoder = GaussianEncoder(mlp([4, 64, 64, 4]))
+    return encoder, Decoder(mlp([2, 64, 64, 4]), BernoulliLikelihood([4]))
 
 
 @pytest.fixture(scope="module")
@@ -407,9 +399,7 @@ def fitted() -> VAE:
     with torch.random.fork_rng():
         model = VAE(*networks(), 2)
         data = POINTS.repeat(64, 1)
-        model.fit(
-            data, epochs=300, batch_size=256, lr=(5e-3, 1e-4), seed=0, progress=False, device="cpu"
-        )
+        model.fit(data, epochs=300, batch_size=256, lr=(5e-3, 1e-4), seed=0, progress=False, device="cpu")
     return model
 
 
@@ -432,9 +422,7 @@ def test_bounds_hold_what_quadrature_finds_on_data_that_the_model_has_made(fitte
     x = fitted.decoder(z).sample()
     exact = fitted.log_evidence(x, "quadrature", points=100)
     start = moments_of(fitted.encoder(x), 256)
-    lower, upper = bidirectional(
-        partial(fitted.log_joint, x=x), *start, z, num_steps=100, num_leapfrog=5
-    )
+    lower, upper = bidirectional(partial(fitted.log_joint, x=x), *start, z, num_steps=100, num_leapfrog=5)
     for gap in (exact - lower, upper - exact):
         assert -5 * gap.std() / 10 < gap.mean() < 0.2
 
@@ -490,7 +478,7 @@ def test_a_model_without_an_integral_is_refused(fitted: VAE) -> None:
 def test_an_encoder_without_noise_starts_at_the_prior() -> None:
     encoder, decoder = networks()
     model = VAE(encoder, decoder, 2)
-    model.encoder = DeterministicEncoder(dense([4, 2]))
+    model.encoder = DeterministicEncoder(mlp([4, 2]))
     with pytest.raises(OptionError, match="start='prior'"):
         model.log_evidence(POINTS)
     estimate = model.log_evidence(POINTS, num_steps=200, num_leapfrog=5, start="prior")
@@ -506,8 +494,6 @@ def test_an_encoder_without_noise_starts_at_the_prior() -> None:
         ({"num_chains": 0}, "num_chains"),
     ],
 )
-def test_the_door_refuses_bad_options(
-    fitted: VAE, options: dict[str, object], message: str
-) -> None:
+def test_the_door_refuses_bad_options(fitted: VAE, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         fitted.log_evidence(POINTS, **options)

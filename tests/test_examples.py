@@ -28,9 +28,7 @@ ROWS = {
     },
     "02_bayesian_regression.py": {"Normal", "Student t", "horseshoe", "Gibbs again"},
     "03_logistic_minibatch.py": {"plain", "control variate"},
-    "04_mixture_enumeration.py": {
-        f"{what} {i}" for what in ("mean", "sd", "weight") for i in (1, 2, 3)
-    },
+    "04_mixture_enumeration.py": {f"{what} {i}" for what in ("mean", "sd", "weight") for i in (1, 2, 3)},
     "05_bnn_regression.py": {"implicit", "NUTS"},
     "06_amortized_local.py": {"mu", "tau", "groups fitted", "groups never seen"},
     "07_empirical_bayes.py": {"mean", "spread", "noise"},
@@ -47,13 +45,7 @@ ROWS = {
         "loaded in a new object",
         "another seed",
     },
-    "10_four_points.py": {
-        "log likelihood",
-        "reconstruction error",
-        "ELBO",
-        "KL of the codes",
-        "optimum",
-    },
+    "10_four_points.py": {"log likelihood", "reconstruction error", "ELBO", "KL of the codes", "optimum"},
     "11_mnist.py": {"VAE", "AVB + AC"},
     "12_faces.py": {"AVB", "VAE"},
     "16_objectives_compared.py": {
@@ -73,12 +65,7 @@ ROWS = {
     },
     "15_symmetric_equilibrium.py": {"labels only", "ELBO", "SEL", "Bayes' rule"},
     "13_asvae_mixture.py": {"VAE", "ASVAE", "MarginalASVAE", "ALI"},
-    "14_biadversarial_bimodal.py": {
-        "Gaussian decoder",
-        "ALI",
-        "biadversarial",
-        "biadversarial, f-GAN",
-    },
+    "14_biadversarial_bimodal.py": {"Gaussian decoder", "ALI", "biadversarial", "biadversarial, f-GAN"},
 }
 OPTIONS = {"01_eight_schools.py": ["--paper", "both"]}
 PICTURES = {
@@ -96,10 +83,7 @@ PICTURES = {
     "23_custom_contrast.py": {"custom_contrast.png"},
     "24_custom_sampler.py": {"custom_sampler.png"},
     "25_implicit_prior.py": {"implicit_prior.png"},
-    "20_diagnostics_of_a_bad_fit.py": {
-        "diagnostics_of_a_bad_fit.png",
-        "diagnostics_restarts.png",
-    },
+    "20_diagnostics_of_a_bad_fit.py": {"diagnostics_of_a_bad_fit.png", "diagnostics_restarts.png"},
     "21_sbc.py": {"sbc.png"},
     "22_resume_and_checkpoint.py": {"resume_and_checkpoint.png"},
     "11_mnist.py": {"mnist.png"},
@@ -115,12 +99,7 @@ BOUNDS = {
     "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
     "04_mixture_enumeration.py": ("mean 1", 1, -2.4, -1.4),  # Gibbs is near the truth, -2
     "05_bnn_regression.py": ("NUTS", -1, 0.0, 0.0),  # distance of the reference from itself
-    "06_amortized_local.py": (
-        "groups never seen",
-        2,
-        0.1,
-        20.0,
-    ),  # ratio of the sds: the exact ones are finite
+    "06_amortized_local.py": ("groups never seen", 2, 0.1, 20.0),  # ratio of the sds: the exact ones are finite
     "07_empirical_bayes.py": ("noise", 1, 0.6, 0.75),  # where the marginal likelihood is greatest
     "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
     "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
@@ -166,9 +145,7 @@ def run(name: str, *options: str, cwd: Path) -> str:
     # ArviZ before 1.0 announces its successor once a day.
     warnings = ["-W", "error", "-W", "ignore::FutureWarning:arviz"]
     command = [sys.executable, *warnings, str(EXAMPLES / name), *options]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout
 
 

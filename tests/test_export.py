@@ -62,12 +62,7 @@ def test_groups_shapes_and_dims(guide: ImplicitGuide) -> None:
     assert np.array_equal(idata.observed_data["obs"], models.Y.numpy())
     assert idata.attrs["inference_library"] == "implicitvi"
     given = to_arviz(
-        guide,
-        models.eight_schools,
-        *ARGS,
-        num_samples=5,
-        coords={"school": list("ABCDEFGH")},
-        dims={"eta": ["school"]},
+        guide, models.eight_schools, *ARGS, num_samples=5, coords={"school": list("ABCDEFGH")}, dims={"eta": ["school"]}
     )
     assert list(given.posterior["eta"].coords["school"].values) == list("ABCDEFGH")
 
@@ -79,23 +74,17 @@ def test_deterministic_sites_have_the_dimensions_of_their_plates() -> None:
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
         with pyro.plate("column", 2, dim=-2), pyro.plate("row", len(x), dim=-1):
             pyro.deterministic("mean", (slope * x).expand(2, -1))
-            pyro.deterministic(
-                "pair", torch.stack([slope * x] * 3, -1).expand(2, -1, 3), event_dim=1
-            )
+            pyro.deterministic("pair", torch.stack([slope * x] * 3, -1).expand(2, -1, 3), event_dim=1)
             pyro.deterministic("other", (slope * x)[:2])
         pyro.deterministic("outside", slope * x)
 
     x = torch.linspace(-1, 1, 4)
-    idata = to_arviz(
-        ImplicitGuide(model).setup(x), model, x, num_samples=5, coords={"row": list("abcd")}
-    )
+    idata = to_arviz(ImplicitGuide(model).setup(x), model, x, num_samples=5, coords={"row": list("abcd")})
     for group in ("posterior", "prior"):
         assert idata[group]["mean"].dims == ("chain", "draw", "column", "row")
         assert idata[group]["outside"].dims == ("chain", "draw", "outside_dim_0")
         assert idata[group]["other"].dims == ("chain", "draw", "other_dim_0")
-        own = (
-            "pair_dim_0" if RECENT else "pair_dim_2"
-        )  # counted from the first without a name, or from all
+        own = "pair_dim_0" if RECENT else "pair_dim_2"  # counted from the first without a name, or from all
         assert idata[group]["pair"].dims == ("chain", "draw", "column", "row", own)
     mean = idata["posterior"]["mean"].sel(row="d", column=0)
     assert (mean.values == idata["posterior"]["slope"].values).all()
@@ -121,19 +110,14 @@ def test_the_log_ratio_is_that_of_the_adversary() -> None:
     """With a contrast whose moments are those of the draws, ``log q - log r`` by hand."""
     options: dict[str, Any] = {"num_steps": 3, "num_particles": 16, "warm_start": 5}
     one = ImplicitGuide(models.eight_schools)
-    AVBSVI(models.eight_schools, one, **options, contrast="gaussian", seed=0, progress=False).run(
-        *ARGS
-    )
+    AVBSVI(models.eight_schools, one, **options, contrast="gaussian", seed=0, progress=False).run(*ARGS)
     idata = to_arviz(one, models.eight_schools, *ARGS, num_samples=60, prior=False)
     stats = idata.sample_stats
     parts = [idata.posterior[name].values[0].reshape(60, -1) for name in ("mu", "tau", "eta")]
     u = torch.tensor(np.concatenate(parts, 1))
     r = GaussianContrast()(u)
     np.testing.assert_allclose(
-        stats["log_q_learned"].values[0] - stats["log_ratio"].values[0],
-        r.log_prob(u),
-        rtol=1e-3,
-        atol=1e-3,
+        stats["log_q_learned"].values[0] - stats["log_ratio"].values[0], r.log_prob(u), rtol=1e-3, atol=1e-3
     )
     assert stats["log_ratio"].values.std() > 0
 
@@ -219,9 +203,7 @@ def numpys_generator() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("numpys_generator")
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
-)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_workflow_of_arviz_runs(guide: ImplicitGuide, tmp_path: Path) -> None:
     """Tables, comparison, pictures, and a file that gives everything back."""
     import matplotlib
@@ -301,9 +283,7 @@ def test_without_observations_or_adversary_there_are_fewer_groups() -> None:
 
 
 @pytest.mark.parametrize("release", ["0.23.4", "1.0.0", "1.3.0"])
-def test_each_generation_of_arviz_gets_its_call(
-    release: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_generation_of_arviz_gets_its_call(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nested groups since 1.0, one keyword a group before; the other shape raises nothing there and is wrong."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

@@ -89,27 +89,14 @@ def test_no_gpu_is_started_that_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "get_rng_state", started)
     with pytest.raises(AssertionError, match="GPU was started"), torch.random.fork_rng(range(4)):
         pass
-    options: dict[str, Any] = {
-        "num_steps": 2,
-        "num_particles": 16,
-        "warm_start": 5,
-        "progress": False,
-    }
+    options: dict[str, Any] = {"num_steps": 2, "num_particles": 16, "warm_start": 5, "progress": False}
 
     def fit(y: Tensor) -> Fit:
         return AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **options).run(y)
 
     fit(models.Y)
     x = torch.rand(40, 4)
-    vae = VAE(
-        GaussianEncoder(nn.Linear(4, 4)), Decoder(nn.Linear(2, 4), BernoulliLikelihood([4])), 2
-    )
+    vae = VAE(GaussianEncoder(nn.Linear(4, 4)), Decoder(nn.Linear(2, 4), BernoulliLikelihood([4])), 2)
     vae.log_evidence(x, "iwae")
     FeatureNet(x, torch.arange(40) % 2, steps=2)
-    sbc(
-        models.normal_normal,
-        lambda model, data: fit(data["obs"]),
-        models.Y,
-        num_datasets=10,
-        num_draws=9,
-    )
+    sbc(models.normal_normal, lambda model, data: fit(data["obs"]), models.Y, num_datasets=10, num_draws=9)

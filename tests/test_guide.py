@@ -140,9 +140,9 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(OptionError, match="num_samples"):
         ImplicitGuide(models.normal_normal).setup(Y).sample(0)
     with pytest.raises(OptionError, match="no density"):
-        ImplicitGuide(
-            models.eight_schools, sampler=lambda dim: DenseSampler(dim, noise_dim=2)
-        ).setup(models.SIGMA, models.Y)
+        ImplicitGuide(models.eight_schools, sampler=lambda dim: DenseSampler(dim, noise_dim=2)).setup(
+            models.SIGMA, models.Y
+        )
 
 
 @pytest.mark.uses_param_store
@@ -174,9 +174,7 @@ def test_a_column_beside_a_row_is_refused() -> None:
     """It would be compared with it each with each, and give another posterior without a word."""
     x, y = torch.randn(50, 3), torch.randn(50)
     ImplicitGuide(regression).setup(x, y)
-    with pytest.raises(
-        ModelError, match=r"shape of its plates; got \(50, 1\), which makes \(50, 50\)"
-    ):
+    with pytest.raises(ModelError, match=r"shape of its plates; got \(50, 1\), which makes \(50, 50\)"):
         ImplicitGuide(regression).setup(x, y[:, None])
 
 
@@ -189,9 +187,7 @@ def test_a_column_beside_a_row_is_refused() -> None:
         (lambda p: dist.Normal(p, 1.0).expand([2, 3]).to_event(1), 0.5, torch.nan),
     ],
 )
-def test_data_outside_the_support_are_refused(
-    distribution: Callable[..., Any], good: float, bad: float
-) -> None:
+def test_data_outside_the_support_are_refused(distribution: Callable[..., Any], good: float, bad: float) -> None:
     def model(y: Tensor, mask: Tensor | None = None) -> None:
         p = pyro.sample("p", dist.Beta(1.0, 1.0))
         with pyro.plate("rows", 2):

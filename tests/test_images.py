@@ -34,11 +34,7 @@ ROWS = {"train": 7, "t10k": 3}
 
 def idx(array: np.ndarray) -> bytes:
     """An array of bytes as an IDX file has it, written from its description."""
-    return (
-        bytes([0, 0, 8, array.ndim])
-        + struct.pack(f">{array.ndim}I", *array.shape)
-        + array.tobytes()
-    )
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
 def pixels(part: str) -> np.ndarray:
@@ -146,9 +142,7 @@ def test_mnist_comes_as_it_was_written(folder: Path) -> None:
         mnist(folder)
 
 
-def test_mnist_is_found_through_the_environment(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mnist_is_found_through_the_environment(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPLICITVI_DATA", str(folder))
     assert len(mnist(validation=2).train.images) == 5
     above = tmp_path / "data"
@@ -162,9 +156,7 @@ def test_mnist_is_found_through_the_environment(
 def test_a_missing_file_is_named_with_the_places_looked_at(folder: Path) -> None:
     for path in folder.glob("t10k-labels*"):
         path.unlink()
-    with pytest.raises(
-        DataError, match=r"t10k-labels-idx1-ubyte; got none of .*t10k-labels"
-    ) as told:
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte; got none of .*t10k-labels") as told:
         mnist(folder)
     assert str(folder) in str(told.value) and "IMPLICITVI_DATA" in str(told.value)
 
@@ -238,18 +230,7 @@ def test_the_real_mnist() -> None:
     assert whole.shape == (60_000, 1, 28, 28)
     assert whole.double().mean() / 255 == pytest.approx(0.1306605, abs=1e-7)
     assert data.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert data.test.labels.bincount().tolist() == [
-        980,
-        1135,
-        1032,
-        1010,
-        982,
-        892,
-        958,
-        1028,
-        974,
-        1009,
-    ]
+    assert data.test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
 # Folders

@@ -32,7 +32,7 @@ LAYERS = (
     {"problem", "fit"},
     {"amortized_problem"},
     {"options"},
-    {"engine", "saved", "stacked"},
+    {"engine", "saved"},
     {"svi"},
     {"export", "plots"},
 )
@@ -104,9 +104,7 @@ def violations(package: Path) -> list[str]:
             else:
                 allowed = other == room or LEVEL.get(other, len(LAYERS)) < LEVEL[room]
             if not allowed:
-                wrong.append(
-                    f"{name} imports {target or 'the package itself'}, which is not below it"
-                )
+                wrong.append(f"{name} imports {target or 'the package itself'}, which is not below it")
     return wrong
 
 
@@ -123,16 +121,8 @@ def test_imports_go_one_way() -> None:
         ("ratios", "from implicitvi import ImplicitGuide", "ratios imports the package itself,"),
         ("training/player", "from ..svi import AVBSVI", "training.player imports svi,"),
         ("training/player", "from .. import svi", "training.player imports svi,"),
-        (
-            "training/player",
-            "def f():\n    from ..svi import AVBSVI",
-            "training.player imports svi,",
-        ),
-        (
-            "evaluation/divergences",
-            "from .. import ratios",
-            "evaluation.divergences imports ratios,",
-        ),
+        ("training/player", "def f():\n    from ..svi import AVBSVI", "training.player imports svi,"),
+        ("evaluation/divergences", "from .. import ratios", "evaluation.divergences imports ratios,"),
         ("gadgets", "", "gadgets has no layer: add it"),
     ],
 )
@@ -147,11 +137,7 @@ def test_a_wrong_import_is_caught(tmp_path: Path, module: str, line: str, compla
 
 def test_imports_from_below_and_from_the_same_room_are_allowed(tmp_path: Path) -> None:
     skeleton(tmp_path)
-    lines = [
-        "from ..errors import ShapeError",
-        "from . import rng",
-        "from implicitvi.avb.objective import AVB",
-    ]
+    lines = ["from ..errors import ShapeError", "from . import rng", "from implicitvi.avb.objective import AVB"]
     (tmp_path / "training/player.py").write_text("\n".join([*lines, "import torch, os.path"]))
     (tmp_path / "training/__init__.py").write_text("from .player import Player")
     assert violations(tmp_path) == []
@@ -161,15 +147,7 @@ def skeleton(package: Path) -> None:
     """Empty modules with the names that the planted lines use."""
     for folder in ("training", "evaluation"):
         (package / folder).mkdir()
-    for name in (
-        "errors",
-        "ratios",
-        "samplers",
-        "objectives",
-        "svi",
-        "training/rng",
-        "evaluation/__init__",
-    ):
+    for name in ("errors", "ratios", "samplers", "objectives", "svi", "training/rng", "evaluation/__init__"):
         (package / f"{name}.py").touch()
 
 

@@ -11,12 +11,7 @@ from torch.distributions import Bernoulli
 
 from implicitvi.errors import OptionError, ShapeError
 from implicitvi.metrics.frechet import FeatureNet, feature_distance, frechet_distance
-from implicitvi.metrics.latent import (
-    active_units,
-    aggregated_kl,
-    negative_log_likelihood,
-    squared_error,
-)
+from implicitvi.metrics.latent import active_units, aggregated_kl, negative_log_likelihood, squared_error
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:
@@ -29,11 +24,7 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
 
 def test_the_aggregated_posterior_of_an_exact_model_is_the_prior() -> None:
     """``m ~ N(0, 0.9)``, ``z ~ N(m, 0.1)``, and codes that shrink or leave a hole; noise of the estimate 0.02."""
-    means, noise, prior = (
-        0.9**0.5 * normals(3000, 2),
-        normals(3000, 2, seed=1),
-        normals(3000, 2, seed=2),
-    )
+    means, noise, prior = (0.9**0.5 * normals(3000, 2), normals(3000, 2, seed=1), normals(3000, 2, seed=2))
     assert abs(aggregated_kl(means + 0.1**0.5 * noise, prior)) < 0.1
     narrow = aggregated_kl(0.5 * (means + 0.1**0.5 * noise), prior)
     assert abs(narrow - (2 * math.log(2) - 0.75)) < 0.1
@@ -150,14 +141,10 @@ def test_the_classifier_has_learned_digits(net: FeatureNet, digits: tuple[Tensor
     assert torch.allclose(together, apart, atol=1e-4)
 
 
-def test_distance_grows_with_what_is_done_to_the_images(
-    net: FeatureNet, digits: tuple[Tensor, Tensor]
-) -> None:
+def test_distance_grows_with_what_is_done_to_the_images(net: FeatureNet, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits[0][1000:1398], digits[0][1398:1796]
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    mixed = [
-        feature_distance(net, (1 - share) * x + share * noise, y) for share in (0, 0.3, 0.6, 1)
-    ]
+    mixed = [feature_distance(net, (1 - share) * x + share * noise, y) for share in (0, 0.3, 0.6, 1)]
     assert mixed == sorted(mixed) and mixed[-1] > 5 * mixed[0]
     one_class = digits[0][digits[1] == 3]
     assert feature_distance(net, one_class, y) > 3 * mixed[0]  # a mode is all there is

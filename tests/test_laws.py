@@ -19,15 +19,15 @@ from contracts import (
 )
 from implicitvi.avb.adversaries import InformedAdversary, ResidualAdversary
 from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
-from implicitvi.avb.objective import AVB
+from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.ratios import RatioLoss
 from implicitvi.avb.samplers import DenseSampler
 from implicitvi.numerics.gaussian import Gaussian, GaussianMixture
 
 
-def oracle(contrast: str, q: torch.distributions.MultivariateNormal) -> AVB:
+def oracle(contrast: str, q: torch.distributions.MultivariateNormal) -> AVBObjective:
     wrapped = OracleContrast(CONTRASTS[contrast]().double())
-    return AVB(ExplicitSampler(q), wrapped, OracleAdversary(q, wrapped))
+    return AVBObjective(ExplicitSampler(q), wrapped, OracleAdversary(q, wrapped))
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
@@ -73,7 +73,7 @@ def test_the_hint_is_part_of_the_ratio(contrast: str) -> None:
         informed.weight.fill_(0.7)
         informed.centre.fill_(0.3)
     torch.manual_seed(0)
-    elbo, _ = AVB(plain.sampler, wrapped, informed).elbo(50, p.log_prob)
+    elbo, _ = AVBObjective(plain.sampler, wrapped, informed).elbo(50, p.log_prob)
     torch.manual_seed(0)
     expected, _ = plain.elbo(50, p.log_prob)
     torch.testing.assert_close(elbo, expected, rtol=0, atol=1e-10)
@@ -84,7 +84,7 @@ def test_the_hint_is_part_of_the_ratio(contrast: str) -> None:
 def test_the_hint_is_a_function_of_the_draws_alone(weight: float, context: Tensor | None) -> None:
     """Parameters of the model get the gradient of the log joint, the draws that of ``log p - T`` with all of ``T``."""
     torch.manual_seed(0)
-    avb = AVB(
+    avb = AVBObjective(
         DenseSampler(D, context_dim=0 if context is None else 2, hidden=(8,)).double(),
         GaussianContrast(),
         InformedAdversary(ResidualAdversary(D, context_dim=0 if context is None else 2)).double(),
@@ -111,9 +111,7 @@ def test_the_hint_is_a_function_of_the_draws_alone(weight: float, context: Tenso
     gap = log_joint(z, theta.detach()) - log_r
     others = 0.0 if context is None else (gap.sum(0) - gap).detach() / 63
     assert 0 < ((gap - others + 1.0).abs() < 2.0).double().mean() < 1
-    scores = adversary(
-        avb.contrast.standardise(z, r), gap - others, *([] if context is None else [context])
-    )
+    scores = adversary(avb.contrast.standardise(z, r), gap - others, *([] if context is None else [context]))
     expected = torch.autograd.grad((log_joint(z) - log_r - scores).mean(), weights)
     for mine, true in zip(got, expected, strict=True):
         assert torch.allclose(mine, true, rtol=1e-9, atol=1e-12)
@@ -125,21 +123,17 @@ def test_an_adversary_learns_from_the_hint_that_the_sampler_is_shown(num_samples
     torch.manual_seed(0)
     context = torch.randn(4, 2, dtype=torch.float64)
     network = ResidualAdversary(D, context_dim=2)
-    avb = AVB(
-        DenseSampler(D, context_dim=2, hidden=(8,)).double(),
-        GaussianContrast(),
-        InformedAdversary(network).double(),
+    avb = AVBObjective(
+        DenseSampler(D, context_dim=2, hidden=(8,)).double(), GaussianContrast(), InformedAdversary(network).double()
     )
     log_joint = lambda z: -(z - 0.3).square().sum(-1)  # noqa: E731
     z = avb.sampler(3 * num_samples, context).detach()
     r = avb.contrast(z, context)
-    _, learned = avb.compare(z, num_samples, log_joint, context)
+    _, learned = avb.adversary_batch(z, num_samples, log_joint, context)
     if num_samples == 1:
-        expected = torch.cat(
-            [avb.show(one, r, log_joint(one), context)[1][1] for one in z[:, None]]
-        )
+        expected = torch.cat([avb.adversary_inputs(one, r, log_joint(one), context)[1][1] for one in z[:, None]])
     else:
-        expected = avb.show(z, r, log_joint(z), context)[1][1]
+        expected = avb.adversary_inputs(z, r, log_joint(z), context)[1][1]
     assert torch.allclose(learned[0], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -147,7 +141,7 @@ def test_the_oracle_law_catches_a_wrong_sign() -> None:
     """The planted bug: an adversary of the opposite sign fails the first law by more than rounding."""
     q = gaussian(3)
     avb = oracle("gaussian", q)
-    flipped = AVB(avb.sampler, avb.contrast, Negated(avb.adversary))
+    flipped = AVBObjective(avb.sampler, avb.contrast, Negated(avb.adversary))
     elbo, _ = flipped.elbo(50, lambda z: q.log_prob(z) - 7.25)
     assert (elbo + 7.25).abs().max() > 1e-3
 
@@ -162,12 +156,12 @@ class Negated(nn.Module):
         return scores
 
 
-def trained(sampler: str, contrast: str, adversary: str = "gated") -> AVB:
+def trained(sampler: str, contrast: str, adversary: str = "gated") -> AVBObjective:
     """All parts real, their zero layers filled so that every parameter matters."""
     torch.manual_seed(0)
     made = CONTRASTS[contrast]().double()
-    informed = InformedAdversary(ADVERSARIES[adversary](D + made.marks)).double()
-    avb = AVB(SAMPLERS[sampler](D).double(), made, informed, averaging=0.5)
+    informed = InformedAdversary(ADVERSARIES[adversary](D + made.extra_dim)).double()
+    avb = AVBObjective(SAMPLERS[sampler](D).double(), made, informed, averaging=0.5)
     with torch.no_grad():
         for module in (avb.sampler, avb.adversary):
             for parameter in module.parameters():
@@ -186,9 +180,7 @@ def test_gradients_stay_home(sampler: str, contrast: str) -> None:
 
     (loss,) = avb.adversary_losses(20, 1, p.log_prob)
     given = torch.autograd.grad(loss, [*own, *avb.sampler.parameters()], allow_unused=True)
-    assert all(
-        g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in given[: len(own)]
-    )
+    assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in given[: len(own)])
     assert all(g is None for g in given[len(own) :])
 
     elbo, _ = avb.elbo(20, p.log_prob)
@@ -221,17 +213,12 @@ def test_ratio_losses_have_their_optimum_at_the_log_ratio(name: str) -> None:
     r = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
     weights_q, weights_r = (d.log_prob(grid).exp() * (grid[1] - grid[0]) for d in (q, r))
     truth = torch.tensor(
-        [-0.5 * 0.25 / 0.64 - torch.log(torch.tensor(0.8)), 0.5 / 0.64, 0.5 - 0.5 / 0.64],
-        dtype=torch.float64,
+        [-0.5 * 0.25 / 0.64 - torch.log(torch.tensor(0.8)), 0.5 / 0.64, 0.5 - 0.5 / 0.64], dtype=torch.float64
     )
     features = torch.stack([torch.ones_like(grid), grid, grid**2])
     coefficients = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [coefficients],
-        max_iter=1000,
-        tolerance_grad=1e-12,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
+        [coefficients], max_iter=1000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
@@ -245,17 +232,12 @@ def test_ratio_losses_have_their_optimum_at_the_log_ratio(name: str) -> None:
     with torch.no_grad():
         log_ratio = ratio.log_ratio(coefficients @ features)
     near = (grid.abs() < 4).nonzero().squeeze()
-    torch.testing.assert_close(
-        log_ratio[near], (truth @ features)[near], rtol=0, atol=1e-4, check_dtype=False
-    )
+    torch.testing.assert_close(log_ratio[near], (truth @ features)[near], rtol=0, atol=1e-4, check_dtype=False)
 
 
 def expected_loss(ratio: RatioLoss, t: Tensor, weights_q: Tensor, weights_r: Tensor) -> Tensor:
     """The ratio's loss in expectation: its two parts point by point, under quadrature weights."""
-    low, high = (
-        t.new_full((1,), -50.0),
-        t.new_full((1,), 50.0),
-    )  # scores at which the other part is flat
+    low, high = (t.new_full((1,), -50.0), t.new_full((1,), 50.0))  # scores at which the other part is flat
     q_part = torch.func.vmap(lambda s: ratio.loss(s[None], low))(t)
     r_part = torch.func.vmap(lambda s: ratio.loss(high, s[None]))(t)
     return (q_part * weights_q).sum() + (r_part * weights_r).sum()
@@ -268,9 +250,7 @@ def test_standardised_draws_have_the_divergence_of_the_draws(contrast: str) -> N
     z = q.sample((400,))
     made = CONTRASTS[contrast]()
     r = made(z)
-    standard = torch.distributions.MultivariateNormal(
-        torch.zeros(D).double(), torch.eye(D).double()
-    )
+    standard = torch.distributions.MultivariateNormal(torch.zeros(D).double(), torch.eye(D).double())
     zbar = made.standardise(z, r)
     log_det = r.log_prob(z) - standard.log_prob(zbar)
     assert log_det.std() < 1e-10  # r in the new coordinates is N(0, I): one constant apart
@@ -307,7 +287,7 @@ def test_samplers_keep_the_contract(name: str) -> None:
     torch.manual_seed(0)
     plain = SAMPLERS[name](D)
     assert plain(7).shape == (7, D)
-    plain.set_frame(torch.tensor([10.0, 0.0, -10.0]), torch.eye(D) * 0.1)
+    plain.set_affine(torch.tensor([10.0, 0.0, -10.0]), torch.eye(D) * 0.1)
     z = plain(2000)
     assert (z.mean(0) - plain.loc).abs().max() < 0.05
     assert (z.std(0) / 0.1 - 1).abs().max() < 0.25
@@ -358,7 +338,7 @@ def test_the_sampler_is_shown_the_average() -> None:
     """One step of an average with share 0.5 between two constant adversaries lies halfway between them."""
     q = gaussian(1)
     constant = Constant().double()
-    avb = AVB(ExplicitSampler(q), CONTRASTS["gaussian"](), constant, averaging=0.5)
+    avb = AVBObjective(ExplicitSampler(q), CONTRASTS["gaussian"](), constant, averaging=0.5)
     avb.keep_average()
     with torch.no_grad():
         constant.level.fill_(2.0)
@@ -366,7 +346,7 @@ def test_the_sampler_is_shown_the_average() -> None:
     torch.manual_seed(0)
     averaged, _ = avb.elbo(10, q.log_prob)
     torch.manual_seed(0)
-    current, _ = AVB(avb.sampler, avb.contrast, constant).elbo(10, q.log_prob)
+    current, _ = AVBObjective(avb.sampler, avb.contrast, constant).elbo(10, q.log_prob)
     torch.testing.assert_close(averaged - current, torch.ones_like(current))
 
 
@@ -499,8 +479,7 @@ def test_the_mixture_is_torchs_mixture() -> None:
     trils = torch.stack([part.scale_tril for part in parts])
     ours = GaussianMixture(weights, locs, trils)
     theirs = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(weights),
-        torch.distributions.MultivariateNormal(locs, scale_tril=trils),
+        torch.distributions.Categorical(weights), torch.distributions.MultivariateNormal(locs, scale_tril=trils)
     )
     z = theirs.sample((2, 7))
     torch.testing.assert_close(ours.log_prob(z), theirs.log_prob(z), rtol=1e-10, atol=1e-10)

@@ -211,10 +211,7 @@ def test_the_plate_of_particles_is_taken_where_vmap_cannot_be() -> None:
     (y,) = zoo.five(torch.float64)
     log_joint = made(zoo.ordered_logistic, (y,))
     log_joint.choose(torch.zeros(1, 4).double(), y)
-    assert (log_joint.mode, log_joint.reason) == (
-        "plate",
-        "the particle plate agrees with the loop",
-    )
+    assert (log_joint.mode, log_joint.reason) == ("plate", "the particle plate agrees with the loop")
 
 
 def test_a_plate_that_mixes_its_particles_is_refused() -> None:
@@ -234,11 +231,7 @@ def test_points_without_a_density_cannot_make_a_wrong_mode_look_right(mode: str)
     setattr(log_joint, f"_{mode}", lambda u, args, kwargs: honest(u, args, kwargs) + u.mean())
     with pytest.raises(ModelError, match="disagree|too few points"):
         log_joint(torch.full((3, 1), -0.1).double(), y)
-    assert (
-        made(models.half_line, (y,), mode=mode)(torch.full((3, 1), -0.1).double(), y)
-        .isneginf()
-        .all()
-    )
+    assert made(models.half_line, (y,), mode=mode)(torch.full((3, 1), -0.1).double(), y).isneginf().all()
 
 
 def test_an_error_of_one_particle_does_not_hide_behind_the_score_of_another() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models
-from implicitvi.pyro_model.subsampling import Minibatch, draw_subsample
+from implicitvi.pyro_model.subsampling import PinnedSubsample, draw_subsample
 
 
 @pytest.mark.parametrize(("size", "count"), [(5, 2), (6, 3), (5, 3), (3, 3)])
@@ -37,7 +37,7 @@ def test_numbers_are_distinct_and_in_range() -> None:
 
 
 def test_a_plate_keeps_its_indices_within_and_not_beyond() -> None:
-    minibatch = Minibatch()
+    minibatch = PinnedSubsample()
     seen = []
 
     def model() -> None:

@@ -28,15 +28,7 @@ from implicitvi import (
     to_arviz,
 )
 from implicitvi.errors import ImplicitVIError
-from implicitvi.metrics import (
-    c2st,
-    knn_kl,
-    mean_error,
-    mmd,
-    sd_ratio,
-    sliced_wasserstein,
-    whiten,
-)
+from implicitvi.metrics import c2st, knn_kl, mean_error, mmd, sd_ratio, sliced_wasserstein, whiten
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 DRAWS = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
@@ -50,9 +42,7 @@ def guide() -> ImplicitGuide:
 
 def fit() -> Fit:
     """As little of a fit as there can be."""
-    return AVBSVI(
-        models.normal_normal, guide(), num_steps=1, num_particles=4, warm_start=0, progress=False
-    ).run(Y)
+    return AVBSVI(models.normal_normal, guide(), num_steps=1, num_particles=4, warm_start=0, progress=False).run(Y)
 
 
 def of_draws(function: Callable[..., Any]) -> dict[str, tuple[Call, str]]:
@@ -69,16 +59,10 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "unknown contrast": (lambda: AVB_ELBO(contrast="flwo"), "Did you mean 'flow'"),
         "no particles": (lambda: AVB_ELBO(num_particles=0), "num_particles"),
         "a rate below zero": (lambda: AVB_ELBO(adversary_lr=-1.0), "adversary_lr is out of range"),
-        "unknown tempering": (
-            lambda: AVB_ELBO(tempering="auto"),
-            "a share of the log joint, or None",
-        ),
+        "unknown tempering": (lambda: AVB_ELBO(tempering="auto"), "a share of the log joint, or None"),
     },
     "ImplicitGuide": {
-        "unknown sampler": (
-            lambda: ImplicitGuide(models.normal_normal, sampler="dens"),
-            "Did you mean 'dense'",
-        ),
+        "unknown sampler": (lambda: ImplicitGuide(models.normal_normal, sampler="dens"), "Did you mean 'dense'"),
         "drawn from too early": (lambda: guide().sample(3), "guide.setup"),
         "asked for its posterior too early": (lambda: guide().get_posterior(), "guide.setup"),
         "no draws": (lambda: guide().setup(Y).sample(0), "num_samples is out of range"),
@@ -129,9 +113,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         ),
         "minibatches": (
             lambda: to_arviz(
-                ImplicitGuide(models.global_latents_in_minibatches).setup(Y),
-                models.global_latents_in_minibatches,
-                Y,
+                ImplicitGuide(models.global_latents_in_minibatches).setup(Y), models.global_latents_in_minibatches, Y
             ),
             "arguments under which it looks at all of its data",
         ),
@@ -146,10 +128,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     "whiten": of_draws(whiten),
 }
 # names whose misuses have their table elsewhere, and the one name that nobody calls
-ELSEWHERE: dict[str, Sized] = {
-    "AVBSVI": [*test_svi.MISUSES, *test_saved.REFUSED],
-    "diagnose": test_diagnose.MISUSES,
-}
+ELSEWHERE: dict[str, Sized] = {"AVBSVI": [*test_svi.MISUSES, *test_saved.REFUSED], "diagnose": test_diagnose.MISUSES}
 NO_CALL = {"StopTraining"}  # an exception of a user's own callback; any message will do
 
 
@@ -159,12 +138,8 @@ def test_every_public_name_has_three_misuses(name: str) -> None:
         assert len(ELSEWHERE.get(name, CASES.get(name, {}))) >= 3, f"add misuses of {name}"
 
 
-@pytest.mark.parametrize(
-    ("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases]
-)
-def test_misuses_are_named(
-    name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
+def test_misuses_are_named(name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if case == "not installed":
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -16,8 +16,9 @@ from torch.distributions import MultivariateNormal
 
 from contracts import ExplicitSampler, gaussian
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
-from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast, ModalContrast
-from implicitvi.avb.samplers import DenseSampler, MixtureSampler, Sampler
+from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
+from implicitvi.avb.multimodal import MixtureSampler, PerModeContrast
+from implicitvi.avb.samplers import DenseSampler, Sampler
 from implicitvi.inference.modes import (
     BARRIER,
     TAIL,
@@ -30,7 +31,7 @@ from implicitvi.inference.modes import (
     wide_starts,
 )
 from implicitvi.inference.objective import Problem
-from implicitvi.numerics.gaussian import Assembly
+from implicitvi.numerics.gaussian import Mixture
 from implicitvi.rng import RandomStream
 from models import SIGMA, Y, eight_schools
 
@@ -169,20 +170,20 @@ def test_weights_go_where_the_bound_is_highest(truth: float) -> None:
     assert abs(fitted(-0.02) - truth) > 0.09
 
 
-def modal() -> tuple[ModalContrast, Tensor]:
+def modal() -> tuple[PerModeContrast, Tensor]:
     """A contrast of two modes a hundred standard deviations apart, and draws of both."""
     torch.manual_seed(0)
     locs = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
     z = torch.cat([torch.randn(300, 2), locs[1] + 2 * torch.randn(700, 2)])
     parts = [GaussianContrast(), MixtureContrast(2, components=2)]
     scales = torch.stack([torch.eye(2), 2 * torch.eye(2)])
-    return ModalContrast(parts, torch.tensor([0.3, 0.7]), locs, scales), z
+    return PerModeContrast(parts, torch.tensor([0.3, 0.7]), locs, scales), z
 
 
 def test_each_mode_has_coordinates_of_its_own() -> None:
     contrast, z = modal()
     standard = contrast.standardise(z, contrast(z))
-    assert standard.shape == (1000, 2 + contrast.marks)
+    assert standard.shape == (1000, 2 + contrast.extra_dim)
     for k, part in enumerate(standard.split([300, 700])):
         assert (part[:, -2:].argmax(-1) == k).all() and (part[:, -2:].sum(-1) == 1).all()
         assert part[:, :2].mean(0).abs().max() < 0.1
@@ -194,14 +195,14 @@ def test_a_mode_that_is_hardly_there_need_not_be_drawn(kind: str) -> None:
     z = torch.randn(100, 2)
     contrast = GaussianContrast() if kind == "gaussian" else MixtureContrast(2, components=2)
     r = contrast(z)
-    draws = Assembly(torch.tensor([1 - 1e-7, 1e-7]), [r, r]).sample(torch.Size([50]))
+    draws = Mixture(torch.tensor([1 - 1e-7, 1e-7]), [r, r]).sample(torch.Size([50]))
     assert draws.shape == (50, 2) and draws.isfinite().all()
 
 
 def test_the_contrast_of_far_modes_is_a_density_that_follows_the_draws() -> None:
     contrast, z = modal()
     r = contrast(z)
-    assert isinstance(r, Assembly)
+    assert isinstance(r, Mixture)
     each = torch.stack([part.log_prob(z) for part in r.parts], -1)
     torch.testing.assert_close(r.log_prob(z), (each + torch.tensor([0.3, 0.7]).log()).logsumexp(-1))
     draws = r.sample((4000,))
@@ -243,22 +244,11 @@ def test_a_tempered_fit_sets_out_from_wide_gaussians() -> None:
     """``β log p + (1 - β) log g``, with ``g`` three times as wide as the frame, of every mode."""
     for modes, max_modes in ((2, 8), (1, 1)):
         guide = ImplicitGuide(mirrored)
-        svi = AVBSVI(
-            mirrored,
-            guide,
-            num_steps=20,
-            tempering=0.25,
-            max_modes=max_modes,
-            seed=0,
-            progress=False,
-        )
+        svi = AVBSVI(mirrored, guide, num_steps=20, tempering=0.25, max_modes=max_modes, seed=0, progress=False)
         assert svi.run(torch.zeros(())).history["beta"][0] == 0.25
         locs, scales = guide.sampler.frames()
         assert len(locs) == modes
-        each = [
-            MultivariateNormal(loc, scale_tril=3 * scale)
-            for loc, scale in zip(locs, scales, strict=True)
-        ]
+        each = [MultivariateNormal(loc, scale_tril=3 * scale) for loc, scale in zip(locs, scales, strict=True)]
         u = 5 * torch.randn(50, guide.layout.dim)
         g = torch.stack([part.log_prob(u) for part in each]).logsumexp(0) - math.log(modes)
         assert isinstance(svi.problem, Problem)
@@ -329,9 +319,7 @@ def test_what_has_no_density_is_no_mode() -> None:
     def hole(z: Tensor) -> Tensor:
         return (-0.5 * (z - 1).square().sum(-1)).where(z[..., 0] > 0, torch.nan)
 
-    found = find_modes(
-        hole, torch.ones(2), torch.eye(2), 5 * torch.randn(20, 2), max_modes=4, num_steps=20
-    )
+    found = find_modes(hole, torch.ones(2), torch.eye(2), 5 * torch.randn(20, 2), max_modes=4, num_steps=20)
     assert len(found) == 1
 
 

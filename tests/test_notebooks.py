@@ -54,13 +54,7 @@ class Table(HTMLParser):
 
 def fitted(model: Any, *args: Any, guide: Any = None, **kwargs: Any) -> Fit:
     svi = AVBSVI(
-        model,
-        guide or ImplicitGuide(model),
-        num_steps=4,
-        num_particles=16,
-        warm_start=5,
-        progress=False,
-        seed=0,
+        model, guide or ImplicitGuide(model), num_steps=4, num_particles=16, warm_start=5, progress=False, seed=0
     )
     return svi.run(*args, **kwargs)
 

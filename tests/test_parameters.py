@@ -1,4 +1,4 @@
-"""Parameters of the model are learned with the posterior, and importance weights tighten what they climb."""
+"""Parameters of the model are learned with the posterior, and importance weights tighten the bound that they climb."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal
 from contracts import ExplicitSampler, OracleAdversary, OracleContrast, gaussian
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide
 from implicitvi.avb.contrasts import GaussianContrast
-from implicitvi.avb.objective import AVB, tighten
+from implicitvi.avb.objective import AVBObjective, importance_weighted
 from implicitvi.errors import ModelError
 
 SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "warm_start": 10, "progress": False}
@@ -129,10 +129,10 @@ def test_pyros_own_svi_trains_the_models_parameters() -> None:
     assert pyro.param("scale").item() != pytest.approx(0.5, abs=1e-3)
 
 
-def pair() -> tuple[MultivariateNormal, AVB]:
+def pair() -> tuple[MultivariateNormal, AVBObjective]:
     q = gaussian(1)
     contrast = OracleContrast(GaussianContrast())
-    return q, AVB(ExplicitSampler(q), contrast, OracleAdversary(q, contrast), num_importance=5)
+    return q, AVBObjective(ExplicitSampler(q), contrast, OracleAdversary(q, contrast), num_importance=5)
 
 
 def test_with_the_oracle_the_tightened_bound_is_iwae() -> None:
@@ -149,7 +149,7 @@ def test_with_the_oracle_the_tightened_bound_is_iwae() -> None:
 
 def test_one_draw_a_bound_changes_nothing() -> None:
     elbo, z = torch.randn(6), torch.randn(6, 2, requires_grad=True)
-    assert tighten(elbo, z, 1) is elbo
+    assert importance_weighted(elbo, z, 1) is elbo
 
 
 def test_a_draw_without_density_takes_its_group_with_it() -> None:

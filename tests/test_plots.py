@@ -47,11 +47,7 @@ def shades(z: Tensor) -> Tensor:
     return rows
 
 
-CHECKS = [
-    found("error", 0.5, "ok", 1.0),
-    found("size", 10.0, "failed", 40.0),
-    found("x", None, "left out"),
-]
+CHECKS = [found("error", 0.5, "ok", 1.0), found("size", 10.0, "failed", 40.0), found("x", None, "left out")]
 POINTS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
 
 # A new picture joins this list: what draws it, given Axes or None.
@@ -69,11 +65,7 @@ SEVERAL: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "training": (3, lambda axes: plots.training(Run(), axes=axes)),
     "dashboard": (4, lambda axes: plots.dashboard(CHECKS, Run(), axes=axes)),
 }
-WITHOUT_UNITS = {
-    "images",
-    "diagnosis",
-    "mode_weights",
-}  # one axis of each has names in place of numbers
+WITHOUT_UNITS = {"images", "diagnosis", "mode_weights"}  # one axis of each has names in place of numbers
 
 
 @pytest.fixture(autouse=True)
@@ -346,9 +338,7 @@ def test_the_decoded_plane_has_its_axes_where_codes_have_them(ax: Axes) -> None:
         (lambda: plots.decoded_plane(lambda z: z), "does not make images.*unflatten"),
     ],
 )
-def test_misuse_of_images_is_explained_and_leaves_no_figure(
-    draw: Callable[[], Any], complaint: str
-) -> None:
+def test_misuse_of_images_is_explained_and_leaves_no_figure(draw: Callable[[], Any], complaint: str) -> None:
     with pytest.raises((OptionError, ShapeError), match=complaint):
         draw()
     assert open_figures() == []

@@ -81,9 +81,7 @@ def gradients(system: str) -> list[Tensor]:
     x = data(8).double().tensor_split(distributed.count())[distributed.rank()]
     schedule = Schedule(num_steps=1, num_particles=3, adversary_steps=2, tempering=None)
     players = model.players(lambda: x)
-    trainer = Trainer(
-        players, schedule=schedule, stream=RandomStream(0), average=distributed.average
-    )
+    trainer = Trainer(players, schedule=schedule, stream=RandomStream(0), average=distributed.average)
     found: list[Tensor] = []
     with NoiseOfAll():
         for player in players:
@@ -105,10 +103,7 @@ def gradients_of_own_statistics(folder: Path) -> tuple[list[Tensor], list[Tensor
     with distributed.join(CPU):
         exchange = distributed.average
         turns = lambda tensors: exchange(tensors) if len(tensors) > 1 else list(tensors)  # noqa: E731
-        with (
-            patch.object(distributed, "average", turns),
-            patch.object(distributed, "gather", lambda z: z),
-        ):
+        with patch.object(distributed, "average", turns), patch.object(distributed, "gather", lambda z: z):
             return alone, gradients("AVB, Gaussian contrast")
 
 
@@ -221,9 +216,7 @@ def batches_of_two(folder: Path) -> dict[str, Any]:
     """Batches of a tensor, of a loader that knows of no other process and of one that does; of 22 rows, 8 at a time."""
     rows, like = torch.arange(22.0)[:, None], torch.empty(0)
     loader = DataLoader(rows, 8, shuffle=True)
-    alone = {
-        n: [*batches_of(d, 8, like).epoch(5)] for n, d in {"tensor": rows, "loader": loader}.items()
-    }
+    alone = {n: [*batches_of(d, 8, like).epoch(5)] for n, d in {"tensor": rows, "loader": loader}.items()}
     with distributed.join(CPU):
         sampler: DistributedSampler[Any] = DistributedSampler(rows)  # type: ignore[arg-type]
         parted = DataLoader(rows, 4, sampler=sampler)
@@ -334,9 +327,7 @@ def test_contrasts_without_context_are_of_all_draws(written: Written) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_training_run_ends_with_the_same_weights_everywhere(
-    system: str, written: Written
-) -> None:
+def test_a_training_run_ends_with_the_same_weights_everywhere(system: str, written: Written) -> None:
     one, other = (process[f"{system} trained"] for process in written)
     assert (one["reason"], one["epochs"], len(one["history"]["model"])) == ("finished", 3, 15)
     for part in ("weights", "averaged", "validation"):
@@ -395,10 +386,7 @@ def test_validation_weighs_every_row_the_same(written: Written) -> None:
 
 def test_fewer_rows_than_processes_are_refused(written: Written) -> None:
     for process in written:
-        assert (
-            "fewer rows than there are processes; got 1, expected >= 2"
-            in process["batches"]["refused"]
-        )
+        assert "fewer rows than there are processes; got 1, expected >= 2" in process["batches"]["refused"]
         assert process["batches"]["count outside"] == 1
 
 

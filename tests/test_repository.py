@@ -17,15 +17,11 @@ ROOMS = sorted(p for p in (ROOT / "implicitvi").rglob("*.py") if p.name != "__in
 
 
 def test_changelog_has_a_section_for_what_is_not_released() -> None:
-    assert re.search(
-        r"^## \[?Unreleased\]?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    assert re.search(r"^## \[?Unreleased\]?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_make_has_every_target_that_the_documents_name() -> None:
-    targets = set(
-        re.findall(r"^([a-z.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    targets = set(re.findall(r"^([a-z.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     readme = commands(ROOT / "README.md")
     assert {"demo", "test"} <= readme
     assert (readme | commands(ROOT / "CONTRIBUTING.md")) <= targets
@@ -92,11 +88,7 @@ def test_version_is_the_same_everywhere() -> None:
 
 def test_every_dependency_has_a_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    pinned = set(
-        re.findall(
-            r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    )
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in wanted} <= pinned  # type: ignore[index]
 
@@ -110,8 +102,4 @@ def test_architecture_document_shows_every_module(path: Path) -> None:
 @pytest.mark.parametrize("banned", ["/work/", "/tmp/", "/home/", "pickle", "weights_only=False"])
 def test_code_has_no_machine_paths_and_no_pickles(banned: str) -> None:
     assert SHIPPED
-    assert [
-        str(path.relative_to(ROOT))
-        for path in SHIPPED
-        if banned in path.read_text(encoding="utf-8")
-    ] == []
+    assert [str(path.relative_to(ROOT)) for path in SHIPPED if banned in path.read_text(encoding="utf-8")] == []

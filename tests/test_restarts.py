@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from implicitvi import AVBSVI, Fit, ImplicitGuide
+from implicitvi.diagnostics.agreement import Agreement, agreement
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.inference.modes import Mode
-from implicitvi.inference.restarts import Agreement, agreement, warn_of_disagreement
+from implicitvi.inference.restarts import warn_of_disagreement
 from implicitvi.rng import derived_seed
 from models import normal_normal
 
@@ -67,9 +68,7 @@ def test_shares_of_modes_are_compared() -> None:
     torch.manual_seed(0)
     both = placed(-2.0, 2.0, weights=(0.3, 0.7))
     found = agreement([both, both, placed(2.0)])
-    torch.testing.assert_close(
-        found.shares, torch.tensor([[0.3, 0.7], [0.3, 0.7], [0.0, 1.0]]), atol=0.01, rtol=0
-    )
+    torch.testing.assert_close(found.shares, torch.tensor([[0.3, 0.7], [0.3, 0.7], [0.0, 1.0]]), atol=0.01, rtol=0)
     assert abs(found.spread - 0.3) < 0.01
     assert not found.ok and "shares of 2 far modes" in str(found)
     with pytest.warns(UserWarning, match="one of fit.fits that has every mode"):
@@ -93,9 +92,7 @@ def test_fits_that_disagree_warn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_best_is_chosen_by_a_criterion() -> None:
     fit = fitted(3)
-    order = {
-        id(one.guide): value for one, value in zip(fit.fits, (2.0, torch.nan, 1.0), strict=True)
-    }
+    order = {id(one.guide): value for one, value in zip(fit.fits, (2.0, torch.nan, 1.0), strict=True)}
     assert fit.best(lambda one: order[id(one.guide)]) is fit.restarts[1]
     with pytest.raises(OptionError, match="not finite"):
         fit.best(lambda one: torch.nan)
@@ -105,7 +102,7 @@ def test_without_a_criterion_the_draws_decide() -> None:
     """The first fit is moved by three standard deviations after training."""
     fit = fitted(2)
     loc, scale_tril = fit.guide.sampler.loc, fit.guide.sampler.scale_tril
-    fit.guide.sampler.set_frame(loc + 3 * scale_tril.diagonal(), scale_tril)
+    fit.guide.sampler.set_affine(loc + 3 * scale_tril.diagonal(), scale_tril)
     assert fit.best() is fit.restarts[0]
 
 

@@ -36,13 +36,7 @@ from implicitvi.training.checkpoint import CONFIG, STATE, read_state, save_state
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 GOLDEN = Path(__file__).parent / "golden" / "v1"
-SMALL: dict[str, Any] = {
-    "num_steps": 8,
-    "num_particles": 16,
-    "warm_start": 5,
-    "seed": 0,
-    "progress": False,
-}
+SMALL: dict[str, Any] = {"num_steps": 8, "num_particles": 16, "warm_start": 5, "seed": 0, "progress": False}
 
 
 def learned(y: Tensor) -> None:
@@ -92,15 +86,10 @@ def small(model: Callable[..., Any] = models.normal_normal, **options: Any) -> A
 
 
 CASES: dict[str, Callable[..., AVBSVI]] = {
-    **{
-        contrast: partial(small, contrast=contrast)
-        for contrast in ("mixture", "gaussian", "flow", "prior")
-    },
+    **{contrast: partial(small, contrast=contrast) for contrast in ("mixture", "gaussian", "flow", "prior")},
     "parameters": partial(small, learned),
     "amortized": partial(small, local, amortize="data"),
-    "noise basis": partial(
-        small, alone, amortize="data", sampler="noise_basis", contrast="moments"
-    ),
+    "noise basis": partial(small, alone, amortize="data", sampler="noise_basis", contrast="moments"),
     "functions": tiny,
 }
 LOAD: dict[str, Callable[[Path], AVBSVI]] = {
@@ -225,9 +214,7 @@ def test_a_loaded_guide_draws_what_it_drew(tmp_path: Path) -> None:
     assert np.array_equal(again.losses, fit.losses)
     assert str(again) == str(fit) and again.seconds == fit.seconds
     u = fit.guide.sample_unconstrained(5)
-    assert torch.equal(
-        fit.guide.get_posterior().log_prob(u), again.guide.get_posterior().log_prob(u)
-    )
+    assert torch.equal(fit.guide.get_posterior().log_prob(u), again.guide.get_posterior().log_prob(u))
 
 
 def test_parameters_of_the_model_come_back(tmp_path: Path) -> None:
@@ -406,18 +393,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
         f"no checkpoint; got {CONFIG}, mine, expected {STATE}. Give",
     ),
     "torn": (
-        lambda folder: (
-            (folder / STATE).write_bytes((folder / STATE).read_bytes()[:-9]),
-            run_anew(folder),
-        ),
+        lambda folder: ((folder / STATE).write_bytes((folder / STATE).read_bytes()[:-9]), run_anew(folder)),
         CheckpointError,
         "cannot be read",
     ),
     "of a latent variable model": (
-        lambda folder: (
-            save_state(folder, {}, config={"system": "VAE"}),
-            AVBSVI.load(folder, models.normal_normal),
-        ),
+        lambda folder: (save_state(folder, {}, config={"system": "VAE"}), AVBSVI.load(folder, models.normal_normal)),
         CheckpointError,
         "differs in its kind; expected AVBSVI",
     ),
@@ -426,11 +407,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
         CheckpointError,
         "options; got num_steps: 8, expected num_steps: 9",
     ),
-    "other seed": (
-        lambda folder: run_anew(folder, seed=1),
-        CheckpointError,
-        "options; got seed: 0, expected seed: 1",
-    ),
+    "other seed": (lambda folder: run_anew(folder, seed=1), CheckpointError, "options; got seed: 0, expected seed: 1"),
     "other sampler": (
         lambda folder: run_anew(folder, sampler="dense"),
         CheckpointError,
@@ -452,9 +429,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
             AVBSVI.load(
                 folder,
                 models.normal_normal,
-                guide=ImplicitGuide(
-                    models.normal_normal, sampler=lambda dim: DenseSampler(dim, hidden=(3,))
-                ),
+                guide=ImplicitGuide(models.normal_normal, sampler=lambda dim: DenseSampler(dim, hidden=(3,))),
                 adversary=tiny_adversary,
             ).setup(Y),
         ),
@@ -468,17 +443,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
         r"guide=ImplicitGuide\(model, sampler=...\)\)",
     ),
     "a function too many": (
-        lambda folder: AVBSVI.load(
-            folder, models.normal_normal, contrast=lambda dim: GaussianContrast()
-        ),
+        lambda folder: AVBSVI.load(folder, models.normal_normal, contrast=lambda dim: GaussianContrast()),
         CheckpointError,
         "options; got contrast: mixture, expected contrast: a function",
     ),
     "a ratio of ones own": (
-        lambda folder: (
-            small(ratio=FGanKL(limit=3.0)).run(Y).save(folder),
-            AVBSVI.load(folder, models.normal_normal),
-        ),
+        lambda folder: (small(ratio=FGanKL(limit=3.0)).run(Y).save(folder), AVBSVI.load(folder, models.normal_normal)),
         CheckpointError,
         r"got ratio. Pass them again: .*ratio=\.\.\.\)",
     ),
@@ -487,16 +457,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
         OptionError,
         "every is given without a checkpoint; got 3. Pass checkpoint=folder",
     ),
-    "every zero": (
-        lambda folder: small().run(Y, checkpoint=folder, every=0),
-        OptionError,
-        "every is out of range",
-    ),
-    "before the model": (
-        lambda folder: small().save(folder),
-        SetupError,
-        "has not seen its model",
-    ),
+    "every zero": (lambda folder: small().run(Y, checkpoint=folder, every=0), OptionError, "every is out of range"),
+    "before the model": (lambda folder: small().save(folder), SetupError, "has not seen its model"),
 }
 
 
@@ -523,9 +485,7 @@ def test_nothing_has_moved_where_a_checkpoint_was_refused(tmp_path: Path) -> Non
     assert not other.guide.is_set_up
 
 
-def test_the_same_weights_have_to_give_the_same_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_weights_have_to_give_the_same_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler that has changed its ways is found out by the probe, for guides of both kinds."""
     tiny().run(Y).save(tmp_path)
     plain = DenseSampler.transform
@@ -549,9 +509,7 @@ def wider(y: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("model", "y"), [(models.normal_normal, 2 * Y), (wider, Y)])
-def test_other_data_or_another_model_are_not_taken_for_the_same(
-    model: Any, y: Tensor, tmp_path: Path
-) -> None:
+def test_other_data_or_another_model_are_not_taken_for_the_same(model: Any, y: Tensor, tmp_path: Path) -> None:
     small().run(Y, checkpoint=tmp_path)
     with pytest.raises(CheckpointError, match="another model or other data"):
         small(model).run(y, checkpoint=tmp_path)

@@ -112,10 +112,7 @@ def test_the_fit_of_a_guide_and_arrays_are_taken_too() -> None:
     def arrays(_: Any, data: dict[str, Tensor]) -> dict[str, Any]:
         return {name: value.numpy() for name, value in conjugate()(None, data).items()}
 
-    ranks = [
-        sbc(normal_normal, make, BLANK, num_datasets=10).ranks["mu"]
-        for make in (conjugate(), fitted, arrays)
-    ]
+    ranks = [sbc(normal_normal, make, BLANK, num_datasets=10).ranks["mu"] for make in (conjugate(), fitted, arrays)]
     assert torch.equal(ranks[0], ranks[1]) and torch.equal(ranks[0], ranks[2])
     assert len(set(ranks[0].tolist())) > 3
 
@@ -146,9 +143,7 @@ def test_discrete_sites_are_simulated_and_summed_out(
             scores.append(trace.log_prob_sum(lambda name, _: name in ("obs", "evidence")))
         return {"by hand": torch.stack(scores)}
 
-    ranks = sbc(
-        model, prior, torch.zeros(shape), num_datasets=10, num_draws=9, quantities=summed
-    ).ranks
+    ranks = sbc(model, prior, torch.zeros(shape), num_datasets=10, num_draws=9, quantities=summed).ranks
     assert not {"k", "x_0", "g", "h", "i"} & {name.split("[")[0] for name in ranks}
     assert torch.equal(ranks[LOG_LIKELIHOOD], ranks["by hand"])
     assert len(set(ranks["by hand"].tolist())) > 1
@@ -156,9 +151,7 @@ def test_discrete_sites_are_simulated_and_summed_out(
 
 def test_the_same_seed_gives_the_same_ranks_and_leaves_the_callers_alone() -> None:
     before = torch.get_rng_state()
-    first, second = (
-        sbc(normal_normal, conjugate(), BLANK, num_datasets=10, seed=4) for _ in range(2)
-    )
+    first, second = (sbc(normal_normal, conjugate(), BLANK, num_datasets=10, seed=4) for _ in range(2))
     assert torch.equal(first.ranks["mu"], second.ranks["mu"])
     assert torch.equal(before, torch.get_rng_state())
 

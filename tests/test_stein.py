@@ -15,8 +15,8 @@ from torch import Tensor
 
 from implicitvi import ImplicitGuide
 from implicitvi.avb.samplers import SemiImplicitSampler
-from implicitvi.diagnostics.chains import elsewhere, moved
-from implicitvi.diagnostics.relearned_density import audit, psis
+from implicitvi.diagnostics.chains import find_missed_modes, moment_drift
+from implicitvi.diagnostics.relearned_density import psis, relearn_density
 from implicitvi.diagnostics.stein import _stein_kernel, kernel_stein, stein_identities
 from implicitvi.errors import OptionError, ShapeError
 from implicitvi.metrics.evidence import semi_implicit_bound
@@ -57,18 +57,14 @@ def test_the_discrepancy_does_not_depend_on_units_or_on_the_evidence() -> None:
 def test_exact_draws_are_rejected_at_the_null_rate() -> None:
     """Of 100 seeds at level 0.1: within the central 99.9 % of a binomial, and not one p-value is constant."""
     values = [
-        kernel_stein(z, -z, num_bootstrap=100, seed=seed).p_value
-        for seed in range(100)
-        for z in [draws(seed, 200, 2)]
+        kernel_stein(z, -z, num_bootstrap=100, seed=seed).p_value for seed in range(100) for z in [draws(seed, 200, 2)]
     ]
     low, high = binom.interval(0.999, 100, 0.1)
     assert low <= sum(p <= 0.1 for p in values) <= high
     assert len(set(values)) > 50
 
 
-@pytest.mark.parametrize(
-    "wrong", [lambda z: z, lambda z: -(z - 0.3), lambda z: -z / 2, lambda z: -z.flip(1) + 0.3]
-)
+@pytest.mark.parametrize("wrong", [lambda z: z, lambda z: -(z - 0.3), lambda z: -z / 2, lambda z: -z.flip(1) + 0.3])
 def test_a_wrong_score_is_significant(wrong) -> None:  # type: ignore[no-untyped-def]
     z = draws(0, 500, 2)
     assert kernel_stein(z, wrong(z)).p_value <= 0.01
@@ -101,23 +97,21 @@ def test_identities_say_which_coordinate_is_off_and_how() -> None:
         (torch.randn(50, 1).expand(-1, 2), torch.zeros(50, 2), OptionError, "lie on a plane"),
     ],
 )
-def test_draws_that_cannot_be_judged_are_refused(
-    z: Tensor, score: Tensor, error: type[Exception], words: str
-) -> None:
+def test_draws_that_cannot_be_judged_are_refused(z: Tensor, score: Tensor, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         kernel_stein(z, score)
 
 
 def test_chains_leave_exact_draws_where_they_are() -> None:
     """Every figure within five standard errors."""
-    change = moved(standard, draws(0, 2000, 4))
+    change = moment_drift(standard, draws(0, 2000, 4))
     assert (change.mean.abs() < 5 * change.mean_error).all()
     assert (change.sd.log().abs() < 5 * change.sd_error).all()
     assert abs(change.tail - 0.01) < 5 * change.tail_error
 
 
 def test_chains_carry_wrong_draws_to_the_right_place() -> None:
-    change = moved(standard, 0.5 * draws(0, 2000, 2) + 0.5)
+    change = moment_drift(standard, 0.5 * draws(0, 2000, 2) + 0.5)
     assert change.mean.mean().item() == pytest.approx(-1.0, abs=0.15)  # in units of the draws' sd
     assert change.sd.mean().item() == pytest.approx(2.0, abs=0.2)
     assert change.tail > 0.1
@@ -129,8 +123,8 @@ def test_a_lost_mode_is_found_and_a_kept_one_is_not_lost(dim: int) -> None:
         return log_two_modes(z[:, :2]) - z[:, 2:].square().sum(1) / 2
 
     z = torch.cat([draw_two_modes(2000), torch.randn(2000, dim - 2)], 1)
-    assert elsewhere(target, z).share == 0
-    lost = elsewhere(target, z[z[:, 0] > 0])
+    assert find_missed_modes(target, z).share == 0
+    lost = find_missed_modes(target, z[z[:, 0] > 0])
     assert lost.share > 0.1
     assert (lost.ends[lost.is_far][:, 0] < 0).all()
 
@@ -145,7 +139,7 @@ def test_the_discrepancy_is_blind_to_a_far_mode() -> None:
 
 def test_a_fresh_adversary_learns_the_density_of_the_draws() -> None:
     z = draw_banana(6000)
-    found = audit(z, log_banana)
+    found = relearn_density(z, log_banana)
     assert abs(found.log_weights.mean().item()) < 0.05
     assert found.log_weights.std() < 0.5
     assert abs(found.auc_corrected - 0.5) < 0.1
@@ -153,7 +147,7 @@ def test_a_fresh_adversary_learns_the_density_of_the_draws() -> None:
 
 def test_a_fresh_adversary_agrees_with_the_truth_and_with_nothing_else() -> None:
     z = draw_banana(6000)
-    found, r = audit(z, log_banana), gaussian_of(z)
+    found, r = relearn_density(z, log_banana), gaussian_of(z)
     true = found.compare(log_banana, z)
     assert abs(true.auc - 0.5) < 0.05 and abs(true.kl_gap) < 0.1 and abs(true.log_mass) < 0.05
     assert found.compare(lambda z: log_banana(z) - 0.5, z).log_mass < -0.4
@@ -163,7 +157,7 @@ def test_a_fresh_adversary_agrees_with_the_truth_and_with_nothing_else() -> None
 
 def test_a_fresh_adversary_is_not_flattered_by_the_log_joint_it_is_shown() -> None:
     """Draws with half of the variance: the divergence is found although ``log p`` hints at another density."""
-    found = audit(0.5**0.5 * draws(0, 6000, 3), standard)
+    found = relearn_density(0.5**0.5 * draws(0, 6000, 3), standard)
     kl = 1.5 * (log(2) - 0.5)
     assert found.log_weights.mean().item() == pytest.approx(-kl, abs=0.1)
 
@@ -179,9 +173,7 @@ def test_smoothed_weights_keep_their_order_and_k_is_that_of_their_tail(shape: fl
     assert (smoothed[order].diff() >= -1e-9).all()
 
 
-def test_the_newer_arviz_is_given_what_it_weighs_by_the_negative_of(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_newer_arviz_is_given_what_it_weighs_by_the_negative_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """`arviz_stats` names its argument a log likelihood, of what is left out."""
     stats = SimpleNamespace(psislw=lambda log_likelihood: (-log_likelihood, 0.3))
     monkeypatch.setitem(sys.modules, "arviz", SimpleNamespace(__version__="1.3.0"))
@@ -195,7 +187,7 @@ def test_the_newer_arviz_is_given_what_it_weighs_by_the_negative_of(
 
 def test_the_audit_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
-    audit(draws(0, 400, 2), standard)
+    relearn_density(draws(0, 400, 2), standard)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -216,12 +208,8 @@ def test_the_certified_bound_is_below_the_exact_evidence_for_every_sampler() -> 
     for seed in range(50):
         torch.manual_seed(seed)
         sampler = SemiImplicitSampler(1, init_scale=0.2 + 0.8 * torch.rand(()).item())
-        sampler.set_frame(
-            y.sum()[None] / 5 + 0.3 * torch.randn(1), 0.45 * (0.3 * torch.randn(1, 1)).exp()
-        )
-        bound, _ = semi_implicit_bound(
-            lambda u: log_joint(u, y), sampler, num_samples=500, num_mixture=100, seed=seed
-        )
+        sampler.set_affine(y.sum()[None] / 5 + 0.3 * torch.randn(1), 0.45 * (0.3 * torch.randn(1, 1)).exp())
+        bound, _ = semi_implicit_bound(lambda u: log_joint(u, y), sampler, num_samples=500, num_mixture=100, seed=seed)
         bounds.append(bound)
     assert max(bounds) <= exact
     assert max(bounds) > exact - 0.2

@@ -115,9 +115,7 @@ def shifted_regression(x: Tensor, y: Tensor) -> None:
     pyro.sample("y", dist.Bernoulli(logits=beta @ x.mT).to_event(1), obs=y)
 
 
-@pytest.mark.parametrize(
-    ("name", "model"), [("funnel_10", wide_funnel), ("logistic_22", shifted_regression)]
-)
+@pytest.mark.parametrize(("name", "model"), [("funnel_10", wide_funnel), ("logistic_22", shifted_regression)])
 def test_a_wrong_model_is_caught(name: str, model: Callable[..., Any]) -> None:
     made = spoilt(name, model)
     assert max(each.abs().max() for each in stein_errors(made)) > 8

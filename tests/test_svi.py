@@ -163,9 +163,7 @@ def test_two_fits_in_one_process_are_two_fits_in_two(interleaved: bool) -> None:
     torch.set_num_threads(threads)
     for seed in (0, 1):
         code = ALONE.format(tests=str(Path(__file__).parent), seed=seed)
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.split() == [loss.hex() for loss in together[seed]]
 
 
@@ -191,12 +189,8 @@ def test_both_doors_lead_to_one_objective() -> None:
     """With rates of zero effect the first losses of AVBSVI and of AVB_ELBO are the same number."""
     options = {"num_steps": 5, "num_particles": 16, "warm_start": 10, "seed": 0}
     guide = ImplicitGuide(models.eight_schools)
-    svi = pyro.infer.SVI(
-        models.eight_schools, guide, pyro.optim.Adam({"lr": 1e-3}), loss=AVB_ELBO(**options)
-    )
-    own = AVBSVI(
-        models.eight_schools, ImplicitGuide(models.eight_schools), **options, progress=False
-    )
+    svi = pyro.infer.SVI(models.eight_schools, guide, pyro.optim.Adam({"lr": 1e-3}), loss=AVB_ELBO(**options))
+    own = AVBSVI(models.eight_schools, ImplicitGuide(models.eight_schools), **options, progress=False)
     assert svi.step(models.SIGMA, models.Y) == own.step(models.SIGMA, models.Y)
 
 
@@ -269,24 +263,12 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ModelError,
         r"data of site 'obs' are not a tensor; got ndarray. Pass torch\.as_tensor",
     ),
-    "a list": (
-        lambda: small(plain).run(Y.tolist()),
-        ModelError,
-        "'obs' are not a tensor; got list",
-    ),
-    "impossible model": (
-        lambda: small(models.impossible).run(Y),
-        ModelError,
-        "never: log density -inf",
-    ),
+    "a list": (lambda: small(plain).run(Y.tolist()), ModelError, "'obs' are not a tensor; got list"),
+    "impossible model": (lambda: small(models.impossible).run(Y), ModelError, "never: log density -inf"),
     "misspelt option": (lambda: small(num_particels=3), TypeError, "num_particels"),
     "no particles": (lambda: small(num_particles=0), OptionError, "num_particles"),
     "no steps": (lambda: small(num_steps=0), OptionError, "num_steps"),
-    "unknown contrast": (
-        lambda: small(contrast="guassian"),
-        OptionError,
-        "Did you mean 'gaussian'",
-    ),
+    "unknown contrast": (lambda: small(contrast="guassian"), OptionError, "Did you mean 'gaussian'"),
     "unknown ratio": (lambda: small(ratio="logit"), OptionError, "ratio is not known"),
     "unknown mode": (lambda: small(mode="fast").run(Y), OptionError, "mode is not known"),
     "negative rate": (lambda: small(lr=-1.0), OptionError, "lr"),
@@ -319,21 +301,13 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         OptionError,
         "adversary_steps is out of range; got 0, expected >= 1",
     ),
-    "nor at the end": (
-        lambda: small(adversary_steps=(3, 0)),
-        OptionError,
-        "adversary_steps is out of range; got 0",
-    ),
+    "nor at the end": (lambda: small(adversary_steps=(3, 0)), OptionError, "adversary_steps is out of range; got 0"),
     "one callback": (
         lambda: small(callbacks=print),
         OptionError,
         r"callbacks is not a list; got .*callbacks=\[callback\]",
     ),
-    "a callback that is none": (
-        lambda: small(callbacks=[3]),
-        OptionError,
-        "callbacks cannot be called; got 3",
-    ),
+    "a callback that is none": (lambda: small(callbacks=[3]), OptionError, "callbacks cannot be called; got 3"),
     "before the first step": (lambda: small().state_dict(), SetupError, "has not seen its model"),
 }
 
@@ -364,9 +338,7 @@ def test_a_trained_guide_is_not_moved_by_a_second_svi() -> None:
     weights = [p.detach().clone() for p in svi.guide.sampler.parameters()]
     AVBSVI(models.normal_normal, svi.guide, **SMALL, seed=1).setup(Y)
     assert torch.equal(svi.guide.sampler.loc, frame)
-    assert all(
-        torch.equal(a, b) for a, b in zip(weights, svi.guide.sampler.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(weights, svi.guide.sampler.parameters(), strict=True))
 
 
 def test_the_bar_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,9 +372,7 @@ def test_a_guide_that_was_set_up_by_hand_is_warm_started_all_the_same() -> None:
     for guide in (by_hand, by_svi):
         AVBSVI(models.normal_normal, guide, **SMALL, seed=0).setup(Y)
     assert (by_hand.sampler.scale_tril != 1).all()
-    torch.testing.assert_close(
-        by_hand.sampler.scale_tril, by_svi.sampler.scale_tril, rtol=0.5, atol=0
-    )
+    torch.testing.assert_close(by_hand.sampler.scale_tril, by_svi.sampler.scale_tril, rtol=0.5, atol=0)
     frame = by_hand.sampler.scale_tril.clone()
     AVBSVI(models.normal_normal, by_hand, **SMALL, seed=1).run(Y)  # goes on from where it is
     assert torch.equal(by_hand.sampler.scale_tril, frame)

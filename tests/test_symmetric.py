@@ -9,29 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import (
-    Bernoulli,
-    Distribution,
-    Independent,
-    MultivariateNormal,
-    Normal,
-    OneHotCategorical,
-)
+from torch.distributions import Bernoulli, Distribution, Independent, MultivariateNormal, Normal, OneHotCategorical
 
 from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.errors import ModelError, OptionError, ShapeError
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.training import Schedule, Stage, StopTraining, Trainer
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 from implicitvi.vae.encoders import BinaryEncoder
 from implicitvi.vae.fitting import VAEFit
-from implicitvi.vae.ladder import (
-    LadderEncoder,
-    LadderPrior,
-    LowerLevel,
-    UpwardEncoder,
-)
+from implicitvi.vae.ladder import LadderEncoder, LadderPrior, LowerLevel, UpwardEncoder
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
 from implicitvi.vae.objectives.vae import VAE
 
@@ -145,9 +133,7 @@ def test_each_player_climbs_down_its_own_divergence(seed: int) -> None:
     torch.testing.assert_close(of_decoder, expected, **exact)
     (expected,) = torch.autograd.grad(-kl(game.p.detach(), game.q), game.encoder.logits)
     torch.testing.assert_close(of_encoder, expected, **exact)
-    assert (
-        of_decoder - torch.autograd.grad(-kl(game.p, game.q), game.decoder.logits)[0]
-    ).norm() > 1e-3
+    assert (of_decoder - torch.autograd.grad(-kl(game.p, game.q), game.decoder.logits)[0]).norm() > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -303,9 +289,7 @@ def test_best_responses_have_no_gradient_left() -> None:
     game.encode_best()
     for gradient in game.gradients()[1]:
         torch.testing.assert_close(
-            gradient.tril() if gradient.shape == (2, 2) else gradient,
-            torch.zeros_like(gradient),
-            **exact,
+            gradient.tril() if gradient.shape == (2, 2) else gradient, torch.zeros_like(gradient), **exact
         )
 
 
@@ -347,9 +331,7 @@ def test_training_from_draws_finds_principal_components() -> None:
     rows = random(2000, 5, seed=2)
     rows = torch.linalg.qr(rows - rows.mean(0)).Q * math.sqrt(2000)
     rows = rows @ torch.linalg.cholesky(game.data).T
-    game.model.fit(
-        rows.float(), epochs=200, batch_size=200, lr=(1e-2, 1e-4), seed=0, progress=False
-    )
+    game.model.fit(rows.float(), epochs=200, batch_size=200, lr=(1e-2, 1e-4), seed=0, progress=False)
     variances = torch.linalg.svdvals(game.decoder.linear.weight.detach().double()).square()
     assert ((variances - torch.tensor([3.5, 2.0])).abs() < torch.tensor([0.155, 0.135])).all()
     assert abs((2 * game.decoder.root).exp().item() - 0.5) < 0.01
@@ -372,9 +354,7 @@ def losses(model: SymmetricVAE, x: Tensor, stage: Stage, seed: int = 0) -> dict[
 def seen_during_fit(model: SymmetricVAE, x: Tensor, **options: Any) -> dict[str, Any]:
     """What a callback sees in the first step of a fit: the losses of batches with these pairs."""
     seen: dict[str, Any] = {}
-    stage = Schedule(num_steps=1, num_particles=options.get("num_particles", 1), tempering=None).at(
-        0
-    )
+    stage = Schedule(num_steps=1, num_particles=options.get("num_particles", 1), tempering=None).at(0)
     before = losses(model, x, stage)
 
     def look(_: Any) -> None:
@@ -427,8 +407,8 @@ def test_several_processes_share_the_pairs(monkeypatch: pytest.MonkeyPatch) -> N
 
 def bars(seed: int = 0) -> SymmetricVAE:
     torch.manual_seed(seed)
-    encoder = BinaryEncoder(nn.Sequential(nn.Flatten(), dense([64, 128, 128, 8], nn.Tanh)))
-    decoder = Decoder(dense([8, 128, 128, 64], nn.Tanh), BernoulliLikelihood([1, 8, 8]))
+    encoder = BinaryEncoder(nn.Sequential(nn.Flatten(), mlp([64, 128, 128, 8], nn.Tanh)))
+    decoder = Decoder(mlp([8, 128, 128, 64], nn.Tanh), BernoulliLikelihood([1, 8, 8]))
     return SymmetricVAE(encoder, decoder, bar_codes)
 
 
@@ -504,9 +484,7 @@ class Sampled(nn.Module):
         self.shape = shape
 
     def forward(self, given: Tensor) -> Distribution:
-        return Implicit(
-            lambda s: torch.zeros(*s, len(given), *self.shape), given.shape[:1], self.shape
-        )
+        return Implicit(lambda s: torch.zeros(*s, len(given), *self.shape), given.shape[:1], self.shape)
 
 
 class LearnedDraws(nn.Module):
@@ -578,7 +556,7 @@ UPPER, LOWER = 2, 3
 
 def bold(*sizes: int) -> nn.Module:
     """A network whose logits are far from 0."""
-    network = dense(sizes, nn.Tanh)
+    network = mlp(sizes, nn.Tanh)
     with torch.no_grad():
         for p in network.parameters():
             p.mul_(3)
@@ -596,9 +574,7 @@ def ladder(straight_through: bool = False, upward: bool = False) -> tuple[nn.Mod
     decoder = Decoder(nn.Sequential(LowerLevel(UPPER), net(LOWER, 8, 6)), BernoulliLikelihood([6]))
     encoder: nn.Module
     if upward:
-        encoder = UpwardEncoder(
-            net(6, 8, LOWER), net(LOWER, 8, UPPER), UPPER, straight_through=straight_through
-        )
+        encoder = UpwardEncoder(net(6, 8, LOWER), net(LOWER, 8, UPPER), UPPER, straight_through=straight_through)
     else:
         encoder = LadderEncoder(net(6, 8, UPPER + LOWER), prior, straight_through=straight_through)
     return encoder, decoder, prior
@@ -668,10 +644,7 @@ def test_where_the_likelihood_is_linear_in_the_lower_bits_the_ladder_is_the_post
 def test_gradients_stay_home_on_the_ladder(upward: bool) -> None:
     encoder, decoder, prior = ladder(upward=upward)
     model = SymmetricVAE(encoder, decoder, prior)
-    own = {
-        "encoder": list(encoder.parameters()),
-        "decoder": [*decoder.parameters(), *prior.parameters()],
-    }
+    own = {"encoder": list(encoder.parameters()), "decoder": [*decoder.parameters(), *prior.parameters()]}
     players = {player.name: player.parameters() for player in model.players(lambda: PIXELS)}
     for name, loss in losses(model, PIXELS, STAGE).items():
         assert {id(p) for p in players[name]} == {id(p) for p in own[name]}
@@ -716,9 +689,7 @@ def test_a_ladder_learns_the_distribution_of_four_patterns(upward: bool) -> None
     if upward:
         encoder = UpwardEncoder(bold(6, 16, lower), bold(lower, 16, upper), upper)
     model = SymmetricVAE(encoder, decoder, prior)
-    patterns = torch.tensor(
-        [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0]]
-    ).float()
+    patterns = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0]]).float()
     data = torch.zeros(64)
     data[(patterns @ 2.0 ** torch.arange(5, -1, -1)).long()] = 0.25
 

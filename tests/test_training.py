@@ -25,9 +25,7 @@ class Weight(nn.Module):
         self.w = nn.Parameter(torch.tensor(value))
 
 
-def player(
-    loss: Callable[[Weight], Tensor | None], name: str = "one", turns: int = 1, value: float = 1.0
-) -> Player:
+def player(loss: Callable[[Weight], Tensor | None], name: str = "one", turns: int = 1, value: float = 1.0) -> Player:
     module = Weight(value)
 
     def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
@@ -37,12 +35,7 @@ def player(
     return Player(name, module, losses, lambda stage: stage.lr)
 
 
-def trainer(
-    *players: Player,
-    max_skips: int = 3,
-    num_steps: int = 100,
-    clip_norm: float | None = None,
-) -> Trainer:
+def trainer(*players: Player, max_skips: int = 3, num_steps: int = 100, clip_norm: float | None = None) -> Trainer:
     return Trainer(
         players,
         schedule=Schedule(num_steps=num_steps, lr=0.1, tempering=None),
@@ -176,9 +169,7 @@ def test_too_many_non_finite_turns_raise_and_restore() -> None:
     made.run(5)
     before = made.state_dict()
     good[0] = False
-    with pytest.raises(
-        NonFiniteError, match="the sampler was not finite 3 times in a row, up to step 7"
-    ) as caught:
+    with pytest.raises(NonFiniteError, match="the sampler was not finite 3 times in a row, up to step 7") as caught:
         made.run(10)
     assert (caught.value.player, caught.value.step) == ("sampler", 7)
     assert made.step_count == 5
@@ -225,9 +216,7 @@ def test_gradients_of_another_memory_layout_are_taken_as_they_are() -> None:
     module = Matrix()
     losses = lambda stage: iter([(Transposed.apply(module.w), {})])  # noqa: E731
     trainer(Player("one", module, losses, lambda stage: stage.lr)).run(1)
-    assert torch.equal(
-        module.w.detach().sign(), -torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, -1.0]])
-    )
+    assert torch.equal(module.w.detach().sign(), -torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, -1.0]]))
 
 
 def test_an_unusual_gradient_is_cut_to_a_multiple_of_the_usual_one() -> None:
@@ -308,9 +297,7 @@ def test_schedule_follows_its_words() -> None:
     assert late.lr == pytest.approx(1e-3) and end.lr == pytest.approx(1e-4)
     assert {stage.adversary_lr for stage in (start, middle, late, end)} == {1e-3}
     assert schedule.at(10_000) == end
-    constant = Schedule(
-        num_particles=5, adversary_steps=2, lr=0.1, adversary_lr=0.2, tempering=None
-    )
+    constant = Schedule(num_particles=5, adversary_steps=2, lr=0.1, adversary_lr=0.2, tempering=None)
     assert constant.at(0) == constant.at(constant.num_steps)
     rising = replace(schedule, warm_up=0.1)
     assert [rising.at(step).lr for step in (0, 4, 9, 30)] == pytest.approx([1e-3, 5e-3, 1e-2, 1e-2])

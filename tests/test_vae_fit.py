@@ -20,7 +20,7 @@ from implicitvi import StopTraining
 from implicitvi.avb.adversaries import PairwiseAdversary
 from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, ShapeError
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.training import Trainer
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.data import batches_of
@@ -34,19 +34,19 @@ X, Z, H = 6, 2, 8
 
 
 def decoder(x_dim: int = X, z_dim: int = Z) -> Decoder:
-    return Decoder(dense([z_dim, H, x_dim]), BernoulliLikelihood([x_dim]))
+    return Decoder(mlp([z_dim, H, x_dim]), BernoulliLikelihood([x_dim]))
 
 
 def vae(seed: int = 0, hidden: int = H) -> VAE:
     torch.manual_seed(seed)
-    return VAE(GaussianEncoder(dense([X, hidden, 2 * Z])), decoder(), Z)
+    return VAE(GaussianEncoder(mlp([X, hidden, 2 * Z])), decoder(), Z)
 
 
 def avb(seed: int = 0, **options: Any) -> AVB:
     torch.manual_seed(seed)
     sampler = NoiseBasisSampler(Z, context_dim=H, num_basis=3, hidden=(H,))
-    encoder = ImplicitEncoder(sampler, dense([X, H, H]))
-    adversary = PairwiseAdversary(dense([X, H, H + 1]), dense([Z, H, H + 1]))
+    encoder = ImplicitEncoder(sampler, mlp([X, H, H]))
+    adversary = PairwiseAdversary(mlp([X, H, H + 1]), mlp([Z, H, H + 1]))
     return AVB(encoder, decoder(), Z, adversary, **options)
 
 
@@ -63,13 +63,7 @@ def data(rows: int = 20, dim: int = X) -> Tensor:
 
 
 def fit(model: LatentModel, train: Any = None, **options: Any) -> VAEFit:
-    options = {
-        "epochs": 3,
-        "batch_size": 8,
-        "seed": 0,
-        "progress": False,
-        "device": "cpu",
-    } | options
+    options = {"epochs": 3, "batch_size": 8, "seed": 0, "progress": False, "device": "cpu"} | options
     return model.fit(data() if train is None else train, **options)
 
 
@@ -87,9 +81,7 @@ def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def shuffled(**options: Any) -> DataLoader[Any]:
-    return DataLoader(
-        TensorDataset(data(), torch.arange(20)), batch_size=8, shuffle=True, **options
-    )
+    return DataLoader(TensorDataset(data(), torch.arange(20)), batch_size=8, shuffle=True, **options)
 
 
 class Rows(Dataset[Any]):
@@ -144,9 +136,7 @@ def test_an_epoch_shows_each_row_at_most_once_and_only_full_batches(rows: int) -
 
 def test_a_loader_is_taken_at_its_word() -> None:
     """Incomplete last batches included; its order depends on the seed alone, not on the generators outside."""
-    batches = batches_of(
-        DataLoader(torch.arange(20.0)[:, None], 8, shuffle=True), 99, torch.empty(0)
-    )
+    batches = batches_of(DataLoader(torch.arange(20.0)[:, None], 8, shuffle=True), 99, torch.empty(0))
     epochs = []
     for seed in (1, 2, 1):
         torch.rand(5)
@@ -163,7 +153,7 @@ def test_validation_weighs_every_row_the_same() -> None:
             return {"mean": x.mean()}
 
     torch.manual_seed(0)
-    model = Quiet(GaussianEncoder(dense([X, H, 2 * Z])), decoder(), Z)
+    model = Quiet(GaussianEncoder(mlp([X, H, 2 * Z])), decoder(), Z)
     rows = data() * torch.linspace(0, 1, 20)[:, None]
     done = fit(model, validation=rows, epochs=1)
     assert done.validation["mean"] == pytest.approx([rows.mean().item()], rel=1e-6)
@@ -217,9 +207,7 @@ def test_training_raises_the_bound() -> None:
 
 
 def test_watching_validating_and_averaging_change_nothing() -> None:
-    watched = fit(
-        vae(), validation=data(), ema=0.9, progress=True, callbacks=[lambda trainer: None]
-    )
+    watched = fit(vae(), validation=data(), ema=0.9, progress=True, callbacks=[lambda trainer: None])
     assert same(fit(vae()).model, watched.model)
 
 
@@ -247,10 +235,8 @@ def test_a_real_interrupt_while_it_validates_keeps_what_was_learned() -> None:
             return super().validate(x)
 
     torch.manual_seed(0)
-    model = Interrupted(GaussianEncoder(dense([X, H, 2 * Z])), decoder(), Z)
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background ignores it
+    model = Interrupted(GaussianEncoder(mlp([X, H, 2 * Z])), decoder(), Z)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         done = fit(model, validation=data())
     finally:
@@ -300,9 +286,7 @@ def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "compile", traced)
     eager, done = fit(vae()), fit(vae(), compile="max-autotune")
-    assert [call["mode"] for call in calls] == [
-        "max-autotune"
-    ] * 2  # encoder and decoder; the prior has no weights
+    assert [call["mode"] for call in calls] == ["max-autotune"] * 2  # encoder and decoder; the prior has no weights
     assert len(graphs) >= 2  # networks of torch's own modules are traced too
     np.testing.assert_allclose(eager.history["model"], done.history["model"], rtol=1e-5)
     assert done.model.encoder._compiled_call_impl is None
@@ -327,13 +311,11 @@ def test_the_guard_says_where_values_cease_to_be_finite() -> None:
     broken = Broken()
     broken.factor = nn.Parameter(torch.ones(()))
     torch.manual_seed(0)
-    encoder = GaussianEncoder(dense([X, H, 2 * Z]))
+    encoder = GaussianEncoder(mlp([X, H, 2 * Z]))
     model = VAE(encoder, Decoder(broken, BernoulliLikelihood([X])), Z)
     broken.factor.data.fill_(torch.nan)
     before = weights(model)
-    with pytest.raises(
-        NonFiniteError, match="the decoder gives no finite log density to 8 of 8 rows"
-    ):
+    with pytest.raises(NonFiniteError, match="the decoder gives no finite log density to 8 of 8 rows"):
         fit(model, max_skips=2)
     assert torch.equal(before["encoder.network.0.weight"], encoder.network[0].weight)  # type: ignore[index]
     poisoned = data()
@@ -394,11 +376,7 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "data and labels": (lambda: (data(), torch.arange(20)), OptionError, "hand in the data alone"),
     "dictionary": (lambda: {"x": data()}, OptionError, "got dict"),
     "None": (lambda: None, OptionError, "got NoneType, expected a tensor or an array"),
-    "empty loader": (
-        lambda: DataLoader(data(5), 8, drop_last=True),
-        OptionError,
-        "Lower its batch_size",
-    ),
+    "empty loader": (lambda: DataLoader(data(5), 8, drop_last=True), OptionError, "Lower its batch_size"),
     "empty list": (lambda: [], OptionError, "the loader is empty"),
     "loader without length": (lambda: DataLoader(Endless(), 8), OptionError, "no length.*__len__"),
     "dataset without length": (Endless, OptionError, "no length.*__len__"),
@@ -416,9 +394,7 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
 HELD_OUT = [case for case in BAD_DATA if case not in ("None", "short loader")]
 
 
-@pytest.mark.parametrize(
-    ("role", "case"), [*product(["train"], BAD_DATA), *product(["validation"], HELD_OUT)]
-)
+@pytest.mark.parametrize(("role", "case"), [*product(["train"], BAD_DATA), *product(["validation"], HELD_OUT)])
 def test_data_that_cannot_be_are_refused(role: str, case: str) -> None:
     """Before the first step, for those that were not caught in the act."""
     make, error, words = BAD_DATA[case]
@@ -466,18 +442,9 @@ def test_a_misspelt_option_is_a_type_error() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: likelihood_of("bernouli", [X]), "likelihood is not known.*Did you mean 'bernoulli'"),
         (
-            lambda: likelihood_of("bernouli", [X]),
-            "likelihood is not known.*Did you mean 'bernoulli'",
-        ),
-        (
-            lambda: AVB(
-                avb().encoder,
-                decoder(),
-                lambda n: torch.randn(n, Z),
-                nn.Identity(),
-                contrast="gaussian",
-            ),
+            lambda: AVB(avb().encoder, decoder(), lambda n: torch.randn(n, Z), nn.Identity(), contrast="gaussian"),
             "Adaptive Contrast needs a density of the prior.*contrast='prior'",
         ),
         (

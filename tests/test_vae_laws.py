@@ -30,16 +30,7 @@ from implicitvi.vae.objectives.biadversarial import BiadversarialVAE, kl_bound
 from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
 from implicitvi.vae.objectives.pairs import parted, slope
 from implicitvi.vae.objectives.vae import VAE
-from tables import (
-    PARTS,
-    Lookup,
-    TableContrast,
-    Tables,
-    entropy,
-    expectation,
-    jensen_shannon,
-    kl,
-)
+from tables import PARTS, Lookup, TableContrast, Tables, entropy, expectation, jensen_shannon, kl
 from vae_contracts import (
     SYSTEMS,
     A,
@@ -77,10 +68,7 @@ def product(t: Tables) -> Tensor:
 def avb(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     ratio = t.q.log() - product(t).log()
     model = AVB(*t.arrows(), Lookup(sign * ratio), informed=False)
-    return model, {
-        "adversary": 2 * log(2) - 2 * jensen_shannon(t.q, product(t)),
-        "model": -t.elbo,
-    }
+    return model, {"adversary": 2 * log(2) - 2 * jensen_shannon(t.q, product(t)), "model": -t.elbo}
 
 
 def avb_f_gan(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
@@ -120,14 +108,7 @@ def asvae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
 def marginal_asvae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     ratio = t.x.log() - t.contrast.log()
     encoder, decoder, prior = t.arrows()
-    model = MarginalASVAE(
-        encoder,
-        decoder,
-        prior,
-        Lookup(sign * ratio),
-        contrast=TableContrast(t.contrast),
-        weight=0.7,
-    )
+    model = MarginalASVAE(encoder, decoder, prior, Lookup(sign * ratio), contrast=TableContrast(t.contrast), weight=0.7)
     return model, {
         "adversary": 2 * log(2) - 2 * jensen_shannon(t.x, t.contrast),
         "model": 0.7 * kl(t.p, t.q) - t.elbo,
@@ -148,9 +129,7 @@ def biadversarial(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor
 def biadversarial_logistic(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     fake = t.q_z[:, None] * t.x_given_z
     of_codes, of_data = t.q.log() - product(t).log(), t.q.log() - fake.log()
-    model = BiadversarialVAE(
-        *t.arrows(), Lookup(sign * of_codes), Lookup(sign * of_data), limit=50.0
-    )
+    model = BiadversarialVAE(*t.arrows(), Lookup(sign * of_codes), Lookup(sign * of_data), limit=50.0)
     information = kl(t.q, t.q_z[:, None] * t.x)
     return model, {
         "adversary": log(16) - 2 * jensen_shannon(t.q, product(t)) - 2 * jensen_shannon(t.q, fake),
@@ -269,10 +248,7 @@ class Affine(nn.Module):
         own = cross @ self.weight.mT + self.scale.square().diag()
         loc = torch.cat([given.loc, self.weight @ given.loc + self.bias])
         return MultivariateNormal(
-            loc,
-            torch.cat(
-                [torch.cat([given.covariance_matrix, cross.mT], 1), torch.cat([cross, own], 1)]
-            ),
+            loc, torch.cat([torch.cat([given.covariance_matrix, cross.mT], 1), torch.cat([cross, own], 1)])
         )
 
 
@@ -337,9 +313,7 @@ def test_oracle_avb(contrast: str) -> None:
 
     model = AVB(m.encoder, m.decoder, m.prior, m.oracle(score), contrast="prior", informed=False)
     if contrast == "gaussian":
-        model = AVB(
-            m.encoder, m.decoder, m.prior, m.oracle(score), contrast=Remembered(), informed=False
-        )
+        model = AVB(m.encoder, m.decoder, m.prior, m.oracle(score), contrast=Remembered(), informed=False)
         model.r = model._objective.contrast
     torch.manual_seed(0)
     seen = model.learned_elbo(m.x, 7)
@@ -424,9 +398,7 @@ def test_oracle_ali() -> None:
         m.shown.clear()
         loss, _ = next(player.losses(stage(7)))
         of_encoder, of_decoder = sorted(m.shown, key=lambda pair: -pair[0].dim())
-        first, second = (
-            torch.logaddexp(m.log_q(*pair), m.log_p(*pair)) for pair in (of_encoder, of_decoder)
-        )
+        first, second = (torch.logaddexp(m.log_q(*pair), m.log_p(*pair)) for pair in (of_encoder, of_decoder))
         right, wrong = (m.log_p, m.log_q) if swapped else (m.log_q, m.log_p)
         exactly(loss, (first - right(*of_encoder)).mean() + (second - wrong(*of_decoder)).mean())
 
@@ -522,9 +494,7 @@ def test_every_system_trains(name: str) -> None:
 def test_the_same_seed_gives_the_same_numbers(name: str) -> None:
     (first, fit), (second, again) = fitted(name), fitted(name)
     assert all(np.array_equal(fit.history[n], again.history[n]) for n in fit.history.names())
-    assert all(
-        torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True)
-    )
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
     _, other = fitted(name, seed=1)
     losses = [n for n in fit.history.names() if n not in ("beta", "dropped")]
     assert not any(np.array_equal(fit.history[n], other.history[n]) for n in losses)
@@ -601,15 +571,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "MarginalASVAE needs of its encoder a density",
     ),
     "BiadversarialVAE of binary data": (
-        lambda: BiadversarialVAE(
-            implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), of_pairs()
-        ),
+        lambda: BiadversarialVAE(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), of_pairs()),
         "BiadversarialVAE needs of its decoder gradients .*likelihood='straight_through'",
     ),
     "BiadversarialVAE, ratio": (
-        lambda: BiadversarialVAE(
-            implicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs(), ratio="fgan"
-        ),
+        lambda: BiadversarialVAE(implicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs(), ratio="fgan"),
         "ratio is not known; got 'fgan', .*Did you mean 'fgan_kl'",
     ),
     "AuxiliaryVAE, first": (

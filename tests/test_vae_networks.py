@@ -16,16 +16,9 @@ from implicitvi.avb.adversaries import InjectedAdversary, JointAdversary, Pairwi
 from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.datasets import image_folder
 from implicitvi.errors import DataError, ImplicitVIError, ModelError, OptionError, ShapeError
-from implicitvi.nn import Ensemble, Injected, SkipNet, dense
+from implicitvi.nn import Ensemble, Injected, SkipNet, mlp
 from implicitvi.vae import AVB, VAE
-from implicitvi.vae.architectures import (
-    POSTERIORS,
-    Architecture,
-    Convolutional,
-    Dense,
-    face_networks,
-    mnist_networks,
-)
+from implicitvi.vae.architectures import POSTERIORS, Architecture, Convolutional, Dense, face_networks, mnist_networks
 from implicitvi.vae.decoders import LIKELIHOODS, GaussianLikelihood, PixelLikelihood
 from implicitvi.vae.encoders import InjectedEncoder
 from implicitvi.vae.flows import InverseAutoregressiveFlow, PlanarFlow, PlanarTransform
@@ -35,9 +28,7 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "dense": lambda: Dense((1, 6, 5), hidden=(12, 10)),
     "dense joint": lambda: Dense((1, 6, 5), hidden=(12, 10), pairing="joint"),
     "convolutional": lambda: Convolutional((2, 7, 9), channels=(4, 6), blocks=1),
-    "other strides": lambda: Convolutional(
-        (1, 8, 8), channels=(3, 4, 5), strides=(1, 3, 2), kernel=5
-    ),
+    "other strides": lambda: Convolutional((1, 8, 8), channels=(3, 4, 5), strides=(1, 3, 2), kernel=5),
     "mnist": lambda: mnist_networks(1),
     "faces": lambda: face_networks(1, size=16),
 }
@@ -145,9 +136,7 @@ def test_a_convolutional_decoder_takes_codes_one_by_one_or_all_at_once(name: str
 @pytest.mark.parametrize("side", range(5, 12))
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_a_decoder_gives_back_the_size_that_the_encoder_has_rounded(
-    side: int, stride: int, kernel: int
-) -> None:
+def test_a_decoder_gives_back_the_size_that_the_encoder_has_rounded(side: int, stride: int, kernel: int) -> None:
     shape = (1, side, 8)
     nets = Convolutional(shape, channels=(2, 2), strides=(stride, 2), kernel=kernel)
     assert nets.decoder(2)(torch.zeros(2)).event_shape == shape
@@ -244,7 +233,7 @@ def test_an_injected_network_is_the_loop_over_its_layers() -> None:
 
 
 def test_a_batched_basis_is_the_loop_over_its_networks() -> None:
-    nets = [shaken(SkipNet(2, D, dense([2, 7, 5, D]))) for _ in range(4)]
+    nets = [shaken(SkipNet(2, D, mlp([2, 7, 5, D]))) for _ in range(4)]
     ensemble = Ensemble(nets).double()
     eps = torch.randn(6, 5, 4, 2, dtype=torch.float64)
     looped = torch.stack([net.double()(eps[..., m, :]) for m, net in enumerate(nets)], -2)
@@ -328,9 +317,7 @@ def test_draws_of_an_inverse_autoregressive_flow_take_one_pass() -> None:
 
 
 def test_gradients_through_the_inverse_of_a_planar_map_are_those_of_differences() -> None:
-    u, w, b = (
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, D), (2, D), (2,))
-    )
+    u, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, D), (2, D), (2,)))
     y = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda u, w, b, y: PlanarTransform(u, w, b).inv(y), (u, w, b, y))
 
@@ -387,9 +374,7 @@ def test_every_constructor_gives_a_model_that_trains(name: str) -> None:
 def test_codes_have_all_their_bits_in_mixed_precision(name: str) -> None:
     model = SYSTEMS[name]()
     x = torch.rand(8, *model.x_shape).round()
-    fit = model.fit(
-        x, epochs=1, batch_size=4, seed=1, progress=False, device="cpu", precision="bfloat16"
-    )
+    fit = model.fit(x, epochs=1, batch_size=4, seed=1, progress=False, device="cpu", precision="bfloat16")
     assert fit.stop_reason == "finished" and fit.skipped == 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         q = model.encoder(x)
@@ -409,12 +394,7 @@ def test_the_papers_networks_have_the_papers_sizes() -> None:
     assert weights == [(512, 256, 5, 5), (256, 128, 5, 5), (128, 64, 5, 5), (64, 1, 5, 5)]
     adversary = nets.adversary(32, square=True)
     assert isinstance(adversary, PairwiseAdversary) and adversary.square
-    assert [m.weight.shape[0] for m in adversary.z_net if isinstance(m, nn.Linear)] == [
-        1024,
-        1024,
-        1024,
-        8193,
-    ]
+    assert [m.weight.shape[0] for m in adversary.z_net if isinstance(m, nn.Linear)] == [1024, 1024, 1024, 8193]
     sampler = nets.encoder(32, "noise_basis").sampler
     assert isinstance(sampler, NoiseBasisSampler)
     assert (sampler.num_basis, sampler.noise_dim, sampler.context_dim) == (32, 32 * 64, 25088)
@@ -462,16 +442,8 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
         OptionError,
         "noise_dim is out of range; got 2, expected >= 3",
     ),
-    "noise, unused": (
-        lambda: Dense(4).encoder(2, "iaf", noise_dim=4),
-        OptionError,
-        "noise_dim means nothing",
-    ),
-    "basis, unused": (
-        lambda: Dense(4).encoder(2, "implicit", num_basis=4),
-        OptionError,
-        "num_basis means nothing",
-    ),
+    "noise, unused": (lambda: Dense(4).encoder(2, "iaf", noise_dim=4), OptionError, "noise_dim means nothing"),
+    "basis, unused": (lambda: Dense(4).encoder(2, "implicit", num_basis=4), OptionError, "num_basis means nothing"),
     "basis": (lambda: AVB.dense(4, 2, num_basis=0), OptionError, "num_basis is out of range"),
     "pairing": (lambda: Dense(4, pairing="prodct"), OptionError, "'product'"),
     "rows": (lambda: VAE.convolutional((784,), 2), ShapeError, "convolutions need images"),
@@ -525,9 +497,7 @@ def test_a_misspelt_option_is_a_type_error() -> None:
         (torch.full((8, 1, 8, 8), 255.0), "Divide pixels by 255"),
     ],
 )
-def test_images_that_do_not_fit_are_refused_before_the_first_step(
-    x: Tensor, complaint: str
-) -> None:
+def test_images_that_do_not_fit_are_refused_before_the_first_step(x: Tensor, complaint: str) -> None:
     model = VAE.convolutional((1, 8, 8), 2, channels=(2,))
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ImplicitVIError, match=complaint):

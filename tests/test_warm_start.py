@@ -13,12 +13,7 @@ from implicitvi.rng import RandomStream
 # as the coefficients of a regression on a constant, a share, an IQ and the product of the last two
 UNITS = torch.tensor([14.0, 15.0, 0.15, 0.16])
 CORRELATION = torch.tensor(
-    [
-        [1.0, -0.9, -0.99, 0.9],
-        [-0.9, 1.0, 0.9, -0.99],
-        [-0.99, 0.9, 1.0, -0.9],
-        [0.9, -0.99, -0.9, 1.0],
-    ]
+    [[1.0, -0.9, -0.99, 0.9], [-0.9, 1.0, 0.9, -0.99], [-0.99, 0.9, 1.0, -0.9], [0.9, -0.99, -0.9, 1.0]]
 )
 SCALE = UNITS[:, None] * torch.linalg.cholesky(CORRELATION + 1e-3 * torch.eye(4))
 LOC = torch.tensor([-11.0, 51.0, 1.0, -0.5])

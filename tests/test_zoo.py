@@ -71,13 +71,7 @@ def test_what_cannot_be_fitted_is_refused_by_name(animal: Animal) -> None:
 def trained(animal: Animal, dtype: torch.dtype, num_steps: int) -> AVBSVI:
     """The first steps of a fit of twenty."""
     svi = AVBSVI(
-        animal.model,
-        ImplicitGuide(animal.model),
-        num_steps=20,
-        num_particles=16,
-        warm_start=10,
-        progress=False,
-        seed=0,
+        animal.model, ImplicitGuide(animal.model), num_steps=20, num_particles=16, warm_start=10, progress=False, seed=0
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model is scored one particle at a time")

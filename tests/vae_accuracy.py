@@ -38,9 +38,7 @@ def points(seed: int) -> list[Row]:
     for name, system, options in (("VAE", VAE, {}), ("AVB", AVB, {"contrast": "prior"})):
         torch.manual_seed(seed)
         model = system.dense(4, 2, hidden=(128, 128), **options)
-        fit = model.fit(
-            train, epochs=EPOCHS["four points"], batch_size=len(train), seed=seed, progress=False
-        )
+        fit = model.fit(train, epochs=EPOCHS["four points"], batch_size=len(train), seed=seed, progress=False)
         torch.manual_seed(seed)
         codes = model.encode(x, 2500)
         with torch.no_grad():
@@ -65,14 +63,9 @@ def digits(seed: int) -> list[Row]:
         torch.manual_seed(seed)
         model: LatentModel = system.dense((1, 28, 28), 32)
         grey = train.images[:12_800]
-        fit = model.fit(
-            grey, epochs=EPOCHS["MNIST"], transform=torch.bernoulli, seed=seed, progress=False
-        )
+        fit = model.fit(grey, epochs=EPOCHS["MNIST"], transform=torch.bernoulli, seed=seed, progress=False)
         log_px = model.log_evidence(x, "ais", num_steps=300, num_chains=4, num_leapfrog=5)
-        figures = {
-            "log likelihood": log_px.mean().item(),
-            "standard error": log_px.std().item() / len(x) ** 0.5,
-        }
+        figures = {"log likelihood": log_px.mean().item(), "standard error": log_px.std().item() / len(x) ** 0.5}
         rows.append(row("MNIST", name, seed, figures, fit.seconds))
     return rows
 
@@ -104,9 +97,7 @@ def table(result: dict[str, Any]) -> str:
                 paper = " | ".join(f"{number:.4g}" for number in PAPER[system])
                 lines += [f"| the paper's {system} |  | {paper} |  |"]
         lines += [""]
-    lines += [
-        "Medians over seeds, with the range; nats. The best possible on four points is -1.3863."
-    ]
+    lines += ["Medians over seeds, with the range; nats. The best possible on four points is -1.3863."]
     return "\n".join(lines) + "\n"
 
 
@@ -124,9 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     packages = ", ".join(f"{p} {version(p)}" for p in ("implicitvi", "torch"))
-    made = (
-        f"Measured on {datetime.date.today()} with Python {platform.python_version()}, {packages}; "
-    )
+    made = f"Measured on {datetime.date.today()} with Python {platform.python_version()}, {packages}; "
     made += f"one thread of {platform.machine()}, {platform.system()}."
     result: dict[str, Any] = {"made": made, "rows": []}
     if options.only and options.output.exists():

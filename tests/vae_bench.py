@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, elu, softplus
 
 from implicitvi.avb.adversaries import PairwiseAdversary
 from implicitvi.avb.samplers import NoiseBasisSampler
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.training import Trainer
 from implicitvi.vae import AVB, VAE
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
@@ -40,18 +40,18 @@ Row = dict[str, Any]
 
 
 def vae() -> VAE:
-    return VAE(GaussianEncoder(dense([X, H, H, 2 * D])), decoder(), D)
+    return VAE(GaussianEncoder(mlp([X, H, H, 2 * D])), decoder(), D)
 
 
 def avb() -> AVB:
     sampler = NoiseBasisSampler(D, context_dim=H, num_basis=8, hidden=(64,))
-    encoder = ImplicitEncoder(sampler, dense([X, H, H]))
-    adversary = PairwiseAdversary(dense([X, H, H + 1]), dense([D, H, H + 1]))
+    encoder = ImplicitEncoder(sampler, mlp([X, H, H]))
+    adversary = PairwiseAdversary(mlp([X, H, H + 1]), mlp([D, H, H + 1]))
     return AVB(encoder, decoder(), D, adversary, contrast="gaussian")
 
 
 def decoder() -> Decoder:
-    return Decoder(dense([D, H, H, X]), BernoulliLikelihood([X]))
+    return Decoder(mlp([D, H, H, X]), BernoulliLikelihood([X]))
 
 
 def normal(x: Tensor) -> Tensor:
@@ -74,15 +74,11 @@ class ByHand:
     def step(self, x: Tensor) -> float:
         raise NotImplementedError
 
-    def descend(
-        self, player: str, loss: Tensor, parameters: list[nn.Parameter], lr: float
-    ) -> float:
+    def descend(self, player: str, loss: Tensor, parameters: list[nn.Parameter], lr: float) -> float:
         if player not in self.optimisers:
             adam = torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999), fused=True)
             self.optimisers[player] = adam
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss, parameters), strict=True
-        ):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(parameters, 100.0)
         self.optimisers[player].step()

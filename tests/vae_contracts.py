@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.samplers import NoiseBasisSampler
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.training import Player, Schedule, Stage
 from implicitvi.vae.decoders import (
     BernoulliLikelihood,
@@ -44,7 +44,7 @@ def prior_draws(num_samples: int) -> Tensor:
 
 
 def explicit_encoder() -> nn.Module:
-    return GaussianEncoder(dense([X, 8, 2 * Z]))
+    return GaussianEncoder(mlp([X, 8, 2 * Z]))
 
 
 def implicit_encoder() -> nn.Module:
@@ -52,12 +52,12 @@ def implicit_encoder() -> nn.Module:
 
 
 def deterministic_encoder() -> nn.Module:
-    return DeterministicEncoder(dense([X, 8, Z]))
+    return DeterministicEncoder(mlp([X, 8, Z]))
 
 
 def decoder(likelihood: Likelihood | None = None) -> nn.Module:
     likelihood = likelihood or GaussianLikelihood([X])
-    return Decoder(dense([Z, 8, likelihood.size]), likelihood)
+    return Decoder(mlp([Z, 8, likelihood.size]), likelihood)
 
 
 def bernoulli_decoder() -> nn.Module:
@@ -69,7 +69,7 @@ def straight_through_decoder() -> nn.Module:
 
 
 def implicit_decoder() -> nn.Module:
-    return ImplicitDecoder(dense([Z + 2, 8, X]), [X], noise_dim=2)
+    return ImplicitDecoder(mlp([Z + 2, 8, X]), [X], noise_dim=2)
 
 
 def of_pairs() -> nn.Module:
@@ -89,29 +89,21 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
     "VAE": lambda: VAE(explicit_encoder(), bernoulli_decoder(), Z),
     "IWAE": lambda: VAE(explicit_encoder(), bernoulli_decoder(), Z, num_importance=3),
     "AuxiliaryVAE": lambda: AuxiliaryVAE(
-        GaussianEncoder(dense([X, 8, 2 * A])),
+        GaussianEncoder(mlp([X, 8, 2 * A])),
         bernoulli_decoder(),
         Z,
-        second=ConditionalGaussian(dense([A + X, 8, 2 * Z])),
-        auxiliary=ConditionalGaussian(dense([Z + X, 8, 2 * A])),
+        second=ConditionalGaussian(mlp([A + X, 8, 2 * Z])),
+        auxiliary=ConditionalGaussian(mlp([Z + X, 8, 2 * A])),
     ),
     "AVB": lambda: AVB(implicit_encoder(), bernoulli_decoder(), prior_draws, of_pairs()),
-    "AVB, f-GAN": lambda: AVB(
-        implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), ratio="fgan_kl", informed=False
-    ),
-    "AVB, Gaussian contrast": lambda: AVB(
-        implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), contrast="gaussian"
-    ),
+    "AVB, f-GAN": lambda: AVB(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), ratio="fgan_kl", informed=False),
+    "AVB, Gaussian contrast": lambda: AVB(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), contrast="gaussian"),
     "AAE": lambda: AAE(deterministic_encoder(), bernoulli_decoder(), prior_draws, of_codes()),
     "ALI": lambda: ALI(implicit_encoder(), implicit_decoder(), prior_draws, of_pairs()),
-    "ALI, binary": lambda: ALI(
-        deterministic_encoder(), straight_through_decoder(), Z, of_pairs(), penalty=0.1
-    ),
+    "ALI, binary": lambda: ALI(deterministic_encoder(), straight_through_decoder(), Z, of_pairs(), penalty=0.1),
     "ALICE": lambda: ALI(explicit_encoder(), decoder(), Z, of_pairs(), cycle=1.0),
     "ASVAE": lambda: ASVAE(explicit_encoder(), decoder(), prior_draws, of_pairs(), of_pairs()),
-    "ASVAE, binary": lambda: ASVAE(
-        explicit_encoder(), straight_through_decoder(), Z, of_pairs(), of_pairs()
-    ),
+    "ASVAE, binary": lambda: ASVAE(explicit_encoder(), straight_through_decoder(), Z, of_pairs(), of_pairs()),
     "MarginalASVAE": lambda: MarginalASVAE(explicit_encoder(), decoder(), Z, of_data()),
     "BiadversarialVAE": lambda: BiadversarialVAE(
         implicit_encoder(), implicit_decoder(), prior_draws, of_pairs(), of_pairs()
@@ -123,9 +115,7 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
         explicit_encoder(), decoder(), Z, of_pairs(), of_pairs(), cycle=1.0
     ),
     "SymmetricVAE": lambda: SymmetricVAE(explicit_encoder(), bernoulli_decoder(), prior_draws),
-    "AVB, informed": lambda: AVB(
-        implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), informed=True, averaging=0.5
-    ),
+    "AVB, informed": lambda: AVB(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), informed=True, averaging=0.5),
 }
 
 

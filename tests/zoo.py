@@ -106,12 +106,8 @@ FAMILIES: dict[str, Callable[[Tensor], Any]] = {
     "LowRankMultivariateNormal": lambda one: dist.LowRankMultivariateNormal(
         0 * one.expand(3), one.expand(3, 1), one.expand(3)
     ),
-    "MultivariateStudentT": lambda one: dist.MultivariateStudentT(
-        4 * one, 0 * one.expand(3), torch.eye(3).to(one)
-    ),
-    "OMTMultivariateNormal": lambda one: dist.OMTMultivariateNormal(
-        0 * one.expand(3), torch.eye(3).to(one)
-    ),
+    "MultivariateStudentT": lambda one: dist.MultivariateStudentT(4 * one, 0 * one.expand(3), torch.eye(3).to(one)),
+    "OMTMultivariateNormal": lambda one: dist.OMTMultivariateNormal(0 * one.expand(3), torch.eye(3).to(one)),
     "MixtureOfDiagNormals": lambda one: dist.MixtureOfDiagNormals(
         torch.tensor([[-1.0, 0.0], [2.0, 1.0]]).to(one), one.expand(2, 2), 0 * one.expand(2)
     ),
@@ -126,9 +122,7 @@ FAMILIES: dict[str, Callable[[Tensor], Any]] = {
     "Wishart": lambda one: dist.Wishart(5 * one, torch.eye(2).to(one)),
     "NormalMatrix": lambda one: dist.Normal(one, one).expand([2, 2]).to_event(2),
     "RelaxedBernoulli": lambda one: dist.RelaxedBernoulli(one, 0.4 * one),
-    "RelaxedOneHotCategorical": lambda one: dist.RelaxedOneHotCategorical(
-        one, torch.tensor([0.2, 0.3, 0.5]).to(one)
-    ),
+    "RelaxedOneHotCategorical": lambda one: dist.RelaxedOneHotCategorical(one, torch.tensor([0.2, 0.3, 0.5]).to(one)),
     "TruncatedPolyaGamma": lambda one: dist.TruncatedPolyaGamma(one),
     "ImproperUniform": lambda one: dist.ImproperUniform(constraints.positive, (), (2,)),
     "FlatByMask": lambda one: dist.Normal(one, one).expand([2]).to_event(1).mask(False),
@@ -137,17 +131,11 @@ FAMILIES: dict[str, Callable[[Tensor], Any]] = {
     ),
     "TransformedByAffine": lambda one: dist.TransformedDistribution(
         dist.Normal(0 * one, one).expand([2]),
-        dist.transforms.LowerCholeskyAffine(
-            0 * one.expand(2), torch.tensor([[1.0, 0.0], [0.5, 2.0]]).to(one)
-        ),
+        dist.transforms.LowerCholeskyAffine(0 * one.expand(2), torch.tensor([[1.0, 0.0], [0.5, 2.0]]).to(one)),
     ),
     "Folded": lambda one: dist.FoldedDistribution(dist.Normal(one, one)),
-    "SineBivariateVonMises": lambda one: dist.SineBivariateVonMises(
-        0 * one, 0 * one, one, one, 0.1 * one
-    ),
-    "SineSkewed": lambda one: dist.SineSkewed(
-        dist.VonMises(0 * one, one).expand([2]).to_event(1), 0.1 * one.expand(2)
-    ),
+    "SineBivariateVonMises": lambda one: dist.SineBivariateVonMises(0 * one, 0 * one, one, one, 0.1 * one),
+    "SineSkewed": lambda one: dist.SineSkewed(dist.VonMises(0 * one, one).expand([2]).to_event(1), 0.1 * one.expand(2)),
     "VonMises": lambda one: dist.VonMises(0 * one, one),
     "VonMises3D": lambda one: dist.VonMises3D(torch.tensor([1.0, 0.0, 0.0]).to(one)),
     "ProjectedNormal": lambda one: dist.ProjectedNormal(one.expand(3)),
@@ -336,9 +324,7 @@ def multinomial(y: Tensor) -> None:
 
 def ordered_logistic(y: Tensor) -> None:
     normal = dist.Normal(0 * y[:3], 1.0)
-    cuts = pyro.sample(
-        "cuts", dist.TransformedDistribution(normal, dist.transforms.OrderedTransform())
-    )
+    cuts = pyro.sample("cuts", dist.TransformedDistribution(normal, dist.transforms.OrderedTransform()))
     slope = pyro.sample("slope", dist.Normal(0 * y[0], 1.0))
     with pyro.plate("data", len(y)):
         seen = torch.tensor([0, 1, 3, 2, 3])
@@ -508,12 +494,7 @@ def table(dtype: torch.dtype) -> Args:
 CHANGES = "Give the model the same sites in every call"
 ZOO: tuple[Animal, ...] = (
     *(
-        Animal(
-            name,
-            prior(family),
-            mode="loop" if name == "Stable" else "vmap",
-            refused=REFUSED_FAMILIES.get(name),
-        )
+        Animal(name, prior(family), mode="loop" if name == "Stable" else "vmap", refused=REFUSED_FAMILIES.get(name))
         for name, family in FAMILIES.items()
     ),
     Animal("eight schools", models.eight_schools, schools),
@@ -533,17 +514,10 @@ ZOO: tuple[Animal, ...] = (
         reparameterised(prior(FAMILIES["ProjectedNormal"]), z=ProjectedNormalReparam()),
         mode="loop",  # Pyro writes into ``.data`` there
     ),
-    Animal(
-        "LatentStableReparam",
-        reparameterised(prior(FAMILIES["Stable"]), z=LatentStableReparam()),
-        mode="loop",
-    ),
+    Animal("LatentStableReparam", reparameterised(prior(FAMILIES["Stable"]), z=LatentStableReparam()), mode="loop"),
     Animal(
         "HaarReparam",
-        reparameterised(
-            prior(lambda one: dist.Normal(0 * one.expand(4), 1.0).to_event(1)),
-            z=HaarReparam(dim=-1),
-        ),
+        reparameterised(prior(lambda one: dist.Normal(0 * one.expand(4), 1.0).to_event(1)), z=HaarReparam(dim=-1)),
     ),
     Animal("Bayesian network", lambda network, y: network(y), with_network),
     Animal("nested plates", nested_plates),
@@ -579,11 +553,7 @@ ZOO: tuple[Animal, ...] = (
     Animal("moving support", moving_support, refused="support of site 'z' depends on other"),
     Animal("support by switch", support_by_switch, refused="support of site 'z' depends on other"),
     Animal("other site", other_site, refused=f"did not have before: 'narrow'.*{CHANGES}"),
-    Animal(
-        "fewer sites",
-        fewer_sites,
-        refused=f"not visit its latent sites any more: 'scale'.*{CHANGES}",
-    ),
+    Animal("fewer sites", fewer_sites, refused=f"not visit its latent sites any more: 'scale'.*{CHANGES}"),
     Animal("other shape", other_shape, refused="shape of site 'z' has changed"),
     Animal("implicit prior", implicit_prior, refused="can be drawn from but has no density"),
 )

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from implicitvi import distributed
 from implicitvi.errors import check_at_least, check_positive
-from implicitvi.nn import (
-    GatedBlock,
-    GatedLayer,
-    Injected,
-    ResidualBlock,
-    side_by_side,
-    zeroed,
-)
+from implicitvi.nn import GatedBlock, GatedLayer, Injected, ResidualBlock, concat_context, zero_init
 
 
 class GatedAdversary(nn.Module):
@@ -48,12 +41,12 @@ class GatedAdversary(nn.Module):
             nn.Linear(latent_dim + context_dim, width),
             *(GatedBlock(width) for _ in range(blocks)),
             GatedLayer(width, width),
-            zeroed(nn.Linear(width, 1)),
+            zero_init(nn.Linear(width, 1)),
         )
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
-        scores: Tensor = self.net(side_by_side(z, x)).squeeze(-1)
+        scores: Tensor = self.net(concat_context(z, x)).squeeze(-1)
         return scores
 
 
@@ -79,12 +72,12 @@ class ResidualAdversary(nn.Module):
             nn.ELU(),
             *(ResidualBlock(width) for _ in range(blocks)),
             nn.ELU(),
-            zeroed(nn.Linear(width, 1)),
+            zero_init(nn.Linear(width, 1)),
         )
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
-        scores: Tensor = self.net(side_by_side(z, x)).squeeze(-1)
+        scores: Tensor = self.net(concat_context(z, x)).squeeze(-1)
         return scores
 
 
@@ -188,24 +181,14 @@ class JointAdversary(nn.Module):
     torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        x_net: nn.Module,
-        latent_dim: int,
-        *,
-        width: int = 64,
-        blocks: int = 1,
-        square: bool = False,
-    ):
+    def __init__(self, x_net: nn.Module, latent_dim: int, *, width: int = 64, blocks: int = 1, square: bool = False):
         super().__init__()
         check_at_least("width", width, 1)
         check_at_least("blocks", blocks, 0)
         self.x_net = x_net
         self.z_net = nn.Linear(latent_dim, width)
         self.net = nn.Sequential(
-            *(GatedBlock(width) for _ in range(blocks)),
-            GatedLayer(width, width),
-            zeroed(nn.Linear(width, 1)),
+            *(GatedBlock(width) for _ in range(blocks)), GatedLayer(width, width), zero_init(nn.Linear(width, 1))
         )
         self.square = square
 
@@ -227,17 +210,10 @@ class InjectedAdversary(nn.Module):
         square: Whether ``½(‖z‖² - D)`` is added, as in `PairwiseAdversary`.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        latent_dim: int,
-        *,
-        x_shape: Sequence[int],
-        square: bool = False,
-    ):
+    def __init__(self, layers: Sequence[nn.Module], latent_dim: int, *, x_shape: Sequence[int], square: bool = False):
         super().__init__()
         self.net = Injected(layers, latent_dim, 1, x_shape=x_shape)
-        zeroed(self.net.head)
+        zero_init(self.net.head)
         self.square = square
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:

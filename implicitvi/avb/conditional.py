@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 
 from implicitvi.avb.contrasts import Contrast
-from implicitvi.errors import check_at_least
+from implicitvi.avb.samplers import NoiseBasisSampler, Sampler
+from implicitvi.errors import OptionError, check_at_least
+from implicitvi.nn import LocationScaleNet
 from implicitvi.numerics.gaussian import JITTER, Whitening
 
 Frame = Callable[[Tensor], tuple[Tensor, Tensor]]
 Moments = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-class FramedContrast(Contrast):
+class ConditionalContrast(Contrast):
     """Another contrast in a frame for each context: one shape for all, its place and scale by the datum.
 
     ``r(z | x)`` is the law of ``m(x) + L(x) h`` where ``h`` follows the inner contrast, which sees the draws of all
@@ -31,23 +33,23 @@ class FramedContrast(Contrast):
     def __init__(self, inner: Contrast, frame: Frame):
         super().__init__()
         self.inner = inner
-        self.marks = inner.marks
+        self.extra_dim = inner.extra_dim
         self._frame = (frame,)  # a tuple: it belongs to the sampler
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         assert x is not None
         with torch.no_grad():
-            placed = Placed(*self._frame[0](x))
+            placed = LocationScale(*self._frame[0](x))
             draws = placed.standardise(z.detach()).flatten(0, -2)
         placed.base = self.inner(draws)
         return placed
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        assert isinstance(r, Placed) and r.base is not None
+        assert isinstance(r, LocationScale) and r.base is not None
         return self.inner.standardise(r.standardise(z), r.base)
 
     def observe(self, z: Tensor, r: Distribution) -> None:
-        assert isinstance(r, Placed) and r.base is not None
+        assert isinstance(r, LocationScale) and r.base is not None
         self.inner.observe(r.standardise(z).flatten(0, -2), r.base)
 
 
@@ -70,17 +72,17 @@ class MomentContrast(Contrast):
         assert x is not None
         loc, cov = self._moments[0](self.num_samples, x)
         cov = cov + torch.diag_embed(JITTER * cov.diagonal(dim1=-2, dim2=-1) + 1e-12)
-        placed = Placed(loc, torch.linalg.cholesky(cov))
+        placed = LocationScale(loc, torch.linalg.cholesky(cov))
         unit = torch.ones_like(loc[(0,) * (loc.dim() - 1)])
         placed.base = Independent(Normal(torch.zeros_like(unit), unit, validate_args=False), 1)
         return placed
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        assert isinstance(r, Placed)
+        assert isinstance(r, LocationScale)
         return r.standardise(z)
 
 
-class Placed(Distribution):
+class LocationScale(Distribution):
     """``m + L h`` for ``h`` of a base distribution with event shape ``[D]``, one place for each context.
 
     Args:
@@ -116,3 +118,45 @@ class Placed(Distribution):
         log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_prob: Tensor = self.base.log_prob(self.standardise(value)) - log_scale
         return log_prob
+
+
+class ConditionalSampler(Sampler):
+    """Another sampler in a frame of its own for every context: ``z = m(x) + L(x) h(ε, x)``.
+
+    A `LocationScaleNet` gives the frame. Trained first, by itself, it is an amortized Gaussian posterior; the sampler
+    inside then adds the shape, in coordinates where every context looks alike.
+
+    Args:
+        inner: Sampler with a context.
+        encoder: Gives location and scale of each context, in units of ``loc`` and ``scale_tril``.
+    """
+
+    def __init__(self, inner: Sampler, encoder: LocationScaleNet):
+        super().__init__(inner.latent_dim, noise_dim=inner.noise_dim, context_dim=inner.context_dim)
+        self.inner = inner
+        self.encoder = encoder
+
+    def frame(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``."""
+        loc, scale = self.encoder(x)
+        return self.loc + loc @ self.scale_tril.mT, self.scale_tril @ scale
+
+    def to_latent(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        assert x is not None
+        loc, scale = self.frame(x)
+        return loc + (scale @ h[..., None]).squeeze(-1)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        return self.inner.transform(eps, x)
+
+    def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of ``z`` given ``x [B, C]``, where the sampler inside has them: `NoiseBasisSampler.moments`."""
+        if not isinstance(self.inner, NoiseBasisSampler):
+            raise OptionError(
+                "only the noise basis has closed-form conditional moments",
+                got=type(self.inner).__name__,
+                do="Use sampler='noise_basis', or another contrast.",
+            )
+        mean, cov = self.inner.moments(num_samples, x)
+        loc, scale = self.frame(x)
+        return loc + (scale @ mean[..., None]).squeeze(-1), scale @ cov @ scale.mT

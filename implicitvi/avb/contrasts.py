@@ -16,29 +16,23 @@ parameters that are fitted to the draws, ``observe`` where it remembers them; th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import (
-    Distribution,
-    Independent,
-    Normal,
-    TransformedDistribution,
-)
-from torch.nn.functional import one_hot, pad
+from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
 
 from implicitvi import distributed
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
-from implicitvi.numerics.gaussian import Assembly, Gaussian, GaussianMixture, _everyones, moments, whiten
+from implicitvi.numerics.gaussian import Gaussian, GaussianMixture, gather_draws, moments, whiten
 
 
 class Contrast(nn.Module, ABC):
     """An explicit distribution made from, or fitted to, the draws of ``q``."""
 
-    marks = 0  # coordinates that `standardise` adds to those of a draw
+    extra_dim = 0  # coordinates that `standardise` adds to those of a draw
 
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
@@ -46,7 +40,7 @@ class Contrast(nn.Module, ABC):
 
     @abstractmethod
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        """``z [S, (B,) D]`` in coordinates fit for a network, one to one and fixed by ``r``, and `marks` more."""
+        """``z [S, (B,) D]`` in coordinates fit for a network, one to one and fixed by ``r``, and `extra_dim` more."""
 
     def observe(self, z: Tensor, r: Distribution) -> None:
         """Learn from draws ``z [S, (B,) D]`` that have been compared with ``r``; for contrasts that remember."""
@@ -69,9 +63,7 @@ class PriorContrast(Contrast):
     loc: Tensor
     scale: Tensor
 
-    def __init__(
-        self, prior: Distribution, *, loc: Tensor | None = None, scale: Tensor | None = None
-    ):
+    def __init__(self, prior: Distribution, *, loc: Tensor | None = None, scale: Tensor | None = None):
         super().__init__()
         self.prior = prior
         self.register_buffer("loc", torch.zeros(prior.event_shape) if loc is None else loc)
@@ -91,7 +83,7 @@ class DiagonalGaussianContrast(Contrast):
     """
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        z = _everyones(z.detach())
+        z = gather_draws(z.detach())
         return Independent(Normal(z.mean(0), z.std(0) + 1e-6, validate_args=False), 1)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
@@ -143,21 +135,14 @@ class MixtureContrast(Contrast):
     scale_tril: Tensor
     fitted: Tensor
 
-    def __init__(
-        self,
-        latent_dim: int,
-        *,
-        components: int = 8,
-        rate: float = 0.25,
-        ridge: float = 1e-5,
-    ):
+    def __init__(self, latent_dim: int, *, components: int = 8, rate: float = 0.25, ridge: float = 1e-5):
         super().__init__()
         check_at_least("components", components, 1)
         if not 0 < rate <= 1:
             raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
         check_positive("ridge", ridge)
         self.components = components
-        self.marks = latent_dim + components
+        self.extra_dim = latent_dim + components
         self.rate = rate
         self.ridge = ridge
         unit = torch.eye(latent_dim)
@@ -170,7 +155,7 @@ class MixtureContrast(Contrast):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        _refuse_context(x)
+        refuse_context(x)
         if not self.fitted:
             self._begin(z.detach())
         return GaussianMixture(self.weights, self.locs, self.scale_trils)
@@ -181,13 +166,13 @@ class MixtureContrast(Contrast):
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
-        self._step(_everyones(z), self.rate)
+        self._step(gather_draws(z), self.rate)
 
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:
         """Spread the components over the draws, then take a few large steps on the batch."""
         loc, scale_tril = moments(z)
-        z = _everyones(z)
+        z = gather_draws(z)
         chosen = _spread(whiten(z, loc, scale_tril), self.components)
         distributed.share([chosen])
         self.locs.copy_(z[chosen])
@@ -220,91 +205,12 @@ class MixtureContrast(Contrast):
         """Bring the factors, and the moments of the whole mixture, up to date with the components."""
         loc = self.weights @ self.locs
         off = self.locs - loc
-        cov = (self.weights[:, None] * off).mT @ off + torch.einsum(
-            "k,kde", self.weights, self.covs
-        )
+        cov = (self.weights[:, None] * off).mT @ off + torch.einsum("k,kde", self.weights, self.covs)
         floor = torch.diag_embed(self.ridge * cov.diagonal() + 1e-12)
         factors = torch.linalg.cholesky(torch.cat([self.covs + floor, (cov + floor)[None]]))
         self.scale_trils.copy_(factors[:-1])
         self.loc.copy_(loc)
         self.scale_tril.copy_(factors[-1])
-
-
-class ModalContrast(Contrast):
-    """A contrast for each of several far modes, and coordinates in which each mode has its own place and scale.
-
-    In the units of the whole, modes that lie ``d`` standard deviations apart are spikes of width ``2 / d``, which no
-    network resolves. Here a draw belongs to the mode whose Gaussian is densest at it, stands in the coordinates of that
-    mode's contrast, and is marked with the mode: ``standardise`` gives what that contrast does, and ``K`` marks.
-
-    Args:
-        contrasts: Contrasts without context, one for each of ``K`` modes.
-        weights: Weights of the modes ``[K]`` at the start; they follow the draws.
-        locs: Locations of the modes' Gaussians ``[K, D]``.
-        scale_trils: Their lower triangular scales ``[K, D, D]``.
-        rate: Share of the current batch in the weights.
-    """
-
-    weights: Tensor
-    locs: Tensor
-    scale_trils: Tensor
-
-    def __init__(
-        self,
-        contrasts: Sequence[Contrast],
-        weights: Tensor,
-        locs: Tensor,
-        scale_trils: Tensor,
-        *,
-        rate: float = 0.25,
-    ):
-        super().__init__()
-        self.contrasts = nn.ModuleList(contrasts)
-        # a contrast of fewer coordinates than another leaves the rest of them 0
-        self.marks = max(contrast.marks for contrast in contrasts) + len(contrasts)
-        self.rate = rate
-        self.register_buffer("weights", weights.clone())
-        self.register_buffer("locs", locs.clone())
-        self.register_buffer("scale_trils", scale_trils.clone())
-
-    def modes(self, z: Tensor) -> Tensor:
-        """The mode that each of ``z [..., D]`` belongs to: ``[...]``."""
-        return GaussianMixture(self.weights, self.locs, self.scale_trils).log_joint(z).argmax(-1)
-
-    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        _refuse_context(x)
-        modes = self.modes(z.detach())
-        parts = [part(self._share(z, modes, k)) for k, part in enumerate(self._parts())]
-        return Assembly(self.weights.clone(), parts)
-
-    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        assert isinstance(r, Assembly)
-        own = one_hot(self.modes(z.detach()), len(self.contrasts)).to(z)
-        each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
-        widest = z.shape[-1] + self.marks - len(each)
-        wide = torch.stack([pad(e, (0, widest - e.shape[-1])) for e in each], -1)
-        return torch.cat([(wide * own[..., None, :]).sum(-1), own], -1)
-
-    @torch.no_grad()
-    def observe(self, z: Tensor, r: Distribution) -> None:
-        assert isinstance(r, Assembly)
-        modes = self.modes(z)
-        for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
-            contrast.observe(self._share(z, modes, k), part)
-        found = one_hot(_everyones(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
-        weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
-        self.weights.copy_(weights / weights.sum())
-
-    def _share(self, z: Tensor, modes: Tensor, k: int) -> Tensor:
-        """The draws of mode ``k``; too few to show its shape get ``2 D`` points with its Gaussian's moments."""
-        own, dim = z[modes == k], z.shape[-1]
-        if len(own) >= 4 * dim:
-            return own
-        steps = dim**0.5 * self.scale_trils[k].mT
-        return torch.cat([own, self.locs[k] + steps, self.locs[k] - steps])
-
-    def _parts(self) -> list[Contrast]:
-        return list(self.contrasts)  # type: ignore[arg-type]
 
 
 class FlowContrast(Contrast):
@@ -328,7 +234,7 @@ class FlowContrast(Contrast):
             )
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        _refuse_context(x)
+        refuse_context(x)
         from pyro.distributions.transforms import LowerCholeskyAffine
 
         affine = LowerCholeskyAffine(*moments(z.detach()))
@@ -349,7 +255,8 @@ def _spread(z: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _refuse_context(x: Tensor | None) -> None:
+def refuse_context(x: Tensor | None) -> None:
+    """Raise `ModelError` where a contrast without context is given one."""
     if x is not None:
         raise ModelError("this contrast does not take a context", do="Use contrast='gaussian'.")
 

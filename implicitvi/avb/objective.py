@@ -9,7 +9,7 @@ adversary (proposition 2), ``T`` is held fixed while the sampler learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from math import log
 
@@ -19,11 +19,11 @@ from torch.distributions import Distribution
 
 from implicitvi.avb.adversaries import InformedAdversary
 from implicitvi.avb.contrasts import Contrast
+from implicitvi.avb.multimodal import MixtureSampler
 from implicitvi.avb.ratios import Logistic, RatioLoss
-from implicitvi.avb.samplers import MixtureSampler, Sampler
+from implicitvi.avb.samplers import Sampler
 from implicitvi.numerics.optimise import finite_draws
-
-LogDensity = Callable[[Tensor], Tensor]
+from implicitvi.numerics.types import LogDensity
 
 
 def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
     return log_joint - log_contrast - log_ratio
 
 
-def tighten(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
+def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
     """Importance-weighted bound ``log mean_k exp elbo`` over ``K`` draws: ``elbo [S, (B,)]`` to ``[S / K, (B,)]``.
 
     The draws ``z [S, (B,) D]`` get the doubly reparameterised gradient: ``q`` is held fixed in the ELBO, which leaves
@@ -56,7 +56,7 @@ def tighten(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
     return groups.logsumexp(0) - log(num_importance)
 
 
-class AVB:
+class AVBObjective:
     """Adversarial variational Bayes of a sampler, a contrast and an adversary.
 
     The sampler is shown a running average of the adversary's recent weights: a steadier opponent. A context ``x`` is
@@ -115,11 +115,7 @@ class AVB:
         return self.contrast.loss(z, x)
 
     def adversary_losses(
-        self,
-        num_samples: int,
-        num_steps: int,
-        log_joint: LogDensity | None = None,
-        x: Tensor | None = None,
+        self, num_samples: int, num_steps: int, log_joint: LogDensity | None = None, x: Tensor | None = None
     ) -> Iterator[Tensor]:
         """The ratio loss on fresh draws of ``q`` and as many of the contrast, for each of the adversary's steps.
 
@@ -132,7 +128,7 @@ class AVB:
             return
         with torch.no_grad():
             z_q = self.sampler(num_samples * num_steps, x)
-        shown = self.compare(z_q, num_samples, log_joint, x)
+        shown = self.adversary_batch(z_q, num_samples, log_joint, x)
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
             own = x is not None and x.dim() == self.context_dims + 2
@@ -140,12 +136,8 @@ class AVB:
             yield self.ratio.loss(*_scores(self.adversary, [s[:, step] for s in shown], context))
 
     @torch.no_grad()
-    def compare(
-        self,
-        z_q: Tensor,
-        num_samples: int,
-        log_joint: LogDensity | None = None,
-        x: Tensor | None = None,
+    def adversary_batch(
+        self, z_q: Tensor, num_samples: int, log_joint: LogDensity | None = None, x: Tensor | None = None
     ) -> list[Tensor]:
         """What the adversary is shown of draws ``z_q [S, (B,) D]`` and as many of the contrast, which then learns.
 
@@ -166,9 +158,7 @@ class AVB:
         self.contrast.observe(z_q, r)
         return shown
 
-    def elbo(
-        self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None
-    ) -> tuple[Tensor, int]:
+    def elbo(self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """Per-draw `elbo` ``[S', (B,)]`` of fresh draws, tightened, and how many of the ``S`` were dropped.
 
         A draw is dropped where the model gives it no finite log density, with all that share its importance
@@ -176,25 +166,23 @@ class AVB:
         """
         return self.bound(self.sampler(num_samples, x), log_joint, x)
 
-    def bound(
-        self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None
-    ) -> tuple[Tensor, int]:
+    def bound(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """`elbo` of draws ``z [S, (B,) D]`` that have been made."""
         num_samples = len(z)
         r = self.contrast(z, x)
-        log_p = log_joint(self.hear(z))
+        log_p = log_joint(self.without_hint_gradient(z))
         kept = finite_draws(log_p, self.num_importance)
         if not kept.all():
             z = z[kept]
-            log_p = log_joint(self.hear(z)) if len(z) else log_p[kept]
+            log_p = log_joint(self.without_hint_gradient(z)) if len(z) else log_p[kept]
         scores = self.score(z, r, log_p, x)
         if isinstance(self.sampler, MixtureSampler) and scores.requires_grad:
             observed = scores.new_full((len(kept), *scores.shape[1:]), torch.nan)
             observed[kept] = scores.detach()
             self.sampler.observe(observed)
-        return tighten(scores, z, self.num_importance), num_samples - len(z)
+        return importance_weighted(scores, z, self.num_importance), num_samples - len(z)
 
-    def hear(self, z: Tensor) -> Tensor:
+    def without_hint_gradient(self, z: Tensor) -> Tensor:
         """The draws ``z [S, (B,) D]`` as the log joint must be given them, before `score`.
 
         An informed adversary's hint contains the log joint, as a function of ``z`` alone: parameters of the model,
@@ -210,11 +198,11 @@ class AVB:
         return heard
 
     def score(self, z: Tensor, r: Distribution, log_p: Tensor, x: Tensor | None = None) -> Tensor:
-        """`elbo` of draws ``z [S, (B,) D]`` whose log joint at `hear` is ``log_p [S, (B,)]``, with ``T`` held fixed."""
-        log_r, shown = self.show(z, r, log_p.detach(), x)
+        """`elbo` of draws ``z [S, (B,) D]`` whose log joint at `without_hint_gradient` is ``log_p [S, (B,)]``, with ``T`` held fixed."""
+        log_r, shown = self.adversary_inputs(z, r, log_p.detach(), x)
         return elbo(log_p, log_r, self._log_ratio(shown, x))
 
-    def show(
+    def adversary_inputs(
         self, z: Tensor, r: Distribution, log_p: Tensor | None, x: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """``log r [S, (B,)]`` of draws ``z [S, (B,) D]``, and what the `opponent` is shown of them; as in `score`."""
@@ -238,12 +226,10 @@ class AVB:
         log_r, log_ratio = self.log_r_and_ratio(z, log_joint, x)
         return log_r + log_ratio
 
-    def log_r_and_ratio(
-        self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def log_r_and_ratio(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The two parts of `log_q` of ``z [S, (B,) D]``: ``log r`` and the learned ``T``, each ``[S, (B,)]``."""
         log_p = log_joint(z) if self.informed else None
-        log_r, shown = self.show(z, self.contrast(z, x), log_p, x)
+        log_r, shown = self.adversary_inputs(z, self.contrast(z, x), log_p, x)
         return log_r, self._log_ratio(shown, x)
 
     def keep_average(self) -> None:

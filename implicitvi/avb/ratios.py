@@ -93,8 +93,4 @@ class LeastSquares:
         return t
 
 
-RATIOS: dict[str, type[RatioLoss]] = {
-    "logistic": Logistic,
-    "fgan_kl": FGanKL,
-    "least_squares": LeastSquares,
-}
+RATIOS: dict[str, type[RatioLoss]] = {"logistic": Logistic, "fgan_kl": FGanKL, "least_squares": LeastSquares}

@@ -21,15 +21,7 @@ from torch.nn.functional import elu
 
 from implicitvi import distributed
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.nn import (
-    Ensemble,
-    GatedBlock,
-    GatedLayer,
-    ResidualBlock,
-    SkipNet,
-    dense,
-    zeroed,
-)
+from implicitvi.nn import Ensemble, GatedBlock, GatedLayer, ResidualBlock, SkipNet, mlp
 
 
 class Sampler(nn.Module, ABC):
@@ -44,7 +36,7 @@ class Sampler(nn.Module, ABC):
 
     loc: Tensor
     scale_tril: Tensor
-    placed: Tensor
+    initialised: Tensor
 
     def __init__(self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0):
         super().__init__()
@@ -60,13 +52,13 @@ class Sampler(nn.Module, ABC):
             )
         self.register_buffer("loc", torch.zeros(latent_dim))
         self.register_buffer("scale_tril", torch.eye(latent_dim))
-        self.register_buffer("placed", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
-    def set_frame(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def set_affine(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Place the sampler: ``loc [D]`` and lower triangular ``scale_tril [D, D]``."""
         self.loc.copy_(loc)
         self.scale_tril.copy_(scale_tril)
-        self.placed.fill_(True)
+        self.initialised.fill_(True)
 
     def frames(self) -> tuple[Tensor, Tensor]:
         """Location ``[1, D]`` and lower triangular scale ``[1, D, D]``; of several samplers in one, ``K`` of them."""
@@ -74,9 +66,7 @@ class Sampler(nn.Module, ABC):
 
     def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""
-        if (x is None) != (self.context_dim == 0) or (
-            x is not None and x.shape[-1] != self.context_dim
-        ):
+        if (x is None) != (self.context_dim == 0) or (x is not None and x.shape[-1] != self.context_dim):
             raise ShapeError(
                 "the sampler's context does not fit",
                 got="no context" if x is None else f"shape {tuple(x.shape)}",
@@ -88,9 +78,9 @@ class Sampler(nn.Module, ABC):
 
     def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Draw ``z [S, (B,) D]``, differentiable in the sampler's parameters."""
-        return self.place(self.transform(self.noise(num_samples, x), x), x)
+        return self.to_latent(self.transform(self.noise(num_samples, x), x), x)
 
-    def place(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+    def to_latent(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         """Map ``h [..., D]`` from the frame's coordinates to ``z [..., D]``."""
         return self.loc + h @ self.scale_tril.mT
 
@@ -115,15 +105,10 @@ class DenseSampler(Sampler):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        noise_dim: int | None = None,
-        context_dim: int = 0,
-        hidden: Sequence[int] = (128, 128),
+        self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0, hidden: Sequence[int] = (128, 128)
     ):
         super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
-        net = dense([self.noise_dim + context_dim, *hidden, latent_dim])
+        net = mlp([self.noise_dim + context_dim, *hidden, latent_dim])
         self.net = SkipNet(self.noise_dim, latent_dim, net)
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
@@ -143,13 +128,7 @@ class ResidualSampler(Sampler):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        noise_dim: int | None = None,
-        context_dim: int = 0,
-        width: int = 128,
-        blocks: int = 2,
+        self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0, width: int = 128, blocks: int = 2
     ):
         super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
         net = nn.Sequential(
@@ -180,13 +159,7 @@ class GatedSampler(Sampler):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        *,
-        noise_dim: int | None = None,
-        context_dim: int = 0,
-        width: int = 64,
-        blocks: int = 1,
+        self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0, width: int = 64, blocks: int = 1
     ):
         noise_dim = 2 * latent_dim if noise_dim is None else noise_dim
         super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
@@ -233,15 +206,10 @@ class NoiseBasisSampler(Sampler):
         each = latent_dim if noise_dim is None else noise_dim
         super().__init__(latent_dim, noise_dim=each * num_basis, context_dim=context_dim)
         self.num_basis = num_basis
-        self.basis = Ensemble(
-            [
-                SkipNet(each, latent_dim, dense([each, *hidden, latent_dim]))
-                for _ in range(num_basis)
-            ]
-        )
+        self.basis = Ensemble([SkipNet(each, latent_dim, mlp([each, *hidden, latent_dim])) for _ in range(num_basis)])
         size = (num_basis + 1) * latent_dim
         widths = hidden if mixing is None else mixing
-        self.mix = dense([context_dim, *widths, size]) if context_dim else None
+        self.mix = mlp([context_dim, *widths, size]) if context_dim else None
         self.offset = nn.Parameter(torch.zeros(num_basis + 1, latent_dim))
 
     def values(self, eps: Tensor) -> Tensor:
@@ -282,7 +250,7 @@ class NoiseBasisSampler(Sampler):
         for scale, each in zip(a.unbind(-2), cov_v, strict=True):
             cov = torch.addcmul(cov, scale[..., :, None] * scale[..., None, :], each)
         half = (cov @ self.scale_tril.mT).mT.contiguous()  # then one product for all rows
-        return self.place(mean), half @ self.scale_tril.mT
+        return self.to_latent(mean), half @ self.scale_tril.mT
 
 
 class SemiImplicitSampler(Sampler):
@@ -312,9 +280,7 @@ class SemiImplicitSampler(Sampler):
     ):
         mean_dim = latent_dim if noise_dim is None else noise_dim
         super().__init__(latent_dim, noise_dim=mean_dim + latent_dim, context_dim=context_dim)
-        self.net = SkipNet(
-            mean_dim, latent_dim, dense([mean_dim + context_dim, *hidden, latent_dim])
-        )
+        self.net = SkipNet(mean_dim, latent_dim, mlp([mean_dim + context_dim, *hidden, latent_dim]))
         self.log_scale = nn.Parameter(torch.full((latent_dim,), init_scale).log())
 
     def mean(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
@@ -330,166 +296,6 @@ class SemiImplicitSampler(Sampler):
     def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
         """``q(h | ε, x)`` of noise ``eps [S, (B,) noise_dim]`` in the frame: a Gaussian, event shape ``[D]``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
-
-
-class MixtureSampler(Sampler):
-    """Samplers with frames of their own, one of which makes each draw: for modes that lie far apart.
-
-    One more noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to within one
-    draw. Between modes nothing can move mass but the weights, whose natural gradient is known without a score function:
-
-        ∂ELBO / ∂log w_k, in the metric of the simplex = E_{q_k}[elbo] - E_q[elbo]
-
-    It vanishes where ``w_k ∝ Z_k exp(-KL(q_k‖p_k))`` with the evidence ``Z_k`` of a mode.
-
-    Args:
-        samplers: Samplers without context of one latent dimension ``D``, as many as there are modes.
-        weights: Where their weights ``[K]`` start.
-        rate: Step size of the logarithms of the weights; 0 leaves them alone.
-
-    >>> MixtureSampler([DenseSampler(3), DenseSampler(3)], torch.tensor([0.3, 0.7]))(5).shape
-    torch.Size([5, 3])
-    """
-
-    weights: Tensor
-
-    def __init__(self, samplers: Sequence[Sampler], weights: Tensor, *, rate: float = 0.02):
-        latent_dim, noise_dim = samplers[0].latent_dim, max(s.noise_dim for s in samplers)
-        super().__init__(latent_dim, noise_dim=noise_dim + 1)
-        self.samplers = nn.ModuleList(samplers)
-        self.rate = rate
-        self.register_buffer("weights", weights / weights.sum())
-        self.placed.fill_(True)
-        self._chosen: Tensor | None = None
-
-    def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
-        eps = super().noise(num_samples, x)
-        strata = torch.randperm(num_samples, device=eps.device).to(eps.dtype)
-        share = (strata + torch.rand_like(strata)) / num_samples
-        return torch.cat([eps[:, :-1], torch.special.ndtri(share)[:, None]], -1)
-
-    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        share = torch.special.ndtr(eps[:, -1])
-        inner = self.weights.cumsum(0)[:-1].to(eps)
-        chosen = self._chosen = torch.searchsorted(inner, share)
-        order = chosen.argsort()
-        counts = chosen.bincount(minlength=len(self.samplers)).tolist()
-        parts = [
-            sampler.place(sampler.transform(part[:, : sampler.noise_dim]))
-            for sampler, part in zip(self._samplers(), eps[order].split(counts), strict=True)
-        ]
-        return torch.cat(parts)[order.argsort()]
-
-    @torch.no_grad()
-    def observe(self, elbo: Tensor) -> None:
-        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN: dropped."""
-        assert self._chosen is not None
-        whole = elbo.nanmean()
-        each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])
-        gain = (each - whole).nan_to_num(0.0).clamp(-5.0, 5.0)
-        # a weight of 0 could not come back: its sampler would not be asked
-        weights = (
-            (self.weights.log() + self.rate * gain.to(self.weights)).softmax(0).clamp(min=1e-3)
-        )
-        self.weights.copy_(weights / weights.sum())
-
-    def frames(self) -> tuple[Tensor, Tensor]:
-        """Locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
-        samplers = self._samplers()
-        return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
-
-    def owners(self, z: Tensor) -> Tensor:
-        """The sampler in whose frame each of ``z [..., D]`` is densest, as a Gaussian's: ``[...]``."""
-        scores = []
-        for sampler in self._samplers():
-            off = torch.linalg.solve_triangular(
-                sampler.scale_tril.mT, (z - sampler.loc).flatten(0, -2), upper=True, left=False
-            )
-            scores.append(-0.5 * off.square().sum(-1) - sampler.scale_tril.diagonal().log().sum())
-        return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
-
-    def _samplers(self) -> list[Sampler]:
-        return list(self.samplers)  # type: ignore[arg-type]
-
-
-class EncodedSampler(Sampler):
-    """Another sampler in a frame of its own for every context: ``z = m(x) + L(x) h(ε, x)``.
-
-    A `GaussianEncoder` gives the frame. Trained first, by itself, it is an amortized Gaussian posterior; the sampler
-    inside then adds the shape, in coordinates where every context looks alike.
-
-    Args:
-        inner: Sampler with a context.
-        encoder: Gives location and scale of each context, in units of ``loc`` and ``scale_tril``.
-    """
-
-    def __init__(self, inner: Sampler, encoder: GaussianEncoder):
-        super().__init__(inner.latent_dim, noise_dim=inner.noise_dim, context_dim=inner.context_dim)
-        self.inner = inner
-        self.encoder = encoder
-
-    def frame(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``."""
-        loc, scale = self.encoder(x)
-        return self.loc + loc @ self.scale_tril.mT, self.scale_tril @ scale
-
-    def place(self, h: Tensor, x: Tensor | None = None) -> Tensor:
-        assert x is not None
-        loc, scale = self.frame(x)
-        return loc + (scale @ h[..., None]).squeeze(-1)
-
-    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        return self.inner.transform(eps, x)
-
-    def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of ``z`` given ``x [B, C]``, where the sampler inside has them: `NoiseBasisSampler.moments`."""
-        if not isinstance(self.inner, NoiseBasisSampler):
-            raise OptionError(
-                "only the noise basis has closed-form conditional moments",
-                got=type(self.inner).__name__,
-                do="Use sampler='noise_basis', or another contrast.",
-            )
-        mean, cov = self.inner.moments(num_samples, x)
-        loc, scale = self.frame(x)
-        return loc + (scale @ mean[..., None]).squeeze(-1), scale @ cov @ scale.mT
-
-
-LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever it is shown
-
-
-class GaussianEncoder(nn.Module):
-    """Context to the location and scale of a Gaussian; 0 and 1 at the start.
-
-    Args:
-        context_dim: Dimension ``C`` of the context.
-        latent_dim: Dimension ``D`` of a draw.
-        hidden: Widths of the hidden layers, beside a linear path.
-
-    >>> loc, scale = GaussianEncoder(4, 2)(torch.zeros(5, 4))
-    >>> loc.shape, scale.shape
-    (torch.Size([5, 2]), torch.Size([5, 2, 2]))
-    """
-
-    def __init__(self, context_dim: int, latent_dim: int, *, hidden: Sequence[int] = (64, 64)):
-        super().__init__()
-        self.latent_dim = latent_dim
-        size = latent_dim * (latent_dim + 3) // 2
-        self.skip = zeroed(nn.Linear(context_dim, size))
-        self.net = dense([context_dim, *hidden, size])
-        last = self.net[-1]
-        assert isinstance(last, nn.Linear)
-        zeroed(last)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
-        raw = self.skip(x) + self.net(x)
-        d = self.latent_dim
-        loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
-        diagonal = (LOG_RANGE * (log_diagonal / LOG_RANGE).tanh()).exp()
-        rows, columns = torch.tril_indices(d, d, -1, device=x.device)
-        lower = raw.new_zeros(*raw.shape[:-1], d, d)
-        lower[..., rows, columns] = below * diagonal[..., rows]
-        return loc, lower + torch.diag_embed(diagonal)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -53,9 +53,7 @@ def bar_images(codes: Tensor) -> Tensor:
     return torch.maximum(rows[:, None, :, None], columns[:, None, None, :])
 
 
-def or_bars(
-    num_samples: int, *, flip: float = 0.15, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def or_bars(num_samples: int, *, flip: float = 0.15, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw images of bars with noise, and their codes.
 
     Args:

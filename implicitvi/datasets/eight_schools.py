@@ -56,9 +56,7 @@ class EightSchools:
         """
         return log_integral(self._log_tau, -10.0, 10.0)
 
-    def exact_draws(
-        self, num_samples: int, *, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def exact_draws(self, num_samples: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draw independently from the exact posterior.
 
         Args:

@@ -42,9 +42,7 @@ def inverse_cdf_draws(
     return midpoints[cell] + width * (uniform(num_samples, generator) - 0.5)
 
 
-def _cell_weights(
-    log_density: Callable[[Tensor], Tensor], low: float, high: float
-) -> tuple[Tensor, Tensor]:
+def _cell_weights(log_density: Callable[[Tensor], Tensor], low: float, high: float) -> tuple[Tensor, Tensor]:
     """Midpoints of even cells and the log mass of each, float64 ``[65536]``."""
     cells = 2**16
     width = (high - low) / cells

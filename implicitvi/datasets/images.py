@@ -54,9 +54,7 @@ class Labelled(NamedTuple):
         count = len(self.images)
         if min(sizes, default=0) < 0 or sum(sizes) > count:
             raise OptionError(
-                "the images cannot be split like this",
-                got=f"sizes {sizes}",
-                expected=f"a sum up to {count}",
+                "the images cannot be split like this", got=f"sizes {sizes}", expected=f"a sum up to {count}"
             )
         order = torch.arange(count)
         if seed is not None:
@@ -130,9 +128,7 @@ def binarise(images: Tensor, method: str = "threshold", *, seed: int = 0) -> Ten
     return torch.bernoulli(images, generator=generator)
 
 
-def mnist(
-    path: str | Path | None = None, *, validation: int = 5000, as_bytes: bool = False
-) -> Split:
+def mnist(path: str | Path | None = None, *, validation: int = 5000, as_bytes: bool = False) -> Split:
     """MNIST: 55,000 images ``[N, 1, 28, 28]`` to learn from, 5,000 for validation and 10,000 for the test.
 
     The files are looked for in ``path``, else in the folder that the environment variable ``IMPLICITVI_DATA`` names or
@@ -154,9 +150,7 @@ def mnist(
     train, test = _labelled(train_x, train_y, as_bytes), _labelled(test_x, test_y, as_bytes)
     count = len(train.images)
     if not 0 <= validation < count:
-        raise OptionError(
-            "validation is out of range", got=validation, expected=f"0 to {count - 1}"
-        )
+        raise OptionError("validation is out of range", got=validation, expected=f"0 to {count - 1}")
     kept, held_out = train.split(count - validation, seed=None)
     return Split(kept, held_out, test)
 
@@ -264,9 +258,7 @@ def image_folder(path: str | Path, size: int = 64, *, crop: int | None = None) -
         raise DataError("there is no such folder of pictures", got=str(folder))
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
-        raise DataError(
-            f"the folder {folder} has no pictures", expected=f"files named *{', *'.join(PICTURES)}"
-        )
+        raise DataError(f"the folder {folder} has no pictures", expected=f"files named *{', *'.join(PICTURES)}")
     return ImageFolder(files, size, crop)
 
 
@@ -275,9 +267,7 @@ def _find(name: str, path: str | Path | None) -> Path:
     root = os.environ.get("IMPLICITVI_DATA") if path is None else path
     if not root:
         return _download(name)
-    tried = [
-        Path(root) / folder / (name + ending) for folder in ("", "mnist") for ending in (".gz", "")
-    ]
+    tried = [Path(root) / folder / (name + ending) for folder in ("", "mnist") for ending in (".gz", "")]
     for file in tried:
         if file.is_file():
             return file

@@ -8,7 +8,6 @@ that start far from the draws end where there is mass; an end far from all draws
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
@@ -20,8 +19,7 @@ from implicitvi.errors import check_at_least
 from implicitvi.numerics.gaussian import frame
 from implicitvi.numerics.gaussian import whiten as standardise
 from implicitvi.numerics.optimise import gradients
-
-LogDensity = Callable[[Tensor], Tensor]
+from implicitvi.numerics.types import LogDensity
 
 TAIL = 0.01  # share of the draws that counts as their tail
 _ACCEPTANCE = 0.8
@@ -29,7 +27,7 @@ _FAR = 1.5  # times the distance of the most solitary draw
 
 
 @dataclass(frozen=True, eq=False)
-class Moved:
+class MomentDrift:
     """What transitions that leave ``p`` alone have changed in the draws.
 
     Attributes:
@@ -51,14 +49,9 @@ class Moved:
     acceptance: float
 
 
-def moved(
-    log_joint: LogDensity,
-    z: Tensor,
-    *,
-    num_steps: int = 15,
-    num_leapfrog: int = 6,
-    seed: int = 0,
-) -> Moved:
+def moment_drift(
+    log_joint: LogDensity, z: Tensor, *, num_steps: int = 15, num_leapfrog: int = 6, seed: int = 0
+) -> MomentDrift:
     """Move every draw by Hamiltonian Monte Carlo and compare; for draws of ``p`` nothing changes.
 
     Args:
@@ -69,13 +62,11 @@ def moved(
         seed: Of momenta and acceptances.
 
     >>> z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
-    >>> change = moved(lambda z: -((z - 1) ** 2).sum(1) / 8, z)  # draws of N(0, 1), target N(1, 2²)
+    >>> change = moment_drift(lambda z: -((z - 1) ** 2).sum(1) / 8, z)  # draws of N(0, 1), target N(1, 2²)
     >>> bool((change.mean > 0.7).all()), bool((change.sd > 1.5).all())
     (True, True)
     """
-    there, acceptance = transitions(
-        log_joint, z, num_steps=num_steps, num_leapfrog=num_leapfrog, seed=seed
-    )
+    there, acceptance = transitions(log_joint, z, num_steps=num_steps, num_leapfrog=num_leapfrog, seed=seed)
     with torch.no_grad():
         log_p, after_log_p = (log_joint(x).nan_to_num(-torch.inf).double() for x in (z, there))
     before, after = z.double(), there.double()
@@ -85,7 +76,7 @@ def moved(
     square = ((after - after.mean(0)) / (sd * scale)) ** 2 - ((before - loc) / scale) ** 2
     root = sqrt(len(z))
     tail = (after_log_p < log_p.quantile(TAIL)).double().mean().item()
-    return Moved(
+    return MomentDrift(
         mean=first.mean(0),
         mean_error=first.std(0) / root,
         sd=sd,
@@ -129,7 +120,7 @@ def transitions(
 
 
 @dataclass(frozen=True, eq=False)
-class Elsewhere:
+class MissedModes:
     """Where chains from afar have ended.
 
     Attributes:
@@ -145,7 +136,7 @@ class Elsewhere:
     arrived: int
 
 
-def elsewhere(
+def find_missed_modes(
     log_joint: LogDensity,
     z: Tensor,
     starts: Tensor | None = None,
@@ -153,7 +144,7 @@ def elsewhere(
     num_chains: int = 64,
     num_steps: int = 15,
     seed: int = 0,
-) -> Elsewhere:
+) -> MissedModes:
     """Look for mass where there are no draws, by chains from far away.
 
     Each start climbs until it has the median density of the draws, or is at a top, then moves by Hamiltonian Monte
@@ -194,7 +185,7 @@ def elsewhere(
     far |= (_beyond(where, w) | _beyond(chain.unwhiten(where), z)).cpu()
     far &= reached.cpu()
     arrived = int(reached.sum())
-    return Elsewhere(chain.unwhiten(ends), far, int(far.sum()) / max(arrived, 1), arrived)
+    return MissedModes(chain.unwhiten(ends), far, int(far.sum()) / max(arrived, 1), arrived)
 
 
 def _beyond(ends: Tensor, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import inf, log, sqrt
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from pyro import poutine
@@ -13,22 +13,17 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from implicitvi.avb.samplers import SemiImplicitSampler
-from implicitvi.diagnostics.chains import TAIL, Moved, elsewhere, moved
-from implicitvi.diagnostics.relearned_density import TRUSTED_AUC, Audit, audit, psis
+from implicitvi.diagnostics.agreement import R_HAT, Agreement
+from implicitvi.diagnostics.chains import TAIL, MomentDrift, find_missed_modes, moment_drift
+from implicitvi.diagnostics.posterior import TrainedGuide, is_guide, target_of
+from implicitvi.diagnostics.relearned_density import TRUSTED_AUC, RelearnedDensity, psis, relearn_density
 from implicitvi.diagnostics.report import Check, Report
 from implicitvi.diagnostics.stein import FRAME, kernel_stein, stein_identities
-from implicitvi.errors import (
-    ImplicitVIError,
-    OptionError,
-    SetupError,
-    ShapeError,
-    check_at_least,
-)
-from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.restarts import R_HAT, Agreement
+from implicitvi.errors import ImplicitVIError, OptionError, SetupError, ShapeError, check_at_least
 from implicitvi.metrics.evidence import semi_implicit_bound
+from implicitvi.numerics.types import Draws
 from implicitvi.pyro_model.sites import SiteLayout
-from implicitvi.pyro_model.target import Draws, ModelDensity
+from implicitvi.pyro_model.target import Target
 from implicitvi.pyro_model.tracing import is_deterministic, run_at, unvalidated
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
@@ -60,7 +55,7 @@ TRAIN = "Train longer (num_steps), with a larger batch (num_particles), or with 
 class Trained(Protocol):
     """What a diagnosis reads of a `Fit`."""
 
-    guide: ImplicitGuide
+    guide: TrainedGuide
     history: History
     num_steps: int
     skipped: int
@@ -69,7 +64,7 @@ class Trained(Protocol):
 
 
 def diagnose(
-    source: ImplicitGuide | Trained | Draws,
+    source: TrainedGuide | Trained | Draws,
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = 2000,
@@ -110,20 +105,21 @@ def diagnose(
     """
     check_at_least("num_samples", num_samples, LEAST)
     guide = source.guide if isinstance(source, Trained) else source
-    if not isinstance(guide, ImplicitGuide | Mapping):
+    if not is_guide(guide) and not isinstance(guide, Mapping):
         raise SetupError(
             "there is nothing to diagnose",
             got=type(source).__name__,
             expected="a fit, an ImplicitGuide, or draws {site: [S, *site shape]}",
         )
-    if isinstance(guide, ImplicitGuide):
-        target = ModelDensity.of_guide(guide, model, args, kwargs, seed)
+    if is_guide(guide):
+        target = target_of(guide, model, args, kwargs, seed)
         with RandomStream(seed):
             u = guide.sample_unconstrained(max(num_samples, 2 * target.layout.dim))
             pool = guide.sample_unconstrained(max(AUDIT_DRAWS, 40 * target.layout.dim))
     else:
-        target = ModelDensity.of(model, args, kwargs, _first(guide), seed)
-        u, pool = _thin(target.unconstrain(guide), num_samples), None
+        draws = cast(Draws, guide)
+        target = Target.of(model, args, kwargs, _first(draws), seed)
+        u, pool = _thin(target.unconstrain(draws), num_samples), None
         _check_count(len(u), target.layout.dim)
     checks = [_check_run(source)] if isinstance(source, Trained) else []
     checks.append(_check_restarts(source if isinstance(source, Trained) else None))
@@ -145,7 +141,7 @@ def diagnose(
 
 
 def stein_error(
-    guide: ImplicitGuide,
+    guide: TrainedGuide,
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = STEIN_DRAWS,
@@ -162,7 +158,7 @@ def stein_error(
         seed: Of the draws.
         **kwargs: Its keyword arguments.
     """
-    target = ModelDensity.of_guide(guide, model, args, kwargs, seed)
+    target = target_of(guide, model, args, kwargs, seed)
     with RandomStream(seed):
         pool = guide.sample_unconstrained(max(num_samples, FRAME * target.layout.dim))
     u = pool[:num_samples]
@@ -173,16 +169,14 @@ def stein_error(
         return inf
 
 
-def _check_moves(target: ModelDensity, u: Tensor, seed: int) -> list[Check]:
+def _check_moves(target: Target, u: Tensor, seed: int) -> list[Check]:
     """Chains from the draws, and chains from afar."""
     names = ("mean", "spread", "tails", "other modes")
     if target.log_joint.mode == "loop":
         why = "The model is scored one draw at a time, which takes too long for chains."
         return [Check.left_out(name, why) for name in names]
-    change = moved(target, u, seed=seed)
-    seen = elsewhere(
-        target, u, target.prior_draws(CHAINS, u[0], seed), num_chains=CHAINS, seed=seed
-    )
+    change = moment_drift(target, u, seed=seed)
+    seen = find_missed_modes(target, u, target.prior_draws(CHAINS, u[0], seed), num_chains=CHAINS, seed=seed)
     ends = target.layout.unpack(seen.ends[seen.is_far][:1])[0] if seen.is_far.any() else {}
     return [
         *_check_change(change, target.layout.coordinates()),
@@ -199,7 +193,7 @@ def _check_moves(target: ModelDensity, u: Tensor, seed: int) -> list[Check]:
     ]
 
 
-def _check_change(change: Moved, where: list[str]) -> list[Check]:
+def _check_change(change: MomentDrift, where: list[str]) -> list[Check]:
     """What chains from the draws have changed in the coordinates ``where``."""
     if change.acceptance < LEAST_ACCEPTED:
         why = "Chains from the draws cannot move, so they say nothing."
@@ -237,22 +231,21 @@ def _check_change(change: Moved, where: list[str]) -> list[Check]:
             1 + SD_ERROR,
             f"sd times {ratio:.2f} in {where[j]}",
             failed=_is_off(log_sd, change.sd_error, SD_ERROR),
-            advice=f"Moved draws have another sd of {where[j]}: the draws are too {wide}. {TRAIN}",
+            advice=f"MomentDrift draws have another sd of {where[j]}: the draws are too {wide}. {TRAIN}",
         ),
         Check.of(
             "tails",
             change.tail,
             TAIL_SHARE,
             f"{change.tail:.1%} of the draws move to the outermost {TAIL:.0%}",
-            failed=change.tail > TAIL_SHARE
-            and change.tail - TAIL > SIGNIFICANT * change.tail_error,
+            failed=change.tail > TAIL_SHARE and change.tail - TAIL > SIGNIFICANT * change.tail_error,
             advice="The draws leave out the posterior's tails: intervals are too short. Larger batches (num_particles) "
             "bring draws there; fit.polish() moves those that there are.",
         ),
     ]
 
 
-def _check_predictive(target: ModelDensity, u: Tensor, seed: int) -> list[Check]:
+def _check_predictive(target: Target, u: Tensor, seed: int) -> list[Check]:
     """Share of replicated data whose mean, sd, least and largest value are above those of the data."""
     draws = target.layout.unpack(_thin(u, PREDICTIVE_DRAWS))[0]
     first = {name: value[0] for name, value in draws.items()}
@@ -364,15 +357,10 @@ def _check_density(finite: Tensor) -> Check:
     )
 
 
-def _check_stein(
-    layout: SiteLayout, u: Tensor, score: Tensor, pool: Tensor | None, seed: int
-) -> list[Check]:
+def _check_stein(layout: SiteLayout, u: Tensor, score: Tensor, pool: Tensor | None, seed: int) -> list[Check]:
     """Kernel Stein discrepancy, then Stein's identities of every coordinate."""
     kernel = kernel_stein(
-        _thin(u, STEIN_DRAWS),
-        _thin(score, STEIN_DRAWS),
-        reference=u if pool is None else pool,
-        seed=seed,
+        _thin(u, STEIN_DRAWS), _thin(score, STEIN_DRAWS), reference=u if pool is None else pool, seed=seed
     )
     sites = stein_identities(u, score)
     size = torch.cat([sites.mean, sites.spread])
@@ -421,17 +409,15 @@ def _is_off(size: Tensor, errors: Tensor, limit: float) -> bool:
 SAMPLER_CHECKS = ("learned density", "fresh adversary", "divergence", "Pareto k", "evidence")
 
 
-def _check_sampler(
-    guide: ImplicitGuide | Draws, target: ModelDensity, pool: Tensor | None, seed: int
-) -> list[Check]:
+def _check_sampler(guide: TrainedGuide | Draws, target: Target, pool: Tensor | None, seed: int) -> list[Check]:
     """The checks that need a sampler: of its density, learned afresh."""
-    if pool is None or not isinstance(guide, ImplicitGuide):
+    if pool is None or not is_guide(guide):
         why = "These are bare draws; with a guide it would be made."
         return [Check.left_out(name, why) for name in SAMPLER_CHECKS]
     if target.log_joint.mode == "loop":
         why = "The model is scored one draw at a time, which takes too long."
         return [Check.left_out(name, why) for name in SAMPLER_CHECKS]
-    found = audit(pool, target, seed=seed)
+    found = relearn_density(pool, target, seed=seed)
     learned = _check_learned(guide, found, pool)
     fresh = _check_fresh(found)
     if learned.state == "failed" or fresh.state == "left out":
@@ -460,8 +446,7 @@ def _check_sampler(
             "Pareto k",
             k,
             limit,
-            f"{k:.2f}, through the fresh adversary"
-            + (", of weights that hardly differ" if kl < FLAT_WEIGHTS else ""),
+            f"{k:.2f}, through the fresh adversary" + (", of weights that hardly differ" if kl < FLAT_WEIGHTS else ""),
             failed=k > limit and kl >= FLAT_WEIGHTS,
             advice="A few draws have nearly all the importance weight: the draws miss mass that they should have.",
         ),
@@ -469,7 +454,7 @@ def _check_sampler(
     ]
 
 
-def _check_learned(guide: ImplicitGuide, found: Audit, pool: Tensor) -> Check:
+def _check_learned(guide: TrainedGuide, found: RelearnedDensity, pool: Tensor) -> Check:
     name = "learned density"
     if not guide.has_log_density:
         return Check.left_out(name, "The guide has no adversary beside it.")
@@ -489,7 +474,7 @@ def _check_learned(guide: ImplicitGuide, found: Audit, pool: Tensor) -> Check:
     )
 
 
-def _check_fresh(found: Audit) -> Check:
+def _check_fresh(found: RelearnedDensity) -> Check:
     words = (
         f"AUC {found.auc:.2f}, corrected {found.auc_corrected:.2f}; log mass {found.log_mass:+.2f}; "
         f"halves differ by {found.unsure:.1f} nats"
@@ -505,11 +490,7 @@ def _check_fresh(found: Audit) -> Check:
 
 
 def _check_evidence(
-    guide: ImplicitGuide,
-    target: ModelDensity,
-    estimates: tuple[float, float] | None,
-    why: str,
-    seed: int,
+    guide: TrainedGuide, target: Target, estimates: tuple[float, float] | None, why: str, seed: int
 ) -> Check:
     """The certified bound, and estimates of ELBO and importance sampling; why, where those are withheld."""
     words = "estimates withheld"
@@ -531,11 +512,7 @@ def _predictive_shares(value: Tensor, drawn: Tensor) -> dict[str, float]:
         return {}
     statistics: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda v: v.mean(-1)}
     if len(x) > 1:
-        statistics |= {
-            "sd": lambda v: v.std(-1),
-            "min": lambda v: v.amin(-1),
-            "max": lambda v: v.amax(-1),
-        }
+        statistics |= {"sd": lambda v: v.std(-1), "min": lambda v: v.amin(-1), "max": lambda v: v.amax(-1)}
     shares = {}
     for what, statistic in statistics.items():
         ours, theirs = statistic(x), statistic(y)
@@ -548,6 +525,5 @@ def _predictive_shares(value: Tensor, drawn: Tensor) -> dict[str, float]:
 def _values(draw: dict[str, Tensor]) -> str:
     """One draw of every site in words, the first entries only."""
     return ", ".join(
-        f"{name} = {[round(v, 2) for v in value[0].flatten()[:3].tolist()]}"
-        for name, value in list(draw.items())[:3]
+        f"{name} = {[round(v, 2) for v in value[0].flatten()[:3].tolist()]}" for name, value in list(draw.items())[:3]
     )

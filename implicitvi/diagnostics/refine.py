@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from implicitvi.diagnostics.chains import transitions
-from implicitvi.diagnostics.relearned_density import LEAST, audit, psis
+from implicitvi.diagnostics.posterior import TrainedGuide, is_guide, target_of
+from implicitvi.diagnostics.relearned_density import LEAST, psis, relearn_density
 from implicitvi.diagnostics.stein import FRAME
 from implicitvi.errors import ModelError, SetupError, check_at_least
-from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.pyro_model.target import ModelDensity
 from implicitvi.rng import RandomStream
 
 _POOL = 4  # draws of the guide for each that is kept
@@ -24,7 +23,7 @@ _PARETO_K = 0.7
 class Fitted(Protocol):
     """What has a trained guide: a `Fit`."""
 
-    guide: ImplicitGuide
+    guide: TrainedGuide
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +71,7 @@ class Polished:
 
 
 def resample(
-    guide: ImplicitGuide | Fitted,
+    guide: TrainedGuide | Fitted,
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = 4000,
@@ -81,7 +80,7 @@ def resample(
 ) -> Resampled:
     """Choose among a guide's draws by their importance weights, Pareto-smoothed, through a density learned afresh.
 
-    The density is that of `implicitvi.diagnostics.relearned_density`, cross-fitted: no draw is weighed by a network that was trained
+    The density is that of `relearned_density`, cross-fitted: no draw is weighed by a network that was trained
     on it. It corrects shape and the weights of modes that are there; what has no draws it cannot bring.
 
     Args:
@@ -101,12 +100,12 @@ def resample(
     """
     check_at_least("num_samples", num_samples, 1)
     guide = _guide_of(guide)
-    density = ModelDensity.of_guide(guide, model, args, kwargs, seed)
+    density = target_of(guide, model, args, kwargs, seed)
     count = max(_POOL * num_samples, LEAST, 40 * density.layout.dim)
     with RandomStream(seed):
         pool = guide.sample_unconstrained(count)
     density.choose(pool)
-    found = audit(pool, density, seed=seed)
+    found = relearn_density(pool, density, seed=seed)
     if not found.trusted:
         raise ModelError(
             "the density of the draws cannot be learned well enough to weigh them by",
@@ -137,7 +136,7 @@ def resample(
 
 
 def polish(
-    guide: ImplicitGuide | Fitted,
+    guide: TrainedGuide | Fitted,
     model: Callable[..., Any],
     *args: Any,
     num_steps: int = 15,
@@ -164,22 +163,18 @@ def polish(
     """
     check_at_least("num_samples", num_samples, 1)
     guide = _guide_of(guide)
-    density = ModelDensity.of_guide(guide, model, args, kwargs, seed)
+    density = target_of(guide, model, args, kwargs, seed)
     with RandomStream(seed):
         pool = guide.sample_unconstrained(max(num_samples, FRAME * density.layout.dim))
     density.choose(pool)
-    u, acceptance = transitions(
-        density, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed
-    )
+    u, acceptance = transitions(density, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed)
     return Polished(density.layout.unpack(u)[0], num_steps, acceptance)
 
 
-def _guide_of(source: ImplicitGuide | Fitted) -> ImplicitGuide:
+def _guide_of(source: TrainedGuide | Fitted) -> TrainedGuide:
     guide = getattr(source, "guide", source)
-    if not isinstance(guide, ImplicitGuide):
+    if not is_guide(guide):
         raise SetupError(
-            "there are no draws to refine",
-            got=type(source).__name__,
-            expected="a fit or an ImplicitGuide",
+            "there are no draws to refine", got=type(source).__name__, expected="a fit or an ImplicitGuide"
         )
     return guide

@@ -11,7 +11,6 @@ is an honest estimate: with it go importance weights, and the learned ``log q`` 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from math import log, nan
@@ -23,8 +22,7 @@ from torch.nn.functional import logsigmoid, silu
 from implicitvi.diagnostics.stein import standardise
 from implicitvi.errors import ShapeError
 from implicitvi.numerics.gaussian import frame
-
-LogDensity = Callable[[Tensor], Tensor]
+from implicitvi.numerics.types import LogDensity
 
 LEAST = 400  # draws; from fewer no network learns a density
 TRUSTED_AUC, _TRUSTED_MASS, _TRUSTED_DOUBT = 0.15, 0.2, 3.0
@@ -35,7 +33,7 @@ _COMPONENTS = (1, 8)
 
 
 @dataclass(frozen=True, eq=False)
-class Audit:
+class RelearnedDensity:
     """A density learned afresh on one half of the draws and judged on the other, both ways.
 
     The same number of draws of ``q`` and of the mixtures ``r`` stand behind all figures, each held out from
@@ -78,7 +76,7 @@ class Audit:
             and self.unsure < _TRUSTED_DOUBT
         )
 
-    def compare(self, log_q: LogDensity, z: Tensor) -> Agreement:
+    def compare(self, log_q: LogDensity, z: Tensor) -> DensityComparison:
         """Hold a learned density against the fresh one.
 
         Args:
@@ -92,10 +90,10 @@ class Audit:
         claimed = (mine - self._log_r[0], at_r - self._log_r[1])
         finite = mine.isfinite()
         if not finite.any():
-            return Agreement(nan, nan, nan, nan, nan, nan)
+            return DensityComparison(nan, nan, nan, nan, nan, nan)
         off = (self.log_q - mine)[finite]
         residual = tuple(fresh - old for fresh, old in zip(self._ratio, claimed, strict=True))
-        return Agreement(
+        return DensityComparison(
             kl_gap=off.mean().item(),
             kl_gap_error=off.std().item() / len(off) ** 0.5,
             scatter=off.std().item(),
@@ -106,7 +104,7 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class DensityComparison:
     """How a learned density stands against a fresh one.
 
     Attributes:
@@ -128,7 +126,7 @@ class Agreement:
     slope: float
 
 
-def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
+def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> RelearnedDensity:
     """Learn the density of draws afresh, cross-fitted.
 
     The network adds to a multiple of the clipped ``log p - log r``, which it is free to ignore: where ``q`` is ``p``
@@ -143,7 +141,7 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
         ShapeError: There are fewer than 400 draws, or fewer than 20 for each dimension.
 
     >>> z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
-    >>> found = audit(z, lambda z: -z.square().sum(1) / 2)
+    >>> found = relearn_density(z, lambda z: -z.square().sum(1) / 2)
     >>> abs(found.log_q.mean() + 2.838) < 0.1  # the entropy of N(0, I) is log 2π + 1
     tensor(True)
 
@@ -162,11 +160,7 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
     halves = torch.arange(len(here)).tensor_split(2)
     shuffled = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))
     log_p, log_r, ratio = (torch.empty(len(here), dtype=torch.float64) for _ in range(3))
-    log_r_r, ratio_r, r_draws = (
-        torch.empty_like(log_p),
-        torch.empty_like(log_p),
-        torch.empty_like(here),
-    )
+    log_r_r, ratio_r, r_draws = (torch.empty_like(log_p), torch.empty_like(log_p), torch.empty_like(here))
     log_p_r, again = torch.empty_like(log_p), torch.empty_like(log_p)
     with torch.no_grad():
         log_p.copy_(log_joint(z.detach()))
@@ -180,9 +174,7 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
         gap_q, gap_new = log_p - mixture.log_prob(here), log_p_new - log_r_new
         own, other = slice(0, len(train)), slice(len(train), None)
         adversary = _train(
-            (mixture.standardise(here[train]), gap_q[train]),
-            (mixture.standardise(new[own]), gap_new[own]),
-            seed + i,
+            (mixture.standardise(here[train]), gap_q[train]), (mixture.standardise(new[own]), gap_new[own]), seed + i
         )
         with torch.no_grad():
             again[train] = adversary(mixture.standardise(here[train]), gap_q[train])
@@ -194,7 +186,7 @@ def audit(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Audit:
     log_q = log_r + ratio
     heaviest = (log_p - log_q).topk(max(len(log_p) // 100, 5)).indices
     residual = (log_p - log_q, log_p_r - log_r_r - ratio_r)
-    return Audit(
+    return RelearnedDensity(
         log_p=log_p,
         log_q=log_q,
         kl_contrast=ratio.mean().item(),
@@ -239,9 +231,7 @@ class _Mixture:
         self.loc, self.scale_tril = frame(z)
         w = self.standardise(z).numpy()
         fits = [
-            GaussianMixture(
-                count, max_iter=40, reg_covar=1e-4, init_params="k-means++", random_state=seed
-            )
+            GaussianMixture(count, max_iter=40, reg_covar=1e-4, init_params="k-means++", random_state=seed)
             for count in _COMPONENTS
             if count == 1 or count * 20 * z.shape[1] <= len(z)
         ]
@@ -285,9 +275,7 @@ class _Adversary(nn.Module):
         self.hint = torch.zeros(2, dtype=torch.float64)
         sizes = [(dim, 2 * width), (width, 2 * width), (width, 1)]
         self.weights = nn.ParameterList(
-            torch.randn(i, o, generator=generator, dtype=torch.float32)
-            * (i**-0.5 if o > 1 else 0.0)
-            for i, o in sizes
+            torch.randn(i, o, generator=generator, dtype=torch.float32) * (i**-0.5 if o > 1 else 0.0) for i, o in sizes
         )
         self.biases = nn.ParameterList(torch.zeros(o, dtype=torch.float32) for _, o in sizes)
 

@@ -30,9 +30,7 @@ class Check:
     advice: str = ""
 
     @classmethod
-    def of(
-        cls, name: str, value: float, limit: float, found: str, *, failed: bool, advice: str
-    ) -> Check:
+    def of(cls, name: str, value: float, limit: float, found: str, *, failed: bool, advice: str) -> Check:
         """A check that has been made; a figure that is not finite fails."""
         bad = failed or not isfinite(value)
         return cls(name, "failed" if bad else "ok", value, limit, found, advice if bad else "")
@@ -93,11 +91,7 @@ class Report:
         for check in self:
             limit = f" (limit {check.limit:g})" if check.limit is not None else ""
             lines.append(f"  {check.name:22}{check.state:10}{check.found}{limit}".rstrip())
-        for title, states in (
-            ("What to do", ("failed",)),
-            ("To know", ("noted",)),
-            ("Left out", ("left out",)),
-        ):
+        for title, states in (("What to do", ("failed",)), ("To know", ("noted",)), ("Left out", ("left out",))):
             said: dict[str, list[str]] = {}
             for check in self:
                 if check.state in states and check.advice:

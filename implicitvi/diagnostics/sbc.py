@@ -161,10 +161,7 @@ def sbc(
             given = poutine.condition(model, data)
             draws = _draws(make_guide(given, data), num_draws)
             _check_draws(draws, truth, num_draws)
-            both = {
-                name: torch.cat([value[None], draws[name].to(value)])
-                for name, value in truth.items()
-            }
+            both = {name: torch.cat([value[None], draws[name].to(value)]) for name, value in truth.items()}
             ranked = _entries(both)
             if log_likelihood:
                 ranked[LOG_LIKELIHOOD] = _log_likelihood(given, both, tuple(data), args, kwargs)
@@ -289,11 +286,7 @@ def _entries(values: Values) -> Values:
 
 @torch.no_grad()
 def _log_likelihood(
-    given: Callable[..., Any],
-    latents: Values,
-    observed: tuple[str, ...],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    given: Callable[..., Any], latents: Values, observed: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     """Log density of the observed sites at latents ``{site: [S, *site shape]}``: ``[S]``."""
     count = len(next(iter(latents.values())))

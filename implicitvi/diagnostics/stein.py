@@ -40,12 +40,7 @@ class KernelStein:
 
 
 def kernel_stein(
-    z: Tensor,
-    score: Tensor,
-    *,
-    reference: Tensor | None = None,
-    num_bootstrap: int = 500,
-    seed: int = 0,
+    z: Tensor, score: Tensor, *, reference: Tensor | None = None, num_bootstrap: int = 500, seed: int = 0
 ) -> KernelStein:
     """Kernel Stein discrepancy of draws to the distribution with a given score, and its significance.
 
@@ -128,9 +123,7 @@ class SteinIdentities:
 
     def significance(self) -> Tensor:
         """The larger of the two in standard errors ``[D]``."""
-        return torch.maximum(
-            (self.mean / self.mean_error).abs(), (self.spread / self.spread_error).abs()
-        )
+        return torch.maximum((self.mean / self.mean_error).abs(), (self.spread / self.spread_error).abs())
 
 
 def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
@@ -163,10 +156,7 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     root = sqrt(len(z))
     tiny = torch.finfo(z.dtype).tiny
     return SteinIdentities(
-        first.mean(0),
-        (first.std(0) / root).clamp(min=tiny),
-        second.mean(0),
-        (second.std(0) / root).clamp(min=tiny),
+        first.mean(0), (first.std(0) / root).clamp(min=tiny), second.mean(0), (second.std(0) / root).clamp(min=tiny)
     )
 
 
@@ -183,9 +173,7 @@ def standardise(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
     return rows.mT
 
 
-def _stein_kernel(
-    a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, square: float
-) -> tuple[Tensor, Tensor]:
+def _stein_kernel(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, square: float) -> tuple[Tensor, Tensor]:
     """``k [A, B]`` and ``u [A, B]`` of two sets of draws with their scores, ``c² = square``."""
     base = square + torch.cdist(a, b).square()
     k = base.rsqrt()

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicitvi.avb.samplers import EncodedSampler, GaussianEncoder, Sampler
+from implicitvi.avb.conditional import ConditionalSampler
+from implicitvi.avb.samplers import Sampler
 from implicitvi.errors import ModelError, OptionError, ShapeError
+from implicitvi.nn import LocationScaleNet
 from implicitvi.pyro_model.plates import PlateRun
 
 Features = Callable[..., Tensor]
@@ -37,9 +39,7 @@ class Amortization:
             return cls(amortize, None)
         if isinstance(amortize, Mapping):
             if len(amortize) != 1:
-                raise OptionError(
-                    "a guide can be amortized over one plate", got=sorted(amortize) or "none"
-                )
+                raise OptionError("a guide can be amortized over one plate", got=sorted(amortize) or "none")
             ((plate, features),) = amortize.items()
             if isinstance(plate, str) and callable(features):
                 return cls(plate, features)
@@ -69,16 +69,10 @@ class Amortization:
                 )
             return run.observed
         rows = self.features(*args, **kwargs)
-        if (
-            not isinstance(rows, Tensor)
-            or not rows.dim()
-            or len(rows) not in {layout.size, layout.full_size}
-        ):
+        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) not in {layout.size, layout.full_size}:
             raise ShapeError(
                 f"the features of plate {self.plate!r} do not have a row for each element",
-                got=f"shape {tuple(rows.shape)}"
-                if isinstance(rows, Tensor)
-                else type(rows).__name__,
+                got=f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__,
                 expected=f"[{layout.full_size}, ...]"
                 + (f" or [{layout.size}, ...]" if layout.size != layout.full_size else ""),
                 faq="a-latent-for-every-row",
@@ -90,11 +84,7 @@ class Amortization:
         assert self.features is not None
         row = self.features(*args, **kwargs)
         if not isinstance(row, Tensor):
-            raise ShapeError(
-                "the features of a dataset are not a tensor",
-                got=type(row).__name__,
-                expected="a tensor",
-            )
+            raise ShapeError("the features of a dataset are not a tensor", got=type(row).__name__, expected="a tensor")
         return row.reshape(1, -1)
 
 
@@ -113,19 +103,12 @@ class AmortizedSampler(nn.Module):
     feature_loc: Tensor
     feature_scale: Tensor
 
-    def __init__(
-        self,
-        shared: Sampler | None,
-        make_local: Callable[..., Sampler],
-        *,
-        datum_dim: int,
-        feature_dim: int,
-    ):
+    def __init__(self, shared: Sampler | None, make_local: Callable[..., Sampler], *, datum_dim: int, feature_dim: int):
         super().__init__()
         self.shared = shared
         context_dim = feature_dim + (0 if shared is None else shared.latent_dim)
         inner = make_local(datum_dim, context_dim=context_dim)
-        self.local = EncodedSampler(inner, GaussianEncoder(context_dim, datum_dim))
+        self.local = ConditionalSampler(inner, LocationScaleNet(context_dim, datum_dim))
         self.register_buffer("feature_loc", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(feature_dim))
 
@@ -137,9 +120,7 @@ class AmortizedSampler(nn.Module):
         self.feature_loc.copy_(rows.mean(0))
         self.feature_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
-    def context(
-        self, rows: Tensor, g: Tensor | None, frame: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def context(self, rows: Tensor, g: Tensor | None, frame: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What the local network is shown: ``[B, C]``, or ``[S, B, C + G]`` beside shared draws ``g [S, G]``.
 
         The shared draws are shown in units of ``frame``, by default their sampler's location and scale.

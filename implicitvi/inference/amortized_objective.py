@@ -15,11 +15,11 @@ from math import ceil, nan
 import torch
 from torch import Tensor
 
-from implicitvi.avb.objective import AVB, tighten
+from implicitvi.avb.objective import AVBObjective, importance_weighted
 from implicitvi.avb.players import Turn, follow_contrast
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.gaussian_fit import parameter_groups
-from implicitvi.inference.minibatches import Batch, Source
+from implicitvi.inference.minibatches import Minibatch, Source
 from implicitvi.inference.objective import Arguments
 from implicitvi.numerics.optimise import descend, finite_draws
 from implicitvi.pyro_model.log_joint import LogJoint
@@ -42,8 +42,8 @@ class AmortizedProblem:
 
     source: Source
     sampler: AmortizedSampler
-    local: AVB
-    shared: AVB | None
+    local: AVBObjective
+    shared: AVBObjective | None
     parameters: dict[str, Tensor]
 
     def opponents(self, arguments: Callable[[], Arguments]) -> list[Player]:
@@ -53,7 +53,7 @@ class AmortizedProblem:
             arguments: Gives the model's arguments at the time of a turn.
         """
 
-        def batch() -> Batch:
+        def batch() -> Minibatch:
             now = arguments()
             return self.source.batch(*now.args, **now.kwargs)
 
@@ -86,7 +86,7 @@ class AmortizedProblem:
             players += follow_contrast("shared", self.shared, shared_contrast, shared_adversary)
         return players
 
-    def _local_losses(self, batch: Batch, stage: Stage) -> Iterator[Tensor]:
+    def _local_losses(self, batch: Minibatch, stage: Stage) -> Iterator[Tensor]:
         """The ratio losses of the local adversary on one minibatch."""
         count, steps = self._draws(stage, batch.rows), stage.adversary_steps
         with torch.no_grad():
@@ -106,9 +106,7 @@ class AmortizedProblem:
             loss, dropped = self.sampler_loss(arguments(), stage)
             yield loss, {"elbo": nan if loss is None else -loss.detach(), "dropped": float(dropped)}
 
-        return Player(
-            "sampler", self.sampler, losses, lambda stage: stage.lr, tensors=self.parameters
-        )
+        return Player("sampler", self.sampler, losses, lambda stage: stage.lr, tensors=self.parameters)
 
     def sampler_loss(self, arguments: Arguments, stage: Stage) -> tuple[Tensor | None, int]:
         """Negative mean bound of fresh draws, ``None`` where none has a density, and how many were dropped."""
@@ -119,25 +117,23 @@ class AmortizedProblem:
         g = None if seen is None else seen[: count // num_importance].repeat(num_importance, 1)
         x = sampler.context(batch.rows, g)
         z = sampler.local(count, x)
-        terms = stage.beta * self.source.terms(g, self.local.hear(z), batch)
+        terms = stage.beta * self.source.terms(g, self.local.without_hint_gradient(z), batch)
         kept = finite_draws(terms, num_importance)
         if not kept.all():
             z, g = z[kept], None if g is None else g[kept]
             if not len(z):
                 return None, count
             x = x[kept] if x.dim() == z.dim() else x
-            terms = stage.beta * self.source.terms(g, self.local.hear(z), batch)
+            terms = stage.beta * self.source.terms(g, self.local.without_hint_gradient(z), batch)
         scores = self.local.score(z, self.local.contrast(z, x), terms[:, 1:], x)
-        bound = batch.weight * tighten(scores, z, num_importance).sum(-1)
+        bound = batch.weight * importance_weighted(scores, z, num_importance).sum(-1)
         first = len(bound)
         outside = terms[:first, 0]
         if self.shared is not None and g is not None and seen is not None:
             outside = self.shared.score(g[:first], self.shared.contrast(seen), outside)
         return -(outside + bound).mean(), count - len(z)
 
-    def warm_start(
-        self, arguments: Arguments, *, num_steps: int, num_draws: int = LEAST_DRAWS
-    ) -> None:
+    def warm_start(self, arguments: Arguments, *, num_steps: int, num_draws: int = LEAST_DRAWS) -> None:
         """Fit Gaussians: one of the shared latents, and one of every datum's, its place and scale by the encoder.
 
         The local sampler starts as this Gaussian; its shape is what adversarial training adds.
@@ -179,9 +175,9 @@ class AmortizedProblem:
             return -scores.mean() - log_scale - batch.weight * per_draw.mean()
 
         descend(loss, groups, num_steps, normalised=True)
-        sampler.local.placed.fill_(True)
+        sampler.local.initialised.fill_(True)
         if shared is not None:
-            shared.set_frame(loc.detach(), scale_tril().detach())
+            shared.set_affine(loc.detach(), scale_tril().detach())
 
     def how(self) -> str:
         """How the model is scored, and why."""

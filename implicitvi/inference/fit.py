@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitvi.avb.samplers import MixtureSampler
+from implicitvi.avb.multimodal import MixtureSampler
+from implicitvi.diagnostics.agreement import Agreement
 from implicitvi.diagnostics.diagnose import diagnose, stein_error
 from implicitvi.diagnostics.refine import Polished, Resampled, polish, resample
 from implicitvi.diagnostics.report import Report
 from implicitvi.errors import OptionError, SetupError
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.restarts import Agreement, restart_folder
+from implicitvi.inference.restarts import restart_folder
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
 from implicitvi.training.html import table
@@ -115,15 +116,11 @@ class Fit:
         Raises:
             OptionError: The criterion is not finite for any of the fits.
         """
-        judge = criterion or (
-            lambda fit: stein_error(fit.guide, self.model, *self.args, **self.kwargs)
-        )
+        judge = criterion or (lambda fit: stein_error(fit.guide, self.model, *self.args, **self.kwargs))
         values = [float(judge(fit)) for fit in self.fits]
         if not any(map(isfinite, values)):
             raise OptionError("the criterion is not finite for any of the fits", got=values)
-        return self.fits[
-            min(range(len(values)), key=lambda i: (not isfinite(values[i]), values[i]))
-        ]
+        return self.fits[min(range(len(values)), key=lambda i: (not isfinite(values[i]), values[i]))]
 
     def mixture(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
         """A guide that draws from all of `fits`, each as often as any other; it has no learned density.
@@ -137,7 +134,7 @@ class Fit:
         """
         if self.guide.amortization is not None:
             raise SetupError("amortized guides have no mixture", do="Use one of fit.fits.")
-        guide = self.guide.twin().setup(*args, **kwargs)
+        guide = self.guide.fresh_copy().setup(*args, **kwargs)
         samplers = [fit.guide.sampler for fit in self.fits]
         guide.sampler = MixtureSampler(samplers, torch.ones(len(samplers))).to(samplers[0].loc)
         return guide
@@ -145,9 +142,7 @@ class Fit:
     def summary(self, num_samples: int = 4000) -> str:
         """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
         rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
-        widths = [
-            max(10, 1 + max(map(len, column))) for column in list(zip(*rows, strict=True))[1:]
-        ]
+        widths = [max(10, 1 + max(map(len, column))) for column in list(zip(*rows, strict=True))[1:]]
         lines = [
             f"{name:16}" + "".join(f"{cell:>{n}}" for n, cell in zip(widths, cells, strict=True))
             for name, *cells in rows
@@ -181,7 +176,7 @@ class Fit:
         return judge(self, self._as_run, *self.args, num_samples=num_samples, seed=seed)
 
     def resample(self, *, num_samples: int = 4000, seed: int = 0) -> Resampled:
-        """Draws chosen again by their importance weights: `implicitvi.diagnostics.refine.resample` with the run's arguments.
+        """Draws chosen again by their importance weights: `diagnostics.refine.resample` with the run's arguments.
 
         Args:
             num_samples: Draws to return, of four times as many of the guide.
@@ -204,14 +199,7 @@ class Fit:
         Raises:
             SetupError: The guide is amortized.
         """
-        return polish(
-            self.guide,
-            self._as_run,
-            *self.args,
-            num_steps=num_steps,
-            num_samples=num_samples,
-            seed=seed,
-        )
+        return polish(self.guide, self._as_run, *self.args, num_steps=num_steps, num_samples=num_samples, seed=seed)
 
     @property
     def _as_run(self) -> Callable[..., Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from implicitvi.errors import ModelError
 from implicitvi.numerics.optimise import descend, gradients
+from implicitvi.numerics.types import LogDensity
 
-LogDensity = Callable[[Tensor], Tensor]
 TRIES = 100
 WIDEST = 200  # dimensions in which a Gaussian is settled
 SETTLING = 60  # steps at most

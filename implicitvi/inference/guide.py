@@ -17,7 +17,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import constraints
 
-from implicitvi.avb.samplers import SAMPLERS, MixtureSampler, Sampler
+from implicitvi.avb.multimodal import MixtureSampler
+from implicitvi.avb.samplers import SAMPLERS, Sampler
 from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
 from implicitvi.inference.amortization import Amortization, Amortize, AmortizedSampler, check_finite
 from implicitvi.inference.modes import Mode
@@ -67,10 +68,7 @@ class ImplicitDistribution(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> ImplicitDistribution:
         """The same distribution with another batch shape."""
         return ImplicitDistribution(
-            self.draw,
-            self.event_shape[0],
-            log_density=self.log_density,
-            batch_shape=torch.Size(batch_shape),
+            self.draw, self.event_shape[0], log_density=self.log_density, batch_shape=torch.Size(batch_shape)
         )
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
@@ -83,8 +81,7 @@ class ImplicitDistribution(TorchDistribution):
         if self.log_density is None:
             raise SetupError(
                 "the density of an implicit posterior is not known, only learned beside its draws",
-                do="Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO "
-                "cannot.",
+                do="Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO cannot.",
                 faq="the-density-of-the-posterior-is-not-known",
             )
         flat = value.reshape(-1, *self.event_shape)
@@ -141,9 +138,7 @@ class ImplicitGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
-        self._make = partial(
-            type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn
-        )
+        self._make = partial(type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn)
         super().__init__(Readable()(model), init_loc_fn=init_loc_fn)
         if isinstance(sampler, str):
             check_choice("sampler", sampler, SAMPLERS)
@@ -239,7 +234,7 @@ class ImplicitGuide(AutoContinuous):
         self.sampler.local.loc.copy_(z.mean((0, 1)))
         self._layout = run.layout.all
 
-    def twin(self) -> ImplicitGuide:
+    def fresh_copy(self) -> ImplicitGuide:
         """Another guide of the same model with the same options, not set up and with networks of its own."""
         return self._make()
 
@@ -255,7 +250,7 @@ class ImplicitGuide(AutoContinuous):
         else:
             samplers = [self.sampler]
         for each, mode in zip(samplers, modes, strict=True):
-            each.set_frame(mode.loc, mode.scale_tril)
+            each.set_affine(mode.loc, mode.scale_tril)
         sampler: Sampler = self.sampler
         return sampler
 
@@ -351,9 +346,7 @@ class ImplicitGuide(AutoContinuous):
         return self._learned is not None
 
     def set_log_density(
-        self,
-        log_density: Callable[[Tensor], Tensor] | None,
-        log_ratio: Callable[[Tensor], Tensor] | None = None,
+        self, log_density: Callable[[Tensor], Tensor] | None, log_ratio: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         """Attach a learned log density of ``u [S, D]``; a trained adversary does, with its ratio to the contrast."""
         learned = (log_density, log_ratio)
@@ -415,22 +408,13 @@ class ImplicitGuide(AutoContinuous):
 
     @torch.no_grad()
     def quantiles(
-        self,
-        quantiles: Sequence[float] | Tensor,
-        *args: Any,
-        num_samples: int = 10_000,
-        **kwargs: Any,
+        self, quantiles: Sequence[float] | Tensor, *args: Any, num_samples: int = 10_000, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Posterior quantiles, from ``num_samples`` draws: ``{site: [len(quantiles), *site shape]}``."""
         draws = self.sample(num_samples, *args, **kwargs)
-        return {
-            name: value.quantile(torch.as_tensor(quantiles).to(value), 0)
-            for name, value in draws.items()
-        }
+        return {name: value.quantile(torch.as_tensor(quantiles).to(value), 0) for name, value in draws.items()}
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
         self._require_setup()
         self.split_as(state_dict.get("sampler.weights"))

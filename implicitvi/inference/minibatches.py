@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, Protocol
@@ -13,17 +12,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from implicitvi.errors import ShapeError
 from implicitvi.inference.amortization import Amortization
+from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.plates import LocalLayout, PlateRun, read_plate
 from implicitvi.pyro_model.sites import SiteLayout
-from implicitvi.pyro_model.subsampling import Minibatch
+from implicitvi.pyro_model.subsampling import PinnedSubsample
 from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, unvalidated
-
-Model = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Minibatch:
     """What a turn looks at.
 
     Attributes:
@@ -45,7 +43,7 @@ class Batch:
     indices: Tensor | None = None
     picked: Tensor | None = None
 
-    def pick(self, count: int) -> Batch:
+    def pick(self, count: int) -> Minibatch:
         """The same minibatch with at most ``count`` rows of it looked at."""
         if self.layout is None or count >= len(self.rows):
             return self
@@ -65,10 +63,10 @@ class Batch:
 class Source(Protocol):
     """What an amortized objective learns from."""
 
-    def batch(self, *args: Any, **kwargs: Any) -> Batch:
+    def batch(self, *args: Any, **kwargs: Any) -> Minibatch:
         """The minibatch of a turn, from the model's arguments."""
 
-    def terms(self, g: Tensor | None, z: Tensor, batch: Batch) -> Tensor:
+    def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
         """``log p`` of draws ``g [S, G]`` and ``z [S, B, D]``: shared, then of each datum, ``[S, 1 + B]`` in nats."""
 
     def how(self) -> str:
@@ -90,7 +88,7 @@ class PlateSource:
 
     def __init__(self, model: Model, amortization: Amortization, *, mode: str = "auto"):
         assert amortization.plate is not None
-        self.minibatch = Minibatch()
+        self.minibatch = PinnedSubsample()
         self.model = self.minibatch(model)
         self.plate = amortization.plate
         self.amortization = amortization
@@ -114,7 +112,7 @@ class PlateSource:
         self._last = (leaves, versions, run)
         return run
 
-    def batch(self, *args: Any, **kwargs: Any) -> Batch:
+    def batch(self, *args: Any, **kwargs: Any) -> Minibatch:
         """The minibatch of a turn."""
         run = self.read(*args, **kwargs)
         layout = run.layout
@@ -122,16 +120,14 @@ class PlateSource:
         if len(rows) != layout.size:
             rows = rows[run.indices]
         indices = None if layout.size == layout.full_size else run.indices
-        return Batch(rows, layout.full_size / layout.size, args, kwargs, layout, indices)
+        return Minibatch(rows, layout.full_size / layout.size, args, kwargs, layout, indices)
 
-    def terms(self, g: Tensor | None, z: Tensor, batch: Batch) -> Tensor:
+    def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
         """``log p`` of what is shared, then of each datum: ``[S, 1 + B]`` in nats."""
         layout = batch.layout
         assert layout is not None
         if layout.size not in self._log_joints:  # minibatches of another size are another model
-            self._log_joints[layout.size] = LogJoint(
-                self.model, layout.all, mode=self.mode, plate=self.plate
-            )
+            self._log_joints[layout.size] = LogJoint(self.model, layout.all, mode=self.mode, plate=self.plate)
         if batch.picked is not None:
             place = torch.arange(layout.size, device=z.device) % len(batch.picked)
             place[batch.picked] = torch.arange(len(batch.picked), device=z.device)
@@ -178,7 +174,7 @@ class DatasetSource:
         self.num_datasets = num_datasets
         self._nests: bool | None = None
 
-    def batch(self, *args: Any, **kwargs: Any) -> Batch:
+    def batch(self, *args: Any, **kwargs: Any) -> Minibatch:
         """The minibatch of a turn: datasets drawn without replacement, or all of them where they are few."""
         count = count_datasets(args, kwargs)
         if count > self.num_datasets:
@@ -187,9 +183,9 @@ class DatasetSource:
             count = self.num_datasets
         each = [dataset(i, args, kwargs) for i in range(count)]
         rows = torch.cat([self.amortization.row(*a, **k) for a, k in each])
-        return Batch(rows, 1 / count, args, kwargs)
+        return Minibatch(rows, 1 / count, args, kwargs)
 
-    def terms(self, g: Tensor | None, z: Tensor, batch: Batch) -> Tensor:
+    def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
         """Zeros, then ``log p(x, z)`` of each dataset: ``[S, 1 + B]`` in nats."""
         if self._nests is None:
             self._choose(z, batch)
@@ -201,7 +197,7 @@ class DatasetSource:
         whole = "" if self._nests else ", one dataset at a time"
         return f"{self.log_joint.mode} ({self.log_joint.reason}){whole}"
 
-    def _choose(self, z: Tensor, batch: Batch) -> None:
+    def _choose(self, z: Tensor, batch: Minibatch) -> None:
         """Score datasets together only where that has given what they score one by one."""
         first = dataset(0, batch.args, batch.kwargs)
         self.log_joint.choose(z[:, 0].detach(), *first[0], **first[1])
@@ -211,17 +207,12 @@ class DatasetSource:
         with torch.no_grad():
             try:
                 self._nests = bool(
-                    torch.allclose(
-                        self._together(z, batch),
-                        self._one_by_one(z, batch),
-                        rtol=1e-4,
-                        equal_nan=True,
-                    )
+                    torch.allclose(self._together(z, batch), self._one_by_one(z, batch), rtol=1e-4, equal_nan=True)
                 )
             except Exception:  # whatever a model does under two vmaps, one by one is right
                 return
 
-    def _score(self, z: Tensor, batch: Batch) -> Tensor:
+    def _score(self, z: Tensor, batch: Minibatch) -> Tensor:
         if self._nests:
             try:
                 return self._together(z, batch)
@@ -229,7 +220,7 @@ class DatasetSource:
                 pass
         return self._one_by_one(z, batch)
 
-    def _together(self, z: Tensor, batch: Batch) -> Tensor:
+    def _together(self, z: Tensor, batch: Minibatch) -> Tensor:
         leaves, form = tree_flatten((batch.args, batch.kwargs))
 
         def one(z: Tensor, *leaves: Any) -> Tensor:
@@ -238,12 +229,10 @@ class DatasetSource:
 
         dims = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
         with unvalidated():
-            scores: Tensor = torch.func.vmap(one, (1, *dims), out_dims=1, randomness="same")(
-                z, *leaves
-            )
+            scores: Tensor = torch.func.vmap(one, (1, *dims), out_dims=1, randomness="same")(z, *leaves)
         return scores
 
-    def _one_by_one(self, z: Tensor, batch: Batch) -> Tensor:
+    def _one_by_one(self, z: Tensor, batch: Minibatch) -> Tensor:
         each = [dataset(i, batch.args, batch.kwargs) for i in range(z.shape[1])]
         return torch.stack([self.log_joint(z[:, i], *a, **k) for i, (a, k) in enumerate(each)], 1)
 
@@ -262,11 +251,7 @@ def count_datasets(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return counts.pop()
 
 
-def dataset(
-    i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def dataset(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the ``i``-th of stacked datasets."""
-    one: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
-        Tensor, lambda t: t[i], (args, kwargs)
-    )
+    one: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, lambda t: t[i], (args, kwargs))
     return one

@@ -7,7 +7,6 @@ evidence by importance sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import lgamma, log, pi
 
@@ -19,14 +18,11 @@ from torch.distributions import MultivariateNormal
 from implicitvi.inference.gaussian_fit import gaussian_fit
 from implicitvi.numerics.gaussian import whiten
 from implicitvi.numerics.optimise import descend
+from implicitvi.numerics.types import LogDensity
 
-LogDensity = Callable[[Tensor], Tensor]
 CLIMB = 150  # steps of each point uphill
 BARRIER = 6.0  # nats; two Gaussians of one scale have as much between them at 7 standard deviations
-SLACK = (
-    20.0,
-    3.0,
-)  # nats below the fit that is there, and more for each dimension: ends beyond have no mass
+SLACK = (20.0, 3.0)  # nats below the fit that is there, and more for each dimension: ends beyond have no mass
 STOPS = 16  # points on a path
 TAIL = 5.0  # degrees of freedom of the wide proposals
 BENDS = 60  # steps in which a path bends around what is in its way
@@ -50,13 +46,7 @@ class Mode:
 
 
 def find_modes(
-    log_joint: LogDensity,
-    loc: Tensor,
-    scale_tril: Tensor,
-    starts: Tensor,
-    *,
-    max_modes: int = 8,
-    num_steps: int = 300,
+    log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, starts: Tensor, *, max_modes: int = 8, num_steps: int = 300
 ) -> list[Mode]:
     """The far modes of a posterior that a Gaussian has been fitted to; the first is the Gaussian's own.
 
@@ -111,10 +101,7 @@ def find_modes(
     weights = evidence_shares(score, fits)
     kept = [i for i, weight in enumerate(weights.tolist()) if weight >= LEAST]
     total = weights[kept].sum()
-    return [
-        Mode((weights[i] / total).item(), loc + scale_tril @ fits[i][0], scale_tril @ fits[i][1])
-        for i in kept
-    ]
+    return [Mode((weights[i] / total).item(), loc + scale_tril @ fits[i][0], scale_tril @ fits[i][1]) for i in kept]
 
 
 def wide_starts(loc: Tensor, scale_tril: Tensor, count: int) -> Tensor:

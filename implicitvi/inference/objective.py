@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from implicitvi.avb.objective import AVB
+from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.players import Turn, follow_contrast
 from implicitvi.numerics.gaussian import GaussianMixture
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 
-Model = Callable[..., Any]
 REACH = 3.0  # of a tempered start, in scales of the sampler's frame
 
 
@@ -47,7 +46,7 @@ class Problem:
     """
 
     log_joint: LogJoint
-    avb: AVB
+    avb: AVBObjective
     arguments: Arguments
     parameters: dict[str, Tensor]
 
@@ -98,9 +97,7 @@ class Problem:
         def losses(stage: Stage) -> Turn:
             yield with_metrics(*self.sampler_loss(arguments(), stage))
 
-        return Player(
-            "sampler", self.avb.sampler, losses, lambda stage: stage.lr, tensors=self.parameters
-        )
+        return Player("sampler", self.avb.sampler, losses, lambda stage: stage.lr, tensors=self.parameters)
 
     def sampler_loss(self, arguments: Arguments, stage: Stage) -> tuple[Tensor | None, int]:
         """`loss_of` fresh draws, and how many were dropped."""

@@ -19,14 +19,8 @@ from implicitvi.avb.samplers import SAMPLERS, Sampler
 from implicitvi.errors import CheckpointError, ModelError
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.pyro_model.tracing import (
-    PARTICLE_ERRORS,
-    Model,
-    run_at,
-    score,
-    sites_without_density,
-    unvalidated,
-)
+from implicitvi.numerics.types import Model
+from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, run_at, score, sites_without_density, unvalidated
 from implicitvi.rng import RandomStream
 from implicitvi.training import Trainer
 from implicitvi.training.checkpoint import check_same, read_state, save_state
@@ -114,9 +108,7 @@ class SavedFit:
         guide.sampler.load_state_dict(weights)
         for sampler, probe in zip(_parts(guide.sampler), self.state["probe"], strict=True):
             now, then = _answer(sampler, probe), probe["z"].to(sampler.loc)
-            if not torch.allclose(
-                now, then, rtol=0, atol=1e-3 * float(then.abs().max()), equal_nan=True
-            ):
+            if not torch.allclose(now, then, rtol=0, atol=1e-3 * float(then.abs().max()), equal_nan=True):
                 raise CheckpointError(
                     "the sampler does not give the draws that it gave when it was saved",
                     got=f"a difference of {float((now - then).abs().max()):.2g}",
@@ -136,19 +128,8 @@ def save(
     notes: dict[str, Any],
 ) -> None:
     """Write a fit into a folder."""
-    config = {
-        "kind": KIND,
-        "versions": _versions(),
-        "notes": notes,
-        "options": options,
-        **belongings(guide, trainer),
-    }
-    state = {
-        "fit": trainer.state_dict(),
-        "probe": _probe(guide),
-        "record": record,
-        "log density": density,
-    }
+    config = {"kind": KIND, "versions": _versions(), "notes": notes, "options": options, **belongings(guide, trainer)}
+    state = {"fit": trainer.state_dict(), "probe": _probe(guide), "record": record, "log density": density}
     save_state(folder, state, config=config)
 
 
@@ -261,4 +242,4 @@ def _answer(sampler: Sampler, probe: Mapping[str, Tensor | None]) -> Tensor:
     eps, x = probe["eps"], probe["x"]
     assert eps is not None
     x = None if x is None else x.to(sampler.loc)
-    return sampler.place(sampler.transform(eps.to(sampler.loc), x), x)
+    return sampler.to_latent(sampler.transform(eps.to(sampler.loc), x), x)

@@ -13,54 +13,36 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from implicitvi.avb.adversaries import GatedAdversary, InformedAdversary
-from implicitvi.avb.conditional import FramedContrast, MomentContrast
+from implicitvi.avb.conditional import ConditionalContrast, MomentContrast
 from implicitvi.avb.contrasts import (
     Contrast,
     DiagonalGaussianContrast,
     FlowContrast,
     GaussianContrast,
     MixtureContrast,
-    ModalContrast,
     PriorContrast,
 )
-from implicitvi.avb.objective import AVB
+from implicitvi.avb.multimodal import MixtureSampler, PerModeContrast
+from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.ratios import RATIOS, RatioLoss
-from implicitvi.avb.samplers import MixtureSampler, Sampler
-from implicitvi.errors import (
-    ImplicitVIError,
-    ModelError,
-    OptionError,
-    ShapeError,
-    check_choice,
-    check_whole,
-)
+from implicitvi.avb.samplers import Sampler
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, ShapeError, check_choice, check_whole
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.inference.gaussian_fit import gaussian_fit, settle, starting_point
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.minibatches import (
-    Batch,
-    DatasetSource,
-    PlateSource,
-    Source,
-    count_datasets,
-    dataset,
-)
+from implicitvi.inference.minibatches import DatasetSource, Minibatch, PlateSource, Source, count_datasets, dataset
 from implicitvi.inference.modes import Mode, find_modes, wide_starts
-from implicitvi.inference.objective import Arguments, Model, Problem
+from implicitvi.inference.objective import Arguments, Problem
 from implicitvi.numerics.gaussian import moments
+from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.checks import check_latents, latent_trace
 from implicitvi.pyro_model.compiled import check_compile, compile_networks
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.parameters import model_parameters
 from implicitvi.pyro_model.prior import ModelPrior
 from implicitvi.pyro_model.sites import plate_names
-from implicitvi.pyro_model.tracing import (
-    PARTICLE_ERRORS,
-    first_line,
-    flat_sites,
-    sites_without_density,
-)
+from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, first_line, flat_sites, sites_without_density
 from implicitvi.rng import RandomStream, forked
 
 STARTS = 32  # of each kind, from which far modes are looked for
@@ -94,9 +76,7 @@ class ProblemOptions:
         check_whole("num_importance", self.num_importance)
         check_compile(self.compile)
         if not 0 <= self.averaging < 1:
-            raise OptionError(
-                "averaging is out of range", got=self.averaging, expected="0 to below 1"
-            )
+            raise OptionError("averaging is out of range", got=self.averaging, expected="0 to below 1")
 
     def build(
         self, model: Model, guide: ImplicitGuide, arguments: Arguments, *, num_steps: int
@@ -143,9 +123,7 @@ class ProblemOptions:
             return log_joint(u, *args, **kwargs)
 
         start = starting_point(
-            lambda u: log_joint.loop(u, *args, **kwargs),
-            sampler.loc,
-            lambda u: log_joint.describe(u, *args, **kwargs),
+            lambda u: log_joint.loop(u, *args, **kwargs), sampler.loc, lambda u: log_joint.describe(u, *args, **kwargs)
         )
         around = start + 0.1 * torch.randn(3, layout.dim).to(start)
         log_joint.choose(around, *args, **kwargs)
@@ -155,30 +133,28 @@ class ProblemOptions:
         if self.contrast == "prior":
             log_prior = LogJoint(model, layout, mode=self.mode, only=layout.names, exclude=implicit)
             prior = ModelPrior(log_prior, args, kwargs, start)
-        if not sampler.placed:
-            sampler.set_frame(start, torch.eye(layout.dim).to(start))
+        if not sampler.initialised:
+            sampler.set_affine(start, torch.eye(layout.dim).to(start))
             if implicit:  # a posterior without the density of its prior has no Gaussian fit
                 assert prior is not None
-                sampler.set_frame(*moments(prior.sample((1000,))))
+                sampler.set_affine(*moments(prior.sample((1000,))))
             elif self.warm_start:
                 leaves = list(parameters.values())
                 place = gaussian_fit(score, start, parameters=leaves, num_steps=self.warm_start)
                 if not log_joint.minibatches:  # of which every look sees another posterior
                     with RandomStream(0):  # the fit's own numbers do not depend on the look
                         place = settle(score, *place)
-                sampler.set_frame(*place)
+                sampler.set_affine(*place)
                 if not leaves and prior is None:
                     sampler = guide.split(self._modes(log_joint, sampler, arguments))
         contrast = self._contrast_of(sampler) if prior is None else _prior_contrast(prior)
-        network = self.adversary(layout.dim + contrast.marks)
+        network = self.adversary(layout.dim + contrast.extra_dim)
         avb = self._avb(sampler, contrast, network, informed=self.informed)
         problem = Problem(log_joint, avb, arguments, parameters)
         guide.set_log_density(problem.log_q, problem.log_ratio)
         return problem
 
-    def _build_amortized(
-        self, model: Model, guide: ImplicitGuide, arguments: Arguments
-    ) -> AmortizedProblem:
+    def _build_amortized(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> AmortizedProblem:
         """The problem of the latents of every datum, or of every dataset."""
         amortization = guide.amortization
         assert amortization is not None
@@ -208,7 +184,7 @@ class ProblemOptions:
         sampler = guide.sampler
         assert isinstance(sampler, AmortizedSampler)
         batch = source.batch(*arguments.args, **arguments.kwargs)
-        if amortization.plate is None and not sampler.local.placed:
+        if amortization.plate is None and not sampler.local.initialised:
             sampler.set_units(batch.rows)
         with torch.no_grad():
             g, z = sampler(1, batch.rows)
@@ -220,8 +196,8 @@ class ProblemOptions:
             local.moments(2, sampler.context(batch.rows, g))
             framed = MomentContrast(local.moments)
         else:
-            framed = FramedContrast(self._contrast(local.latent_dim), local.frame)
-        network = self.adversary(local.latent_dim + framed.marks, context_dim=local.context_dim)
+            framed = ConditionalContrast(self._contrast(local.latent_dim), local.frame)
+        network = self.adversary(local.latent_dim + framed.extra_dim, context_dim=local.context_dim)
         problem = AmortizedProblem(
             source=source,
             sampler=sampler,
@@ -230,21 +206,19 @@ class ProblemOptions:
             parameters=parameters,
         )
         _check_terms(source, sampler, batch, source.terms(g, z, batch))
-        if not sampler.local.placed:
+        if not sampler.local.initialised:
             problem.warm_start(arguments, num_steps=self.warm_start)
         return problem
 
-    def _avb_of_shared(self, shared: Sampler) -> AVB:
+    def _avb_of_shared(self, shared: Sampler) -> AVBObjective:
         """The objective of the latents that all data share."""
         contrast = self._contrast(shared.latent_dim)
-        network = self.adversary(shared.latent_dim + contrast.marks)
+        network = self.adversary(shared.latent_dim + contrast.extra_dim)
         return self._avb(shared, contrast, network, informed=False)
 
-    def _avb(
-        self, sampler: Sampler, contrast: Contrast, network: nn.Module, *, informed: bool
-    ) -> AVB:
+    def _avb(self, sampler: Sampler, contrast: Contrast, network: nn.Module, *, informed: bool) -> AVBObjective:
         """An objective with these networks, on the sampler's device and in its dtype."""
-        avb = AVB(
+        avb = AVBObjective(
             sampler=sampler,
             contrast=contrast.to(sampler.loc),
             adversary=(InformedAdversary(network) if informed else network).to(sampler.loc),
@@ -286,7 +260,7 @@ class ProblemOptions:
         if not isinstance(sampler, MixtureSampler):
             return self._contrast(sampler.latent_dim)
         parts = [self._contrast(sampler.latent_dim) for _ in sampler.samplers]
-        return ModalContrast(parts, sampler.weights, *sampler.frames())
+        return PerModeContrast(parts, sampler.weights, *sampler.frames())
 
     def _contrast(self, dim: int) -> Contrast:
         """The contrast beside ``dim`` latents."""
@@ -306,9 +280,7 @@ class ProblemOptions:
             )
         return made[self.contrast]()
 
-    def _check_prior(
-        self, model: Model, values: dict[str, Tensor], arguments: Arguments
-    ) -> tuple[str, ...]:
+    def _check_prior(self, model: Model, values: dict[str, Tensor], arguments: Arguments) -> tuple[str, ...]:
         """Names of sites that can only be drawn: refused unless the prior is the contrast, flat ones if it is."""
         implicit = sites_without_density(model, values, *arguments.args, **arguments.kwargs)
         if implicit and self.contrast != "prior":
@@ -346,7 +318,7 @@ def _setup_one(guide: ImplicitGuide, args: tuple[Any, ...], kwargs: dict[str, An
         ) from error
 
 
-def _check_terms(source: Source, sampler: AmortizedSampler, batch: Batch, terms: Tensor) -> None:
+def _check_terms(source: Source, sampler: AmortizedSampler, batch: Minibatch, terms: Tensor) -> None:
     """Raise `ModelError` where the log density ``terms [S, 1 + B]`` of a datum is NaN, and is for other draws too."""
     if not terms.isnan().any():
         return
@@ -356,8 +328,7 @@ def _check_terms(source: Source, sampler: AmortizedSampler, batch: Batch, terms:
     if shared or any(rows):
         raise ModelError(
             "the log density of the model is NaN whatever is drawn",
-            got=f"{sum(rows)} such rows of {len(rows)}"
-            + (", and outside of them" if shared else ""),
+            got=f"{sum(rows)} such rows of {len(rows)}" + (", and outside of them" if shared else ""),
             do="Look for NaN among the data: drop those, fill them in, or mask them with poutine.mask.",
         )
 
@@ -392,7 +363,7 @@ def warn_of_noise(problem: Problem, num_steps: int) -> None:
     centre = problem.avb.sampler.loc.new_zeros(1, problem.log_joint.layout.dim).requires_grad_()
     gradients = []
     for _ in range(NOISE_DRAWS):
-        score = problem.scorer(problem.arguments)(problem.avb.sampler.place(centre)).sum()
+        score = problem.scorer(problem.arguments)(problem.avb.sampler.to_latent(centre)).sum()
         gradients.append(torch.autograd.grad(score, centre)[0])
     error = torch.stack(gradients).std(0).max().item() / num_steps**0.5
     if error > 0.25:
@@ -422,16 +393,10 @@ def check_match(model: Model, guide: ImplicitGuide, arguments: Arguments) -> Non
 
     def shape(full: tuple[int, ...], dims: tuple[str | None, ...]) -> tuple[int | None, ...]:
         """Without the size of the amortized plate, which may change."""
-        fixed = (
-            None if d is not None and d == guide.plate else n
-            for n, d in zip(full, dims, strict=False)
-        )
+        fixed = (None if d is not None and d == guide.plate else n for n, d in zip(full, dims, strict=False))
         return (*fixed, *full[len(dims) :])
 
-    found = {
-        name: shape(tuple(node["value"].shape), plate_names(node))
-        for name, node in trace.iter_stochastic_nodes()
-    }
+    found = {name: shape(tuple(node["value"].shape), plate_names(node)) for name, node in trace.iter_stochastic_nodes()}
     known = {site.name: shape(site.shape, site.dims) for site in guide.layout.sites}
     if found != known:
         raise ModelError(

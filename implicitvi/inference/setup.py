@@ -8,8 +8,9 @@ from copy import copy
 from implicitvi.errors import SetupError, check_at_least, check_positive, check_whole
 from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.objective import Arguments, Model, Problem
+from implicitvi.inference.objective import Arguments, Problem
 from implicitvi.inference.settings import ProblemOptions, check_devices, check_guide
+from implicitvi.numerics.types import Model
 from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Schedule, Trainer
 
@@ -70,7 +71,7 @@ class Engine:
         """The loop, with its players, step count and history."""
         return self._require()[1]
 
-    def twin(self, key: int) -> Engine:
+    def fresh_copy(self, key: int) -> Engine:
         """An engine of the same options, not set up, with random numbers of its own: the same ones for one key."""
         other = copy(self)
         other.seed = None if self.seed is None else derived_seed(self.seed, key)
@@ -108,7 +109,6 @@ class Engine:
     def _require(self) -> tuple[Problem | AmortizedProblem, Trainer]:
         if self._made is None:
             raise SetupError(
-                "the fit has not seen its model yet",
-                do="Call run, step, or setup with the model's arguments first.",
+                "the fit has not seen its model yet", do="Call run, step, or setup with the model's arguments first."
             )
         return self._made

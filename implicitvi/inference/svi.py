@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.contrasts import Contrast
 from implicitvi.avb.ratios import RatioLoss
+from implicitvi.diagnostics.agreement import agreement
 from implicitvi.errors import ModelError, OptionError, check_whole
 from implicitvi.inference.amortized_objective import AmortizedProblem
 from implicitvi.inference.fit import Fit
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.inference.minibatches import dataset
-from implicitvi.inference.objective import Arguments, Model, Problem
+from implicitvi.inference.objective import Arguments, Problem
 from implicitvi.inference.persistence import (
     OF_GUIDE,
     SavedFit,
@@ -35,10 +36,10 @@ from implicitvi.inference.persistence import (
     log_density,
     save,
 )
-from implicitvi.inference.restarts import agreement, restart_folder, warn_of_disagreement
+from implicitvi.inference.restarts import restart_folder, warn_of_disagreement
 from implicitvi.inference.settings import ProblemOptions, check_guide
 from implicitvi.inference.setup import Engine
-from implicitvi.inference.stacked import on_accelerator, stacked
+from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.parameters import parameter_values, show_parameters
 from implicitvi.rng import RandomStream
@@ -82,7 +83,7 @@ class AVBSVI:
         max_modes: Far modes to look for after the warm start (`find_modes`); each that is found gets a place and scale
             of its own (`MixtureSampler`). 1 looks for none. Nothing is looked for without a warm start, where the model
             has parameters, is scored in a loop or sees minibatches, or where the contrast is the prior.
-        num_importance: Draws in each importance-weighted bound (`tighten`); 1 for the ELBO. More of them pay where the
+        num_importance: Draws in each importance-weighted bound (`importance_weighted`); 1 for the ELBO. More of them pay where the
             model has parameters or the guide is amortized; for a posterior alone they do not.
         mode: How the model is scored: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"`` (`LogJoint`).
         compile: ``"graph"`` records the model's log joint once and runs it without Pyro; ``"inductor"`` turns that
@@ -93,9 +94,7 @@ class AVBSVI:
             that cuts most gradients biases the fit: it cuts where the posterior pulls hardest.
         max_skips: Non-finite turns in a row that end the fit.
         restarts: Independent fits that `run` makes, to see whether they agree (`Fit.agreement`). ``guide`` is the first
-            one's; the others have twins of it, and seeds that follow from ``seed``. On the CPU they are made one after
-            the other; on an accelerator at once where they can be (`stacked`) and nobody watches: no callbacks, no
-            checkpoints.
+            one's; the others have fresh copies of it and seeds that follow from ``seed``.
         seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that
             ``pyro.set_rng_seed`` decides.
         progress: Whether `run` shows a bar.
@@ -189,12 +188,7 @@ class AVBSVI:
         self._saved: SavedFit | None = None  # to be taken up
         self._record: dict[str, Any] = dict(UNFINISHED)
         self._engine = Engine(
-            schedule,
-            options,
-            moves_sampler=True,
-            clip_norm=clip_norm,
-            max_skips=max_skips,
-            seed=seed,
+            schedule, options, moves_sampler=True, clip_norm=clip_norm, max_skips=max_skips, seed=seed
         )
         check_whole("restarts", restarts)
         self._twins = [self._twin(key) for key in range(1, restarts)]
@@ -231,19 +225,11 @@ class AVBSVI:
         better than it is.
         """
         if self._twins:
-            raise OptionError(
-                "a step is taken by one fit", got=f"restarts={1 + len(self._twins)}", do="Call run."
-            )
+            raise OptionError("a step is taken by one fit", got=f"restarts={1 + len(self._twins)}", do="Call run.")
         self.setup(*args, **kwargs)
         return float(self.trainer.step()["sampler"])
 
-    def run(
-        self,
-        *args: Any,
-        checkpoint: str | Path | None = None,
-        every: int | None = None,
-        **kwargs: Any,
-    ) -> Fit:
+    def run(self, *args: Any, checkpoint: str | Path | None = None, every: int | None = None, **kwargs: Any) -> Fit:
         """Train to the horizon with the model's arguments; an interrupt keeps what has been learned.
 
         A run that was cut short is continued by the next one. A run after the horizon takes ``num_steps`` more steps
@@ -264,71 +250,40 @@ class AVBSVI:
             ModelError: The model cannot be fitted by this guide.
             CheckpointError: The folder has a checkpoint that is damaged, or of another model or other options.
         """
-        watched = checkpoint is not None or every is not None or self.callbacks
-        fits: list[Fit] = []
-        if self._twins and not watched and on_accelerator(Arguments(args, kwargs)):
-            fits = self._run_stacked(args, kwargs)
-        if not fits:
-            fits = [self._run(args, kwargs, checkpoint, every)]
-            for key, twin in enumerate(self._twins, 1):
-                if fits[-1].stop_reason == "interrupted":
-                    break
-                folder = None if checkpoint is None else restart_folder(checkpoint, key)
-                fits.append(twin._run(args, kwargs, folder, every))
+        fits = [self._run(args, kwargs, checkpoint, every)]
+        for key, twin in enumerate(self._twins, 1):
+            if fits[-1].stop_reason == "interrupted":
+                break
+            folder = None if checkpoint is None else restart_folder(checkpoint, key)
+            fits.append(twin._run(args, kwargs, folder, every))
         fit = _together(*fits)
         if fit.agreement is not None:
             warn_of_disagreement(fit.agreement)
         return fit
 
-    def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Fit]:
-        """`_run` of the fit and its restarts at once; nothing where they cannot be stacked."""
-        each, setups = (self, *self._twins), []
-        for svi in each:
-            began = time.perf_counter()
-            svi.setup(*args, **kwargs)
-            setups.append(time.perf_counter() - began)
-        problems, trainers = [svi.problem for svi in each], [svi.trainer for svi in each]
-        lockstep = stacked(problems, trainers, self._engine.arguments)
-        if lockstep is None:
-            return []
-        began = time.perf_counter()
-        stop_reason = self._train(step=lockstep.step)
-        share = (time.perf_counter() - began) / len(each)
-        for svi, setup_seconds in zip(each, setups, strict=True):
-            svi._record = {
-                "seconds": setup_seconds + share,
-                "setup_seconds": setup_seconds,
-                "stop_reason": stop_reason,
-            }
-        return [svi._alone() for svi in each]
-
-    def _train(self, *watchers: Callback, step: Callable[[], object] | None = None) -> str:
-        """Steps up to the horizon, after it as many again; returns why they stopped. ``step`` as for `Trainer.run`."""
+    def _train(self, *watchers: Callback) -> str:
+        """Steps up to the horizon, after it as many again; returns why they stopped."""
         num_steps, taken = self.schedule.num_steps, self.trainer.step_count
         ahead = num_steps - taken if taken < num_steps else num_steps
         if not self.progress:
-            return self.trainer.run(ahead, watchers, step=step)
+            return self.trainer.run(ahead, watchers)
         bar = Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
         try:
-            return self.trainer.run(ahead, (bar, *watchers), step=step)
+            return self.trainer.run(ahead, (bar, *watchers))
         finally:
             bar.close()
 
     def _twin(self, key: int) -> AVBSVI:
         """The same options around another guide and other random numbers."""
         other = copy(self)
-        other.guide = self.guide.twin()
-        other._engine = self._engine.twin(key)
+        other.guide = self.guide.fresh_copy()
+        other._engine = self._engine.fresh_copy(key)
         other._twins = []
         other._options = self._options | {"restarts": 1, "seed": other._engine.seed}
         return other
 
     def _run(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        checkpoint: str | Path | None,
-        every: int | None,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], checkpoint: str | Path | None, every: int | None
     ) -> Fit:
         """`run` of this fit alone."""
         began = time.perf_counter()
@@ -635,12 +590,7 @@ class AVB_ELBO(ELBO):
         )
         self._guide: ImplicitGuide | None = None
         self._engine = Engine(
-            schedule,
-            options,
-            moves_sampler=False,
-            clip_norm=clip_norm,
-            max_skips=max_skips,
-            seed=seed,
+            schedule, options, moves_sampler=False, clip_norm=clip_norm, max_skips=max_skips, seed=seed
         )
 
     def loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
@@ -649,9 +599,7 @@ class AVB_ELBO(ELBO):
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         return loss.item()
 
-    def loss_and_grads(
-        self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
         """Let the adversary take its steps, then back-propagate the sampler's loss; returns it in nats.
 
         A step without a finite loss leaves no gradient.
@@ -662,9 +610,7 @@ class AVB_ELBO(ELBO):
             loss.backward()
         return loss.item()
 
-    def differentiable_loss(
-        self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def differentiable_loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> Tensor:
         """The sampler's loss at the current stage, a scalar with gradients for the sampler only."""
         trainer = self._setup(model, guide, Arguments(args, kwargs))
         engine = self._engine
@@ -681,9 +627,7 @@ class AVB_ELBO(ELBO):
 
     def _setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> Trainer:
         if self._guide is not guide and self._guide is not None:
-            raise OptionError(
-                "this AVB_ELBO already belongs to another guide", do="Make one for each guide."
-            )
+            raise OptionError("this AVB_ELBO already belongs to another guide", do="Make one for each guide.")
         with poutine.block():
             self._engine.setup(model, guide, arguments)
         self._guide = guide

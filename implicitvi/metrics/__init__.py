@@ -1,13 +1,5 @@
 """Judging draws of a fit against draws of a reference."""
 
-from implicitvi.metrics.two_sample import (
-    c2st,
-    knn_kl,
-    mean_error,
-    mmd,
-    sd_ratio,
-    sliced_wasserstein,
-    whiten,
-)
+from implicitvi.metrics.two_sample import c2st, knn_kl, mean_error, mmd, sd_ratio, sliced_wasserstein, whiten
 
 __all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]

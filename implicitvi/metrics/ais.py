@@ -28,15 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitvi.errors import (
-    ModelError,
-    OptionError,
-    ShapeError,
-    check_at_least,
-    check_choice,
-    check_positive,
-)
-from implicitvi.metrics.evidence import LogJoint, check_start
+from implicitvi.errors import ModelError, OptionError, ShapeError, check_at_least, check_choice, check_positive
+from implicitvi.metrics.evidence import check_start
+from implicitvi.pyro_model.log_joint import LogJoint as LogDensity
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda t: t,
@@ -105,9 +99,7 @@ class Annealing:
         check_positive("step_size", self.step_size)
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 < self.acceptance < 1:
-            raise OptionError(
-                "acceptance is out of range", got=self.acceptance, expected="between 0 and 1"
-            )
+            raise OptionError("acceptance is out of range", got=self.acceptance, expected="between 0 and 1")
 
     def betas(self) -> list[float]:
         """The path from 0 to 1, ``num_steps + 1`` values."""
@@ -116,7 +108,7 @@ class Annealing:
         return path
 
     @torch.no_grad()
-    def forward(self, log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Annealed:
+    def forward(self, log_joint: LogDensity, loc: Tensor, scale: Tensor) -> Annealed:
         """From the Gaussian to the posterior: weights of mean ``p(x)``.
 
         Args:
@@ -130,9 +122,7 @@ class Annealing:
         return self._run(path, u, self.betas(), None)
 
     @torch.no_grad()
-    def backward(
-        self, log_joint: LogJoint, loc: Tensor, scale: Tensor, z: Tensor, step_sizes: Tensor
-    ) -> Annealed:
+    def backward(self, log_joint: LogDensity, loc: Tensor, scale: Tensor, z: Tensor, step_sizes: Tensor) -> Annealed:
         """From a draw of the posterior to the Gaussian: weights of mean ``1 / p(x)``.
 
         Args:
@@ -155,9 +145,7 @@ class Annealing:
         back = self._run(path, u, self.betas()[::-1], step_sizes.flip(0))
         return Annealed(back.log_weights, back.acceptance, step_sizes)
 
-    def _run(
-        self, path: _Path, u: Tensor, betas: list[float], step_sizes: Tensor | None
-    ) -> Annealed:
+    def _run(self, path: _Path, u: Tensor, betas: list[float], step_sizes: Tensor | None) -> Annealed:
         """Anneal along ``betas``; without step sizes, by those that the last chain, the pilot, asks for."""
         here = path.at(u)
         if here.log_f.isnan().any():
@@ -185,7 +173,7 @@ class Annealing:
         )
 
 
-def ais(log_joint: LogJoint, loc: Tensor, scale: Tensor, **options: Any) -> Tensor:
+def ais(log_joint: LogDensity, loc: Tensor, scale: Tensor, **options: Any) -> Tensor:
     """Annealed importance sampling of ``log p(x)``, a lower bound in expectation: ``[B]`` in nats.
 
     `Annealing.forward` also tells acceptance and step sizes, and how much the chains differ.
@@ -211,7 +199,7 @@ def ais(log_joint: LogJoint, loc: Tensor, scale: Tensor, **options: Any) -> Tens
 
 
 def bidirectional(
-    log_joint: LogJoint, loc: Tensor, scale: Tensor, z: Tensor, **options: Any
+    log_joint: LogDensity, loc: Tensor, scale: Tensor, z: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Bounds of ``log p(x)`` from both sides, each in expectation, for data whose posterior has been drawn from.
 
@@ -239,9 +227,7 @@ def bidirectional(
     """
     if z.shape != loc.shape:
         raise ShapeError(
-            "there has to be one posterior draw of each datum",
-            got=f"shape {tuple(z.shape)}",
-            expected=tuple(loc.shape),
+            "there has to be one posterior draw of each datum", got=f"shape {tuple(z.shape)}", expected=tuple(loc.shape)
         )
     annealing = Annealing(**options)
     there = annealing.forward(log_joint, loc, scale)
@@ -266,7 +252,7 @@ class _Point(NamedTuple):
 class _Path:
     """``log f_1`` in the coordinates of the start."""
 
-    def __init__(self, log_joint: LogJoint, loc: Tensor, scale: Tensor):
+    def __init__(self, log_joint: LogDensity, loc: Tensor, scale: Tensor):
         check_start(loc, scale)
         self.log_joint, self.loc, self.scale = log_joint, loc, scale
         self.log_volume = scale.log().sum(-1)
@@ -294,9 +280,7 @@ class _Path:
         return _Point(u, log_f, gradient)
 
 
-def _transition(
-    path: _Path, here: _Point, beta: float, size: Tensor, num_leapfrog: int
-) -> tuple[_Point, Tensor]:
+def _transition(path: _Path, here: _Point, beta: float, size: Tensor, num_leapfrog: int) -> tuple[_Point, Tensor]:
     """One transition of Hamiltonian Monte Carlo that leaves ``f_β`` as it is, and its acceptance ``[S, B]``."""
     varied = 1 + _JITTER * (2 * torch.rand_like(here.log_f) - 1)
     eps = (size * varied)[..., None]

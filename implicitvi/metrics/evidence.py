@@ -6,7 +6,6 @@ standard deviation ``scale [B, D]`` of a posterior for each datum, which need on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import log
 from typing import Any, Protocol
 
@@ -15,26 +14,15 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, StudentT
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
+from implicitvi.numerics.types import LogDensity
 
-LogJoint = Callable[[Tensor], Tensor]
-
-_RESOLVED = (
-    0.05  # nats lost with every other point; the error that is left is at most about a fourth of it
-)
-_OUTSIDE = (
-    1e-5  # share of the evidence in the outermost cells; what lies beyond is some ten times more
-)
+_RESOLVED = 0.05  # nats lost with every other point; the error that is left is at most about a fourth of it
+_OUTSIDE = 1e-5  # share of the evidence in the outermost cells; what lies beyond is some ten times more
 
 
 @torch.no_grad()
 def importance_sampling(
-    log_joint: LogJoint,
-    loc: Tensor,
-    scale: Tensor,
-    *,
-    num_samples: int = 5000,
-    widen: float = 1.2,
-    chunk: int = 500,
+    log_joint: LogDensity, loc: Tensor, scale: Tensor, *, num_samples: int = 5000, widen: float = 1.2, chunk: int = 500
 ) -> Tensor:
     """Importance sampling from a Student t around each posterior: a lower bound in expectation, ``[B]`` in nats.
 
@@ -72,7 +60,7 @@ def importance_sampling(
 
 @torch.no_grad()
 def quadrature(
-    log_joint: LogJoint,
+    log_joint: LogDensity,
     loc: Tensor,
     scale: Tensor,
     *,
@@ -103,11 +91,7 @@ def quadrature(
     check_positive("high - low", high - low)
     batch, dim = loc.shape
     if dim > 2:
-        raise OptionError(
-            "quadrature is for one or two latent dimensions",
-            got=dim,
-            do="Use method='ais' or 'iwae'.",
-        )
+        raise OptionError("quadrature is for one or two latent dimensions", got=dim, do="Use method='ais' or 'iwae'.")
     edges = torch.linspace(low, high, points + 1, dtype=loc.dtype, device=loc.device)
     middle = (edges[1:] + edges[:-1]) / 2
     grid = torch.cartesian_prod(*[middle] * dim).reshape(-1, 1, dim)
@@ -171,18 +155,13 @@ class SemiImplicit(Protocol):
     def conditional(self, eps: Tensor) -> Distribution:
         """The Gaussian of ``h [..., D]`` given ``ε [..., noise_dim - latent_dim]``."""
 
-    def place(self, h: Tensor) -> Tensor:
+    def to_latent(self, h: Tensor) -> Tensor:
         """``h [..., D]`` to ``z [..., D]``."""
 
 
 @torch.no_grad()
 def semi_implicit_bound(
-    log_joint: LogJoint,
-    sampler: SemiImplicit,
-    *,
-    num_samples: int = 1000,
-    num_mixture: int = 200,
-    seed: int = 0,
+    log_joint: LogDensity, sampler: SemiImplicit, *, num_samples: int = 1000, num_mixture: int = 200, seed: int = 0
 ) -> tuple[float, float]:
     """A lower bound of ``log p(x)`` that no bad training can break, and its standard error, in nats.
 
@@ -219,6 +198,6 @@ def semi_implicit_bound(
         own: Any = sampler.conditional(eps[0])
         h = own.mean + own.stddev * noise(count, sampler.latent_dim)
         log_q = sampler.conditional(eps).log_prob(h).logsumexp(0) - log(num_mixture + 1)
-        terms.append(log_joint(sampler.place(h)) - log_q + log_volume)
+        terms.append(log_joint(sampler.to_latent(h)) - log_q + log_volume)
     bound = torch.cat(terms).double()
     return bound.mean().item(), bound.std().item() / num_samples**0.5

@@ -47,9 +47,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     (m_x, a), (m_y, b) = _moments("x", x), _moments("y", y)
     if len(m_x) != len(m_y):
         raise ShapeError(
-            "the two sets have different features",
-            got=f"{len(m_x)} and {len(m_y)} dimensions",
-            expected="the same",
+            "the two sets have different features", got=f"{len(m_x)} and {len(m_y)} dimensions", expected="the same"
         )
     root = torch.linalg.svdvals(a @ b.mT).sum()
     distance = (m_x - m_y).square().sum() + a.square().sum() + b.square().sum() - 2 * root
@@ -174,9 +172,7 @@ def _check_labelled(x: Tensor, labels: Tensor) -> None:
         )
     if labels.shape != x.shape[:1]:
         raise ShapeError(
-            "there has to be one label for each image",
-            got=f"shape {tuple(labels.shape)}",
-            expected=tuple(x.shape[:1]),
+            "there has to be one label for each image", got=f"shape {tuple(labels.shape)}", expected=tuple(x.shape[:1])
         )
     if labels.is_floating_point() or labels.min() < 0:
         raise OptionError(
@@ -190,15 +186,12 @@ def _moments(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[D]`` and a matrix ``A [R, D]`` whose ``AᵀA`` is the covariance, in float64."""
     if x.dim() != 2 or len(x) < 2:
         raise ShapeError(
-            f"{name} has to be a matrix of features",
-            got=f"shape {tuple(x.shape)}",
-            expected="[N, D] with N >= 2",
+            f"{name} has to be a matrix of features", got=f"shape {tuple(x.shape)}", expected="[N, D] with N >= 2"
         )
     x = x.detach().double()
     if not x.isfinite().all():
         raise OptionError(
-            f"{name} has features that are not finite",
-            got=f"{int((~x.isfinite()).any(1).sum())} such rows of {len(x)}",
+            f"{name} has features that are not finite", got=f"{int((~x.isfinite()).any(1).sum())} such rows of {len(x)}"
         )
     mean = x.mean(0)
     factor: Tensor = torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5).R

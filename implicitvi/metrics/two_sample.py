@@ -325,18 +325,13 @@ def _matrix(name: str, draws: Draws) -> Tensor:
         )
     if not matrix.isfinite().all():
         bad = int((~matrix.isfinite()).any(1).sum())
-        raise OptionError(
-            f"{name} of draws has values that are not finite",
-            got=f"{bad} bad rows of {len(matrix)}",
-        )
+        raise OptionError(f"{name} of draws has values that are not finite", got=f"{bad} bad rows of {len(matrix)}")
     return matrix
 
 
 def _check_rows(name: str, matrix: Tensor, least: int) -> None:
     if len(matrix) < least:
-        raise ShapeError(
-            f"{name} of draws has too few rows", got=len(matrix), expected=f">= {least}"
-        )
+        raise ShapeError(f"{name} of draws has too few rows", got=len(matrix), expected=f">= {least}")
 
 
 def _spread(reference: Tensor) -> Tensor:

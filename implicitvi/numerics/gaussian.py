@@ -13,14 +13,12 @@ from torch.distributions import Distribution, MultivariateNormal, constraints
 from implicitvi import distributed
 from implicitvi.errors import OptionError
 
-JITTER = (
-    1e-5  # added to the relative variances of a batch, so that a collapsed direction stays scorable
-)
+JITTER = 1e-5  # added to the relative variances of a batch, so that a collapsed direction stays scorable
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[(B,) D]`` and Cholesky factor of the covariance ``[(B,) D, D]`` of draws ``z [S, (B,) D]``."""
-    z = _everyones(z)
+    z = gather_draws(z)
     loc = z.mean(0)
     centred = (z - loc).movedim(0, -2)
     cov = centred.mT @ centred / max(len(z) - 1, 1)
@@ -155,9 +153,7 @@ class GaussianMixture(Distribution):
         """Independent draws ``[*sample_shape, D]``."""
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
-        noise = torch.randn(
-            (len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device
-        )
+        noise = torch.randn((len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device)
         counts = which.bincount(minlength=len(self.weights)).tolist()
         parts = zip(noise.split(counts), self.scale_trils, strict=True)
         draws = torch.empty_like(noise)
@@ -165,7 +161,7 @@ class GaussianMixture(Distribution):
         return (draws + self.shifts[which] + self.centre).reshape(shape + self.event_shape)
 
 
-class Assembly(Distribution):
+class Mixture(Distribution):
     """A mixture of any distributions with event shape ``[D]``.
 
     Args:
@@ -197,7 +193,7 @@ class Assembly(Distribution):
         return ordered.reshape(shape + self.event_shape)
 
 
-def _everyones(z: Tensor) -> Tensor:
+def gather_draws(z: Tensor) -> Tensor:
     """Draws without context ``[S, D]`` of all processes; those of a context are all with the process that has it."""
     return distributed.gather(z) if z.dim() == 2 else z
 

@@ -25,11 +25,7 @@ def gradients(log_joint: LogDensity, z: Tensor, *, chunk: int = 2000) -> tuple[T
 
 
 def descend(
-    loss: Callable[[], Tensor | None],
-    groups: list[dict[str, Any]],
-    num_steps: int,
-    *,
-    normalised: bool = False,
+    loss: Callable[[], Tensor | None], groups: list[dict[str, Any]], num_steps: int, *, normalised: bool = False
 ) -> None:
     """Minimise by Adam with rates that fall to a twentieth; a step that is not finite is left out.
 

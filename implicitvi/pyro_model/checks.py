@@ -53,8 +53,7 @@ def check_site(name: str, fn: Any) -> None:
             faq="a-discrete-latent-is-refused",
         )
     raise ModelError(
-        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be "
-        "summed out",
+        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be summed out",
         got=type(fn).__name__,
         do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
         faq="a-discrete-latent-is-refused",
@@ -126,9 +125,7 @@ class Readable(Messenger):
         elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
         msg["cond_indep_stack"] = tuple(
-            frame
-            for frame in msg["cond_indep_stack"]
-            if frame.vectorized or frame.full_size not in (None, frame.size)
+            frame for frame in msg["cond_indep_stack"] if frame.vectorized or frame.full_size not in (None, frame.size)
         )
         if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
             shape = msg["fn"].shape()

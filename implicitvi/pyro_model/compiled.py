@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from implicitvi.errors import ModelError, OptionError, check_choice
-from implicitvi.pyro_model.subsampling import Minibatch
+from implicitvi.pyro_model.subsampling import PinnedSubsample
 
 BACKENDS = ("graph", "inductor")
 MAX_GRAPHS = 8
@@ -75,7 +75,7 @@ class CompiledScore:
         *,
         agree: Callable[[Tensor, Tensor], bool],
         backend: str = "graph",
-        minibatch: Minibatch | None = None,
+        minibatch: PinnedSubsample | None = None,
         rows: int = 256,
     ):
         check_compile(backend)
@@ -83,7 +83,7 @@ class CompiledScore:
         self.points = points.detach()
         self.agree = agree
         self.backend = backend
-        self.minibatch = Minibatch() if minibatch is None else minibatch
+        self.minibatch = PinnedSubsample() if minibatch is None else minibatch
         self.rows = rows
         self.seconds = 0.0
         self._graphs: list[_Graph] = []
@@ -130,14 +130,10 @@ class CompiledScore:
         self.seconds += time.perf_counter() - began
         return graph
 
-    def _traced(
-        self, leaves: list[Any], spec: TreeSpec, kinds: list[Any], rows: int | None
-    ) -> _Graph:
+    def _traced(self, leaves: list[Any], spec: TreeSpec, kinds: list[Any], rows: int | None) -> _Graph:
         """A graph for ``rows`` particles, or for any number, that agrees with ``score``."""
 
-        def run(
-            u: Tensor, leaves: list[Any], indices: dict[str, Tensor] | None
-        ) -> tuple[Pair, dict[str, Tensor]]:
+        def run(u: Tensor, leaves: list[Any], indices: dict[str, Tensor] | None) -> tuple[Pair, dict[str, Tensor]]:
             args, kwargs = tree_unflatten(leaves, spec)
             with torch.enable_grad(), self.minibatch.pinned(indices) as used:
                 v = u.detach().requires_grad_()
@@ -161,9 +157,9 @@ class CompiledScore:
         sizes = {size for tensor in (self.points, *inputs) for size in tensor.shape}
         # where the number of particles is open, no other size may be taken for it
         count = rows or next(n for n in range(5, 10**6) if n not in sizes)
-        traced = make_fx(
-            both, tracing_mode="real" if rows else "symbolic", _allow_non_fake_inputs=True
-        )(_repeat(self.points, count), *inputs)
+        traced = make_fx(both, tracing_mode="real" if rows else "symbolic", _allow_non_fake_inputs=True)(
+            _repeat(self.points, count), *inputs
+        )
         _refuse_what_would_be_frozen(traced)
         graph = _Graph(traced, spec, kinds, tuple(indices), rows, self.backend)
         for several in (1, len(self.points), 2 * count + 1):
@@ -260,9 +256,7 @@ def _refuse_what_would_be_frozen(traced: GraphModule) -> None:
     """Raise `ModelError` where a graph would leave out what the model does."""
     for node in traced.graph.nodes:
         if node.op == "get_attr" and getattr(getattr(traced, node.target), "requires_grad", False):
-            raise ModelError(
-                "the model has parameters that learn, and a graph gives them no gradient"
-            )
+            raise ModelError("the model has parameters that learn, and a graph gives them no gradient")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ModelError(
                 f"the model draws random numbers of its own ({node.target}), which all particles must share"
@@ -279,8 +273,7 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, constant) or callable(leaf):
         return type(leaf), leaf
     raise ModelError(
-        "an argument is neither tensor nor number, and a graph would not see it change",
-        got=type(leaf).__name__,
+        "an argument is neither tensor nor number, and a graph would not see it change", got=type(leaf).__name__
     )
 
 

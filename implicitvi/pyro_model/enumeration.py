@@ -65,9 +65,7 @@ class Enumerate(EnumMessenger):
         shape = value.shape[: value.dim() - msg["fn"].event_dim]
         ids = infer.setdefault("_dim_to_id", {})
         ids.update(self._param_dims.get(msg["name"], {}))
-        self._value_dims[msg["name"]] = {
-            dim: id_ for dim, id_ in ids.items() if len(shape) >= -dim and shape[dim] > 1
-        }
+        self._value_dims[msg["name"]] = {dim: id_ for dim, id_ in ids.items() if len(shape) >= -dim and shape[dim] > 1}
 
 
 def log_sum(trace: Any) -> Tensor:
@@ -81,9 +79,7 @@ def log_sum(trace: Any) -> Tensor:
     """
     dependent = _dependent_terms(trace)
     nodes = trace.nodes
-    rest = [
-        n["log_prob_sum"] for k, n in nodes.items() if "log_prob_sum" in n and k not in dependent
-    ]
+    rest = [n["log_prob_sum"] for k, n in nodes.items() if "log_prob_sum" in n and k not in dependent]
     if not dependent:
         return sum(rest, torch.zeros(()))
     scales = {name: nodes[name]["scale"] for name in dependent}
@@ -137,22 +133,13 @@ def log_sum_of(trace: Any, name: str) -> Tensor:
 
 
 def discrete_draw(
-    model: Callable[..., Any],
-    values: dict[str, Tensor],
-    nesting: int,
-    /,
-    *args: Any,
-    **kwargs: Any,
+    model: Callable[..., Any], values: dict[str, Tensor], nesting: int, /, *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
     """The enumerated sites, drawn together from their exact conditional at ``values`` and the data."""
     sampler = infer_discrete(condition(model, data=values), first_available_dim=-1 - nesting)
     with block():
         nodes = trace(sampler).get_trace(*args, **kwargs).nodes
-    return {
-        name: node["value"]
-        for name, node in nodes.items()
-        if node["type"] == "sample" and is_enumerated(node)
-    }
+    return {name: node["value"] for name, node in nodes.items() if node["type"] == "sample" and is_enumerated(node)}
 
 
 class _SafeLog(torch.autograd.Function):
@@ -225,9 +212,7 @@ def _contract(trace: Any, terms: dict[str, Tensor], plates: frozenset[str]) -> T
 def _plates(trace: Any, name: str) -> frozenset[str]:
     """Symbols of the vectorised plates of a site."""
     return frozenset(
-        trace.plate_to_symbol[frame.name]
-        for frame in trace.nodes[name]["cond_indep_stack"]
-        if frame.vectorized
+        trace.plate_to_symbol[frame.name] for frame in trace.nodes[name]["cond_indep_stack"] if frame.vectorized
     )
 
 

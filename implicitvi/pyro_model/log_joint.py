@@ -14,14 +14,14 @@ from torch import Tensor
 
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.numerics.optimise import finite_draws
+from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.compiled import CompiledScore
 from implicitvi.pyro_model.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
 from implicitvi.pyro_model.plates import by_datum
 from implicitvi.pyro_model.sites import SiteLayout, bijection
-from implicitvi.pyro_model.subsampling import Minibatch
+from implicitvi.pyro_model.subsampling import PinnedSubsample
 from implicitvi.pyro_model.tracing import (
     PARTICLE_ERRORS,
-    Model,
     check_sites,
     first_line,
     is_particles_fault,
@@ -92,7 +92,7 @@ class LogJoint:
         self._width = 1  # entries of its largest site
         # Whether vmap loops inside an operation, of which torch would warn in every call.
         self._falls_back = False
-        self._minibatch = Minibatch()
+        self._minibatch = PinnedSubsample()
         self._compiled: CompiledScore | None = None
 
     def __call__(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -129,15 +129,10 @@ class LogJoint:
                 failures.append(failure)
         reason = "; ".join(failures)
         if asked in FAST:
-            raise ModelError(
-                f"mode={asked!r} does not fit the model", got=reason, do="Use mode='auto'."
-            )
+            raise ModelError(f"mode={asked!r} does not fit the model", got=reason, do="Use mode='auto'.")
         self._settle("loop", reason or "asked for")
         if asked == "auto":
-            warnings.warn(
-                f"the model is scored one particle at a time, about 1 ms each ({reason})",
-                stacklevel=2,
-            )
+            warnings.warn(f"the model is scored one particle at a time, about 1 ms each ({reason})", stacklevel=2)
 
     def compile(self, backend: str, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
@@ -150,9 +145,7 @@ class LogJoint:
                 raise ModelError(f"only what vmap can score can be traced, not mode {self.mode!r}")
             with unvalidated(), RandomStream(0):  # a look that leaves no trace
                 points, _ = self._compare_at(u, args, kwargs)
-                compiled = CompiledScore(
-                    self._whole, points, agree=_close, backend=backend, minibatch=self._minibatch
-                )
+                compiled = CompiledScore(self._whole, points, agree=_close, backend=backend, minibatch=self._minibatch)
                 compiled(points, args, kwargs)
         except ModelError as error:
             self._stay_eager(error)
@@ -181,9 +174,7 @@ class LogJoint:
         log_det = sum((each.sum() for each in log_dets.values()), u.new_zeros(()))
         if self._enumerates:
             return log_det + log_sum(trace)
-        return sum(
-            (n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det
-        )
+        return sum((n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det)
 
     def loop(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
@@ -206,11 +197,7 @@ class LogJoint:
         )
 
     def _trace(
-        self,
-        values: dict[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        model: Model | None = None,
+        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], model: Model | None = None
     ) -> Any:
         """Trace of the model, or of ``model`` made from it, its sites checked and those that count scored."""
         model = self.model if model is None else model
@@ -227,9 +214,7 @@ class LogJoint:
         score(trace, values, left_out)
         return trace
 
-    def _inspect(
-        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _inspect(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the model once to see its discrete sites, how deep its plates are nested, and its largest site."""
         with RandomStream(0):  # a look that leaves no trace
             trace = run_at(self.model, values, *args, **kwargs)
@@ -263,13 +248,7 @@ class LogJoint:
         return {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[mode]
 
     def _score(
-        self,
-        run: Run,
-        u: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        whole: bool = True,
+        self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = True
     ) -> Tensor:
         """Score all particles; where the model raises, halve until the culprits stand alone.
 
@@ -303,13 +282,7 @@ class LogJoint:
         parts = ceil(len(u) * self._width / CACHED) if u.is_cpu else 1
         return self._whole(u, args, kwargs, chunk_size=ceil(len(u) / max(parts, 1)) or None)
 
-    def _whole(
-        self,
-        u: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        chunk_size: int | None = None,
-    ) -> Tensor:
+    def _whole(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], chunk_size: int | None = None) -> Tensor:
         with batchable(quiet=self._falls_back):
             scores: Tensor = torch.func.vmap(
                 lambda v: self.one(v, *args, **kwargs), randomness="same", chunk_size=chunk_size
@@ -337,9 +310,7 @@ class LogJoint:
             if "log_prob" in node:
                 log_prob = node["log_prob"]
                 if log_prob.dim() != depth + 1 or len(log_prob) != len(u):
-                    raise ValueError(
-                        f"the log density of {name!r} has shape {tuple(log_prob.shape)}"
-                    )
+                    raise ValueError(f"the log density of {name!r} has shape {tuple(log_prob.shape)}")
                 scores = scores + log_prob.flatten(1).sum(1) if depth else scores + log_prob
         return scores
 
@@ -376,12 +347,7 @@ class LogJoint:
         return points[finite], (values[finite], gradients[finite])
 
     def _failure(
-        self,
-        mode: str,
-        points: Tensor,
-        exact: tuple[Tensor, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, mode: str, points: Tensor, exact: tuple[Tensor, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str | None:
         """Why a fast mode cannot be taken; ``None`` if it gives what the loop gives."""
         if len(points) < 2:
@@ -395,9 +361,7 @@ class LogJoint:
             return f"{FAST[mode]} raised {first_line(error)}"
         return None if _agree(fast, exact) else f"{FAST[mode]} and the loop disagree"
 
-    def _probe(
-        self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _probe(self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Values ``[S]`` and gradients ``[S, D]``, with the same random choices for every way of running."""
         with torch.enable_grad(), RandomStream(0), self._minibatch.pinned():
             v = u.detach().requires_grad_()
@@ -428,6 +392,4 @@ def _short(value: Any) -> str:
     if not isinstance(value, Tensor) or value.numel() <= 8:
         return str(value.tolist() if isinstance(value, Tensor) else value)
     bad = (~value.isfinite()).sum().item()
-    return (
-        f"{tuple(value.shape)} with {bad} non-finite entries, first {value.flatten()[:4].tolist()}"
-    )
+    return f"{tuple(value.shape)} with {bad} non-finite entries, first {value.flatten()[:4].tolist()}"

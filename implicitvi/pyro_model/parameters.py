@@ -69,10 +69,7 @@ def model_parameters(
 def parameter_values(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """The present values of parameters, constrained, without gradients."""
     store = pyro.get_param_store()
-    return {
-        name: (store[name] if name in store else leaf).detach().clone()
-        for name, leaf in leaves.items()
-    }
+    return {name: (store[name] if name in store else leaf).detach().clone() for name, leaf in leaves.items()}
 
 
 def show_parameters(leaves: dict[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +11,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from implicitvi.errors import ModelError, did_you_mean
+from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.pyro_model.sites import Site, SiteLayout, latent_nodes
-
-Model = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,7 @@ class LocalLayout:
         """The same sites in a plate of ``size`` elements."""
         resized = {site.name: (_resized(site, dim, size), dim) for site, dim in self.local}
         everything = (resized.get(site.name, (site, 0))[0] for site in self.all.sites)
-        return LocalLayout(
-            SiteLayout(tuple(everything)),
-            self.shared,
-            tuple(resized.values()),
-            size,
-            self.full_size,
-        )
+        return LocalLayout(SiteLayout(tuple(everything)), self.shared, tuple(resized.values()), size, self.full_size)
 
     def join(self, g: Tensor | None, z: Tensor) -> Tensor:
         """Shared ``g [S, G]`` and local ``z [S, B, D]`` to ``u [S, G + B D]`` in the order of the sites."""
@@ -129,15 +121,11 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
         )
     frame = frames[plate]
     if not frame.vectorized:
-        raise ModelError(
-            f"plate {plate!r} is sequential", do="Write it as a context: with pyro.plate(...)."
-        )
+        raise ModelError(f"plate {plate!r} is sequential", do="Write it as a context: with pyro.plate(...).")
     latents = dict(latent_nodes(trace))
     inside = {name for name, node in latents.items() if frame in node["cond_indep_stack"]}
     if not inside:
-        raise ModelError(
-            f"plate {plate!r} has no latent site inside", do="Leave amortize= out of the guide."
-        )
+        raise ModelError(f"plate {plate!r} has no latent site inside", do="Leave amortize= out of the guide.")
     if any(map(is_enumerated, latents.values())):
         raise ModelError(
             "a guide amortized over a plate does not sum discrete sites out",

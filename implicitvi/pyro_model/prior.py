@@ -19,9 +19,7 @@ from implicitvi.pyro_model.tracing import first_line, unvalidated
 class _FreshNoise(TorchFunctionMode):
     """Draws in-place noise out of place, so that under vmap every particle gets its own."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.normal_ and len(args) == 1 and not kwargs:
             return torch.randn(args[0].shape, dtype=args[0].dtype, device=args[0].device)
@@ -46,9 +44,7 @@ class ModelPrior(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
     support = constraints.real_vector
 
-    def __init__(
-        self, log_prior: LogJoint, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor
-    ):
+    def __init__(self, log_prior: LogJoint, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor):
         super().__init__(event_shape=torch.Size([log_prior.layout.dim]), validate_args=False)
         self._log_prior = log_prior
         self._args = args
@@ -74,13 +70,10 @@ class ModelPrior(Distribution):
                 with _FreshNoise():
                     draws: Tensor = torch.func.vmap(self._draw_one, randomness="different")(blank)
                 return draws
-            except (
-                RuntimeError
-            ) as error:  # a sampler that cannot be batched, such as a rejection loop
+            except RuntimeError as error:  # a sampler that cannot be batched, such as a rejection loop
                 self._loops = True
                 warnings.warn(
-                    f"the prior is drawn one particle at a time, about 1 ms each ({first_line(error)})",
-                    stacklevel=2,
+                    f"the prior is drawn one particle at a time, about 1 ms each ({first_line(error)})", stacklevel=2
                 )
         return torch.stack([self._draw_one(self._like.new_zeros(())) for _ in range(count)])
 

@@ -106,9 +106,7 @@ class SiteLayout:
     def unpack_each(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As `unpack`, with the ``log|J| [..., *batch shape]`` of every site by itself."""
         pairs = {site.name: site.constrain(flat) for site, flat in self.split(u)}
-        return {k: value for k, (value, _) in pairs.items()}, {
-            k: log_det for k, (_, log_det) in pairs.items()
-        }
+        return {k: value for k, (value, _) in pairs.items()}, {k: log_det for k, (_, log_det) in pairs.items()}
 
     def plate_size(self, plate: str) -> int:
         """Number of elements of a plate that a site stands in."""

@@ -49,7 +49,7 @@ def check_subsample(msg: Any) -> None:
         )
 
 
-class Minibatch(Messenger):
+class PinnedSubsample(Messenger):
     """Gives the subsampled plates of a model their indices.
 
     Within `pinned` a plate keeps the indices of its first use, so that all particles see the same rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor
 
-from implicitvi.errors import ModelError, SetupError, ShapeError
-from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.errors import ModelError, ShapeError
 from implicitvi.numerics.optimise import gradients
+from implicitvi.numerics.types import Draws
 from implicitvi.pyro_model.checks import check_latents, latent_trace
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.prior import ModelPrior
@@ -21,12 +21,11 @@ from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.tracing import sites_without_density
 from implicitvi.rng import RandomStream
 
-Draws = Mapping[str, Any]
 _PROBES = 64  # draws among which some are looked for that have a density
 
 
 @dataclass(frozen=True)
-class ModelDensity:
+class Target:
     """``log p(x, u)`` of a model at its arguments, on the unconstrained vector ``u [D]``.
 
     Attributes:
@@ -53,7 +52,7 @@ class ModelDensity:
         kwargs: dict[str, Any],
         first: dict[str, Tensor],
         seed: int,
-    ) -> ModelDensity:
+    ) -> Target:
         """Read the model's latent sites, at the values of a draw where those fit: not every prior allows a run."""
         there = InitMessenger(init_to_value(values=first))(model)
         with torch.no_grad(), RandomStream(seed):
@@ -76,43 +75,6 @@ class ModelDensity:
                 do="Compare with draws of a reference: implicitvi.metrics.c2st.",
             )
         return cls(model, args, kwargs, trace, layout, LogJoint(model, layout))
-
-    @classmethod
-    def of_guide(
-        cls,
-        guide: ImplicitGuide,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        seed: int,
-    ) -> ModelDensity:
-        """The density that a trained guide stands for.
-
-        Raises:
-            SetupError: The guide has not been trained, or is amortized.
-            ModelError: The model has other latent sites.
-        """
-        if not guide.is_set_up:
-            raise SetupError("the guide has not been trained yet", do="Train it with AVBSVI first.")
-        if guide.amortization is not None:
-            raise SetupError(
-                "an amortized guide has many posteriors, and this is about one",
-                do="Draw from it with the model's arguments, draws = guide.sample(2000, ...), and diagnose those: "
-                "diagnose(draws, model, ...).",
-            )
-        with RandomStream(seed):
-            first = {name: value[0] for name, value in guide.sample(1).items()}
-        density = cls.of(model, args, kwargs, first, seed)
-        both = (guide.layout, density.layout)
-        mine, theirs = ({site.name: site.shape for site in each.sites} for each in both)
-        if mine != theirs:
-            raise ModelError(
-                "the model does not have the guide's latent sites",
-                got=theirs,
-                expected=mine,
-                do="Pass the model and the arguments that the guide was trained with.",
-            )
-        return density
 
     def __call__(self, u: Tensor) -> Tensor:
         """``log p [S]`` of points ``[S, D]``."""
@@ -181,9 +143,7 @@ class ModelDensity:
 
     def prior_draws(self, count: int, like: Tensor, seed: int) -> Tensor | None:
         """Draws ``[count, D]`` of the prior; ``None`` where it cannot be drawn from, as a flat one cannot."""
-        prior = ModelPrior(
-            LogJoint(self.model, self.layout, only=self.layout.names), self.args, self.kwargs, like
-        )
+        prior = ModelPrior(LogJoint(self.model, self.layout, only=self.layout.names), self.args, self.kwargs, like)
         try:
             with warnings.catch_warnings(), RandomStream(seed):
                 warnings.simplefilter("ignore")

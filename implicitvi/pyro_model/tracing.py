@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from implicitvi.errors import ImplicitVIError, ModelError
+from implicitvi.numerics.types import Model
 
-Model = Callable[..., Any]
 SAME_SITES = "Give the model the same sites in every call, whatever the values of its latents."
 PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
@@ -53,9 +53,7 @@ def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) ->
         node["log_prob_sum"] = node["log_prob"].sum()
 
 
-def sites_without_density(
-    model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any
-) -> tuple[str, ...]:
+def sites_without_density(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
     """Names of the latent sites, of those in ``values``, that can be drawn from but not scored."""
     implicit = []
     trace = run_at(model, values, *args, **kwargs)
@@ -68,9 +66,7 @@ def sites_without_density(
     return tuple(implicit)
 
 
-def flat_sites(
-    model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any
-) -> tuple[str, ...]:
+def flat_sites(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
     """Names of the latent sites, of those in ``values``, with a flat prior: masked by a plain ``False``."""
     nodes = run_at(model, values, *args, **kwargs).nodes
     return tuple(name for name in values if _is_flat(nodes[name]))
@@ -85,11 +81,7 @@ def _is_flat(node: Any) -> bool:
 
 def is_scored(node: Any) -> bool:
     """Whether a node of a trace has a log density that counts: not a parameter, minibatch or `pyro.deterministic`."""
-    return (
-        node["type"] == "sample"
-        and not site_is_subsample(node)
-        and not node["infer"].get("_deterministic")
-    )
+    return node["type"] == "sample" and not site_is_subsample(node) and not node["infer"].get("_deterministic")
 
 
 def is_deterministic(node: Any) -> bool:
@@ -128,10 +120,7 @@ def check_sites(trace: Any, shapes: Mapping[str, tuple[int, ...]], *, wider: boo
                     faq="sites-or-shapes-have-changed",
                 )
         elif (
-            node["type"] == "sample"
-            and not node["is_observed"]
-            and not is_summed(node)
-            and not site_is_subsample(node)
+            node["type"] == "sample" and not node["is_observed"] and not is_summed(node) and not site_is_subsample(node)
         ):
             raise ModelError(
                 f"the model visits a latent site that it did not have before: {name!r}",

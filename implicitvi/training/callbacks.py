@@ -54,8 +54,7 @@ class Progress:
         self.bar.update()
         if trainer.step_count % self.every == 0:
             shown = {
-                caption: f"{trainer.history.last(metric, self.every):.3f}"
-                for metric, caption in self.labels.items()
+                caption: f"{trainer.history.last(metric, self.every):.3f}" for metric, caption in self.labels.items()
             }
             self.bar.set_postfix(shown, refresh=False)
 
@@ -187,13 +186,7 @@ class Checkpoint:
         lowest: The diagnostic of the best state so far.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        every: int = 100,
-        best: Callable[[Trainer], float] | None = None,
-    ):
+    def __init__(self, folder: str | Path, *, every: int = 100, best: Callable[[Trainer], float] | None = None):
         if best is not None:
             _check_function("best", best)
         check_whole("every", every)
@@ -294,6 +287,4 @@ def as_callbacks(callbacks: object) -> tuple[Callback, ...]:
 
 def _check_function(option: str, value: object) -> None:
     if not callable(value):
-        raise OptionError(
-            f"{option} cannot be called", got=repr(value), expected="a function of the trainer"
-        )
+        raise OptionError(f"{option} cannot be called", got=repr(value), expected="a function of the trainer")

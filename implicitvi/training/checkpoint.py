@@ -34,11 +34,7 @@ def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
 
     tensors: dict[str, Tensor] = {}
     document = _flatten({"config": config, "state": state}, tensors)
-    header = {
-        "format": str(FORMAT),
-        "document": json.dumps(document),
-        "digest": _digest(tensors),
-    }
+    header = {"format": str(FORMAT), "document": json.dumps(document), "digest": _digest(tensors)}
     folder.mkdir(parents=True, exist_ok=True)
     content = save(tensors, metadata=header)
     _replace(folder / STATE, lambda file: file.write(content))
@@ -120,9 +116,7 @@ def as_folder(folder: object) -> Path:
     file = next((each for each in (path, *path.parents) if each.is_file()), None)
     if file is not None:
         raise OptionError(
-            "folder is a file, or stands in one",
-            got=str(file),
-            do="Give another path, or move the file away.",
+            "folder is a file, or stands in one", got=str(file), do="Give another path, or move the file away."
         )
     return path
 

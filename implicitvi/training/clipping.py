@@ -52,10 +52,7 @@ class Clip:
 
     def state_dict(self) -> dict[str, Tensor | int | None]:
         """What is usual, copied."""
-        return {
-            "usual": None if self.usual is None else self.usual.clone(),
-            "count": self.count,
-        }
+        return {"usual": None if self.usual is None else self.usual.clone(), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Tensor | int | None], like: Tensor) -> None:
         """Take over what `state_dict` gave, on the device of ``like``."""

@@ -18,9 +18,7 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     '<div><p>a &lt; b</p><table><thead><tr><th></th><th'
     """
     body = "".join(
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
+        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
         for name, *cells in rows
     )
     head = "".join(f"<th>{escape(caption)}</th>" for caption in header)

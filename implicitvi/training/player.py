@@ -25,8 +25,8 @@ class Player:
             history. A scalar, lower is better, or ``None`` where there is nothing to learn from. The next loss is
             asked for after the step on the last.
         lr: Its rate at a stage.
-        follow: Called after each of its turns that had a loss.
-        followers: Modules that change in its turn without gradients, part of the state of a fit.
+        after_step: Called after each of its turns that had a loss.
+        averaged_modules: Modules that change in its turn without gradients, part of the state of a fit.
         tensors: Leaves outside any module that it trains too, by name: the parameters of a Pyro model.
     """
 
@@ -34,8 +34,8 @@ class Player:
     module: nn.Module
     losses: Callable[[Stage], Iterator[tuple[Tensor | None, Metrics]]]
     lr: Callable[[Stage], float]
-    follow: Callable[[], None] = lambda: None
-    followers: tuple[nn.Module, ...] = ()
+    after_step: Callable[[], None] = lambda: None
+    averaged_modules: tuple[nn.Module, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parameters(self) -> list[Tensor]:
@@ -54,4 +54,4 @@ class Player:
                 leaf.copy_(state["tensors"][name])
 
     def _modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"module": self.module, "followers": nn.ModuleList(self.followers)})
+        return nn.ModuleDict({"module": self.module, "averaged_modules": nn.ModuleList(self.averaged_modules)})

@@ -72,9 +72,7 @@ class Schedule:
                 check_positive(option, rate)
         if isinstance(self.tempering, str):
             raise OptionError(
-                "tempering is not a number",
-                got=repr(self.tempering),
-                expected="a share of the log joint, or None",
+                "tempering is not a number", got=repr(self.tempering), expected="a share of the log joint, or None"
             )
         shares = {
             "tempered": self.tempered,

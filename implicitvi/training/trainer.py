@@ -197,22 +197,12 @@ class Trainer:
             if not any(skips.in_a_row for skips in self._skips.values()):
                 self._good = self.state_dict()
 
-    def run(
-        self,
-        num_steps: int,
-        callbacks: Iterable[Callback] = (),
-        *,
-        step: Callable[[], object] | None = None,
-    ) -> str:
-        """Take ``num_steps`` steps; returns why it stopped. An interrupt keeps what has been learned.
-
-        ``step`` takes one in place of `step` where this is one of several loops (`Lockstep`).
-        """
-        step = self.step if step is None else step
+    def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
+        """Take ``num_steps`` steps; returns why it stopped. An interrupt keeps what has been learned."""
         callbacks, reason = tuple(callbacks), None
         for left in reversed(range(num_steps)):
             try:
-                step()
+                self.step()
                 for callback in callbacks:
                     callback(self)
             except KeyboardInterrupt:
@@ -238,11 +228,7 @@ class Trainer:
         save_state(folder, self.state_dict(), config={"kind": "Trainer", "notes": notes})
 
     def descend(
-        self,
-        player: Player,
-        loss: Tensor | None,
-        gradients: Sequence[Tensor | None],
-        stage: Stage,
+        self, player: Player, loss: Tensor | None, gradients: Sequence[Tensor | None], stage: Stage
     ) -> float | Tensor:
         """One step of one player on a loss and its gradients; returns it, or NaN where the step was skipped."""
         optimiser = self._optimisers[player.name]
@@ -266,13 +252,11 @@ class Trainer:
         optimiser.step()
         for parameter in group["params"]:
             parameter.grad = None
-        player.follow()
+        player.after_step()
         self._skips[player.name].count(skipped)
         return torch.where(finite, loss, nan)
 
-    def _gradients(
-        self, player: Player, loss: Tensor | None
-    ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    def _gradients(self, player: Player, loss: Tensor | None) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """A loss and its gradients, averaged over the processes where there are several.
 
         Then a process without a loss counts as one whose loss is not finite: the others wait for its part, and all
@@ -286,10 +270,7 @@ class Trainer:
         if self.average is None:
             return loss, gradients
         mine = parameters[0].new_full((), nan) if loss is None else loss
-        filled = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
         mean, *means = self.average([mine, *filled])
         return mean, means
 

@@ -10,14 +10,4 @@ from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
 from implicitvi.vae.objectives.vae import VAE
 
-__all__ = [
-    "AAE",
-    "ALI",
-    "ASVAE",
-    "AVB",
-    "VAE",
-    "AuxiliaryVAE",
-    "BiadversarialVAE",
-    "MarginalASVAE",
-    "SymmetricVAE",
-]
+__all__ = ["AAE", "ALI", "ASVAE", "AVB", "VAE", "AuxiliaryVAE", "BiadversarialVAE", "MarginalASVAE", "SymmetricVAE"]

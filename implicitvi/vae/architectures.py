@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from implicitvi.avb.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
 from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
-from implicitvi.nn import dense
+from implicitvi.nn import mlp
 from implicitvi.vae.decoders import Decoder, Likelihood, likelihood_of
 from implicitvi.vae.encoders import (
     BinaryEncoder,
@@ -44,13 +44,7 @@ class Architecture(ABC):
         noise: The implicit posterior that suits these networks, a key of `POSTERIORS`.
     """
 
-    def __init__(
-        self,
-        x_shape: int | Sequence[int],
-        *,
-        basis: Sequence[int] = (64, 64),
-        noise: str = "implicit",
-    ):
+    def __init__(self, x_shape: int | Sequence[int], *, basis: Sequence[int] = (64, 64), noise: str = "implicit"):
         self.x_shape = (x_shape,) if isinstance(x_shape, int) else tuple(x_shape)
         for size in self.x_shape:
             check_at_least("x_shape", size, 1)
@@ -79,12 +73,7 @@ class Architecture(ABC):
         return nn.Sequential(*_activated(self.layers(), nn.ELU), nn.Flatten())
 
     def encoder(
-        self,
-        z_dim: int,
-        posterior: str = "gaussian",
-        *,
-        noise_dim: int | None = None,
-        num_basis: int | None = None,
+        self, z_dim: int, posterior: str = "gaussian", *, noise_dim: int | None = None, num_basis: int | None = None
     ) -> nn.Module:
         """``q(z | x)``.
 
@@ -111,9 +100,7 @@ class Architecture(ABC):
                         got=repr(posterior),
                         expected=f"one of {', '.join(map(repr, users))}",
                     )
-        return POSTERIORS[posterior](
-            self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim)
-        )
+        return POSTERIORS[posterior](self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim))
 
     def decoder(self, z_dim: int, likelihood: str | Likelihood = "bernoulli") -> Decoder:
         """``p(x | z)``.
@@ -126,19 +113,12 @@ class Architecture(ABC):
         made = likelihood_of(likelihood, self.x_shape)
         if made.x_shape != self.x_shape:
             raise ShapeError(
-                "the likelihood is of data of another shape",
-                got=tuple(made.x_shape),
-                expected=self.x_shape,
+                "the likelihood is of data of another shape", got=tuple(made.x_shape), expected=self.x_shape
             )
         return Decoder(self.outputs(z_dim, made.size), made)
 
     def arrows(
-        self,
-        z_dim: int,
-        posterior: str,
-        likelihood: str | Likelihood,
-        prior: Any,
-        **noise: int | None,
+        self, z_dim: int, posterior: str, likelihood: str | Likelihood, prior: Any, **noise: int | None
     ) -> tuple[nn.Module, nn.Module, Any]:
         """Encoder, decoder and prior of a system: `encoder`, `decoder`, and ``N(0, I)`` where the prior is ``None``."""
         encoder = self.encoder(z_dim, posterior, **noise)
@@ -185,18 +165,16 @@ class Dense(Architecture):
         return [nn.Sequential(nn.Flatten(), first), *rest]
 
     def outputs(self, z_dim: int, size: int) -> nn.Module:
-        return dense([z_dim, *reversed(self.hidden), size])
+        return mlp([z_dim, *reversed(self.hidden), size])
 
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
         check_at_least("z_dim", z_dim, 1)
         trunk = [*_activated(self.layers(), LEAKY)]
         if self.pairing == "joint":
-            return JointAdversary(
-                nn.Sequential(*trunk[:-1]), z_dim, width=self.hidden[-1], square=square
-            )
+            return JointAdversary(nn.Sequential(*trunk[:-1]), z_dim, width=self.hidden[-1], square=square)
         size = self.product_dim + 1
         x_net = nn.Sequential(*trunk, nn.Linear(self.hidden[-1], size))
-        return PairwiseAdversary(x_net, dense([z_dim, *self.hidden, size], LEAKY), square=square)
+        return PairwiseAdversary(x_net, mlp([z_dim, *self.hidden, size], LEAKY), square=square)
 
 
 class Convolutional(Architecture):
@@ -253,11 +231,7 @@ class Convolutional(Architecture):
         if kernel < 1 or kernel % 2 == 0:
             raise OptionError("the kernel has no middle", got=kernel, expected="an odd number")
         if critic is not None and critic.x_shape != self.x_shape:
-            raise ShapeError(
-                "the critic is for data of another shape",
-                got=critic.x_shape,
-                expected=self.x_shape,
-            )
+            raise ShapeError("the critic is for data of another shape", got=critic.x_shape, expected=self.x_shape)
 
     def layers(self) -> list[nn.Module]:
         sizes = pairwise([self.x_shape[0], *self.channels])
@@ -280,9 +254,7 @@ class Convolutional(Architecture):
         net: list[nn.Module] = []
         for k, stride in enumerate(reversed(self.strides)):
             # what a stride has rounded up is given back by the padding
-            padding = [
-                b - (a - 1) * stride - 1 for a, b in zip(steps[k], steps[k + 1], strict=True)
-            ]
+            padding = [b - (a - 1) * stride - 1 for a, b in zip(steps[k], steps[k + 1], strict=True)]
             conv = nn.ConvTranspose2d(
                 channels[k],
                 channels[k + 1],
@@ -361,12 +333,7 @@ class ReadyMade(ABC):
 
     @classmethod
     def dense(
-        cls,
-        x_dim: int | Sequence[int],
-        z_dim: int,
-        *,
-        hidden: Sequence[int] = (300, 300),
-        **options: Any,
+        cls, x_dim: int | Sequence[int], z_dim: int, *, hidden: Sequence[int] = (300, 300), **options: Any
     ) -> Self:
         """The system of multilayer perceptrons.
 
@@ -380,12 +347,7 @@ class ReadyMade(ABC):
 
     @classmethod
     def convolutional(
-        cls,
-        x_shape: Sequence[int],
-        z_dim: int,
-        *,
-        channels: Sequence[int] = (32, 64),
-        **options: Any,
+        cls, x_shape: Sequence[int], z_dim: int, *, channels: Sequence[int] = (32, 64), **options: Any
     ) -> Self:
         """The system of convolutions, for small images with values in [0, 1].
 
@@ -511,16 +473,12 @@ def _planar(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
 
 def _implicit(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
     features = nets.features()
-    sampler = GatedSampler(
-        z_dim, noise_dim=noise_dim, context_dim=size_of(nets, features), width=128
-    )
+    sampler = GatedSampler(z_dim, noise_dim=noise_dim, context_dim=size_of(nets, features), width=128)
     return ImplicitEncoder(sampler, features)
 
 
 def _injected(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
-    return InjectedEncoder(
-        nets.layers(), noise_dim=noise_dim, latent_dim=z_dim, x_shape=nets.x_shape
-    )
+    return InjectedEncoder(nets.layers(), noise_dim=noise_dim, latent_dim=z_dim, x_shape=nets.x_shape)
 
 
 def _noise_basis(nets: Architecture, z_dim: int, noise_dim: int, num_basis: int) -> nn.Module:

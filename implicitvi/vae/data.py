@@ -182,9 +182,7 @@ def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True
             "the data cannot be read",
             got=type(data).__name__,
             expected="a tensor or an array [N, *x_shape], a Dataset, or a DataLoader",
-            do="Labels are not needed: hand in the data alone."
-            if isinstance(data, tuple | dict)
-            else "",
+            do="Labels are not needed: hand in the data alone." if isinstance(data, tuple | dict) else "",
         )
     return LoaderBatches(data, like)
 

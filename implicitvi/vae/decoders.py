@@ -13,13 +13,7 @@ from math import log
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import (
-    Bernoulli,
-    Distribution,
-    Independent,
-    Normal,
-    OneHotCategorical,
-)
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
 
 from implicitvi.errors import OptionError, check_choice, check_positive
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
@@ -88,9 +82,7 @@ class GaussianLikelihood(Likelihood):
     log_scale: Tensor
     start = 1.0  # of a scale that is learned
 
-    def __init__(
-        self, x_shape: Sequence[int], *, scale: str | float = "shared", least: float = 1e-3
-    ):
+    def __init__(self, x_shape: Sequence[int], *, scale: str | float = "shared", least: float = 1e-3):
         super().__init__(x_shape)
         check_positive("least", least)
         self.from_output = scale == "output"
@@ -150,9 +142,7 @@ class CategoricalLikelihood(Likelihood):
     def forward(self, outputs: Tensor) -> Distribution:
         logits = outputs.unflatten(-1, self.x_shape)
         return Independent(
-            OneHotCategorical(logits=logits, validate_args=False),
-            len(self.x_shape) - 1,
-            validate_args=False,
+            OneHotCategorical(logits=logits, validate_args=False), len(self.x_shape) - 1, validate_args=False
         )
 
     def check(self, x: Tensor) -> None:

@@ -34,9 +34,7 @@ class Implicit(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = True
 
-    def __init__(
-        self, draw: Draw, batch_shape: Any = torch.Size(), event_shape: Any = torch.Size()
-    ):
+    def __init__(self, draw: Draw, batch_shape: Any = torch.Size(), event_shape: Any = torch.Size()):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
         self._draw = draw
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
-from implicitvi.avb.samplers import LOG_RANGE, NoiseBasisSampler, Sampler
+from implicitvi.avb.samplers import NoiseBasisSampler, Sampler
 from implicitvi.errors import OptionError, check_at_least
-from implicitvi.nn import Injected
+from implicitvi.nn import LOG_RANGE, Injected
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 
@@ -96,9 +96,7 @@ class ImplicitEncoder(nn.Module):
         super().__init__()
         if not sampler.context_dim:
             raise OptionError(
-                "the sampler of an encoder has no context",
-                got="context_dim=0",
-                expected="the number of features",
+                "the sampler of an encoder has no context", got="context_dim=0", expected="the number of features"
             )
         self.sampler = sampler
         self.features = nn.Flatten() if features is None else features
@@ -163,9 +161,7 @@ class InjectedEncoder(nn.Module):
         check_at_least("noise_dim", noise_dim, latent_dim)
         self.noise_dim = noise_dim
         self.latent_dim = latent_dim
-        self.network = Injected(
-            layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation
-        )
+        self.network = Injected(layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation)
 
     def forward(self, x: Tensor) -> Distribution:
         """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""

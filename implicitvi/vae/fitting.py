@@ -20,14 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicitvi import distributed
 from implicitvi.avb.samplers import Sampler
-from implicitvi.errors import (
-    CheckpointError,
-    ModelError,
-    OptionError,
-    check_choice,
-    check_positive,
-    check_whole,
-)
+from implicitvi.errors import CheckpointError, ModelError, OptionError, check_choice, check_positive, check_whole
 from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Callback, History, Progress, Schedule, Trainer
 from implicitvi.training.checkpoint import holds_checkpoint, load_state, save_state
@@ -180,9 +173,7 @@ class _Run:
         self.seed = int(seed)
         self.train = batches_of(train, options.batch_size, model.like)
         self.held_out = (
-            None
-            if validation is None
-            else batches_of(validation, options.batch_size, model.like, shuffle=False)
+            None if validation is None else batches_of(validation, options.batch_size, model.like, shuffle=False)
         )
         for batches in (self.train, self.held_out):
             if batches is not None:
@@ -200,9 +191,7 @@ class _Run:
         )
         self.trainer.write = self._write
         distributed.share(list(self._tensors().values()))
-        self.average = options.ema and AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)
-        )
+        self.average = options.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
         self.normalised = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         if several and any(not isinstance(m, nn.SyncBatchNorm) for m in self.normalised):
             warn(
@@ -448,9 +437,7 @@ def _networks(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(network for arrow in model.children() for network in inside(arrow)))
 
 
-def _in_precision(
-    forward: Callable[..., Any], network: nn.Module, dtype: torch.dtype
-) -> Callable[..., Any]:
+def _in_precision(forward: Callable[..., Any], network: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
     def computed(*args: Any, **kwargs: Any) -> Any:
         weight = next(network.parameters())
         with torch.autocast(weight.device.type, dtype=dtype):

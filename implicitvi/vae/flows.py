@@ -156,10 +156,7 @@ class InverseAutoregressiveFlow(nn.Module):
         with zuko_imported() as zuko:
             self.maps = nn.ModuleList(
                 zuko.flows.MaskedAutoregressiveTransform(
-                    latent_dim,
-                    steering,
-                    order=order.flip(0) if i % 2 else order,
-                    hidden_features=hidden,
+                    latent_dim, steering, order=order.flip(0) if i % 2 else order, hidden_features=hidden
                 )
                 for i in range(transforms)
             )

@@ -151,9 +151,7 @@ class LadderEncoder(nn.Module):
             total: Tensor = lower + (logits if self.straight_through else logits.detach())
             return total
 
-        return TwoLevels(
-            prior.upper + upper, given, sizes[1], straight_through=self.straight_through
-        )
+        return TwoLevels(prior.upper + upper, given, sizes[1], straight_through=self.straight_through)
 
 
 class UpwardEncoder(nn.Module):
@@ -168,14 +166,7 @@ class UpwardEncoder(nn.Module):
         straight_through: Whether draws have gradients, those of `StraightThroughBernoulli`.
     """
 
-    def __init__(
-        self,
-        lower: nn.Module,
-        upper: nn.Module,
-        upper_dim: int,
-        *,
-        straight_through: bool = False,
-    ):
+    def __init__(self, lower: nn.Module, upper: nn.Module, upper_dim: int, *, straight_through: bool = False):
         super().__init__()
         self.lower = lower
         self.upper = upper
@@ -185,11 +176,7 @@ class UpwardEncoder(nn.Module):
     def forward(self, x: Tensor) -> Distribution:
         """``q(z | x)`` for ``x [B, *x_shape]``."""
         return TwoLevels(
-            self.lower(x),
-            self.upper,
-            self.upper_dim,
-            upwards=True,
-            straight_through=self.straight_through,
+            self.lower(x), self.upper, self.upper_dim, upwards=True, straight_through=self.straight_through
         )
 
 

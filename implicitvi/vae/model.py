@@ -29,11 +29,7 @@ from implicitvi.vae.priors import prior_of
 Batch = Callable[[], Tensor]
 Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
 
-EVIDENCE: dict[str, Callable[..., Tensor]] = {
-    "ais": ais,
-    "iwae": importance_sampling,
-    "quadrature": quadrature,
-}
+EVIDENCE: dict[str, Callable[..., Tensor]] = {"ais": ais, "iwae": importance_sampling, "quadrature": quadrature}
 STARTS = ("encoder", "prior")
 
 
@@ -255,13 +251,7 @@ class LatentModel(nn.Module, ABC):
     # what systems are built with
 
     def player(
-        self,
-        name: str,
-        modules: Iterable[nn.Module],
-        loss: Loss,
-        batch: Batch,
-        *,
-        adversary: bool = False,
+        self, name: str, modules: Iterable[nn.Module], loss: Loss, batch: Batch, *, adversary: bool = False
     ) -> Player:
         """A player with one loss of the batch a step, or, as an adversary, one for each of the adversary's steps."""
 
@@ -270,10 +260,7 @@ class LatentModel(nn.Module, ABC):
                 yield loss(batch(), stage)
 
         return Player(
-            name,
-            nn.ModuleList(modules),
-            losses,
-            lr=lambda stage: stage.adversary_lr if adversary else stage.lr,
+            name, nn.ModuleList(modules), losses, lr=lambda stage: stage.adversary_lr if adversary else stage.lr
         )
 
     @property
@@ -415,9 +402,7 @@ def _distribution(name: str, arrow: nn.Module, *args: Tensor) -> Distribution:
     )
 
 
-def _check_shapes(
-    name: str, given: Distribution, batch: tuple[int, ...], event_dims: int | None, what: str
-) -> None:
+def _check_shapes(name: str, given: Distribution, batch: tuple[int, ...], event_dims: int | None, what: str) -> None:
     if given.batch_shape == batch and event_dims in (None, len(given.event_shape)):
         return
     raise ShapeError(

@@ -18,7 +18,7 @@ from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.avb.players import Turn
 from implicitvi.avb.samplers import SemiImplicitSampler
 from implicitvi.inference.objective import Problem
-from implicitvi.nn import GatedBlock, GatedLayer, zeroed
+from implicitvi.nn import GatedBlock, GatedLayer, zero_init
 from implicitvi.training import Player, Schedule, Stage, Trainer
 from suite.target import Sites, Target
 
@@ -29,10 +29,7 @@ class Denoiser(nn.Module):
     def __init__(self, dim: int, *, width: int = 64):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(dim, width),
-            GatedBlock(width),
-            GatedLayer(width, width),
-            zeroed(nn.Linear(width, dim)),
+            nn.Linear(dim, width), GatedBlock(width), GatedLayer(width, width), zero_init(nn.Linear(width, dim))
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -69,13 +66,7 @@ def denoised(target: Target, *, seed: int, quick: bool) -> Sites:
     torch.manual_seed(seed)
     guide = ImplicitGuide(target.model, sampler="semi_implicit")
     svi = AVBSVI(
-        target.model,
-        guide,
-        num_steps=num_steps,
-        warm_start=warm_start,
-        max_modes=1,
-        seed=seed,
-        progress=False,
+        target.model, guide, num_steps=num_steps, warm_start=warm_start, max_modes=1, seed=seed, progress=False
     )
     svi.setup(*target.args)
     problem, sampler = svi.problem, guide.sampler
@@ -85,23 +76,18 @@ def denoised(target: Target, *, seed: int, quick: bool) -> Sites:
 
     def ascent(stage: Stage) -> Turn:
         h, _ = drawn(sampler, stage.num_particles)
-        log_p = log_joint(sampler.place(h))
+        log_p = log_joint(sampler.to_latent(h))
         with torch.no_grad():
             slope = score(sampler, denoiser, h)
         kept = log_p.isfinite()
         yield -(log_p - (slope * h).sum(-1))[kept].mean(), {}
 
-    players = [
-        regression(sampler, denoiser),
-        Player("sampler", sampler, ascent, lambda stage: stage.lr),
-    ]
+    players = [regression(sampler, denoiser), Player("sampler", sampler, ascent, lambda stage: stage.lr)]
     Trainer(players, schedule=svi.schedule, stream=svi.trainer.stream).run(num_steps)
     return guide.sample(target.num_draws)
 
 
-def agreement(
-    target: Target, *, seed: int = 0, num_steps: int = Schedule.num_steps
-) -> dict[str, float]:
+def agreement(target: Target, *, seed: int = 0, num_steps: int = Schedule.num_steps) -> dict[str, float]:
     """Root mean squared errors of ``∇ log q`` at draws of one trained sampler in the plane, relative to its size.
 
     The sampler and the adversary are those of `AVBSVI`; the denoiser regresses on the draws of the same sampler.
@@ -118,17 +104,12 @@ def agreement(
     with stream, torch.no_grad():
         h, _ = drawn(sampler, 500)
         one, two = (mixture_score(sampler, h) for _ in range(2))
-    u = sampler.place(h).requires_grad_()
+    u = sampler.to_latent(h).requires_grad_()
     (slope,) = torch.autograd.grad(problem.log_q(u).sum(), u)
-    found = {
-        "adversary": slope @ sampler.scale_tril,
-        "denoiser": score(sampler, denoiser, h).detach(),
-    }
+    found = {"adversary": slope @ sampler.scale_tril, "denoiser": score(sampler, denoiser, h).detach()}
     size = (one * two).mean().sqrt()
     # the noise of the two halves is independent, and drops out of the product
-    errors = {
-        name: ((f - one) * (f - two)).mean().clamp(min=0.0).sqrt() for name, f in found.items()
-    }
+    errors = {name: ((f - one) * (f - two)).mean().clamp(min=0.0).sqrt() for name, f in found.items()}
     errors["between the two"] = (found["adversary"] - found["denoiser"]).square().mean().sqrt()
     return {name: (error / size).item() for name, error in errors.items()}
 

@@ -32,9 +32,7 @@ SHORT = 500  # steps of a fit that leaves something to be refined
 CONTRASTS = ("prior", "diagonal", "gaussian", "flow")  # beside the mixture
 
 
-def fitted(
-    target: Target, *, seed: int, quick: bool, sampler: str = "gated", **options: Any
-) -> Fit:
+def fitted(target: Target, *, seed: int, quick: bool, sampler: str = "gated", **options: Any) -> Fit:
     """A fit by this package with its defaults, or with ``options``."""
     if quick:
         options |= {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS}
@@ -70,15 +68,13 @@ class Whole(MixtureContrast):
 
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
-        self.marks = 0
+        self.extra_dim = 0
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         return super().standardise(z, r)[..., : z.shape[-1]]
 
 
-def autoguide(
-    target: Target, *, seed: int, quick: bool, make: Callable[[Any], Any], rate: float = 5e-2
-) -> Sites:
+def autoguide(target: Target, *, seed: int, quick: bool, make: Callable[[Any], Any], rate: float = 5e-2) -> Sites:
     """A guide of Pyro's, by Adam with a rate that falls a hundredfold."""
     torch.manual_seed(seed)
     pyro.clear_param_store()
@@ -89,17 +85,12 @@ def autoguide(
     loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(target.model, guide, optimiser, loss=loss)
     for _ in range(steps):
-        with suppress(
-            torch.linalg.LinAlgError
-        ):  # a particle so far out that a kernel has no factor
+        with suppress(torch.linalg.LinAlgError):  # a particle so far out that a kernel has no factor
             svi.step(*target.args)
     with torch.no_grad(), pyro.plate("draws", target.num_draws, dim=-2):
         sites = guide(*target.args)
     pyro.clear_param_store()
-    return {
-        site.name: sites[site.name].reshape(target.num_draws, *site.shape)
-        for site in target.layout.sites
-    }
+    return {site.name: sites[site.name].reshape(target.num_draws, *site.shape) for site in target.layout.sites}
 
 
 def spline(target: Target, *, seed: int, quick: bool) -> Sites:
@@ -109,9 +100,7 @@ def spline(target: Target, *, seed: int, quick: bool) -> Sites:
     layout = target.layout
     log_joint = LogJoint(target.model, layout)
     with zuko_imported() as zuko:
-        flow = zuko.flows.NSF(
-            layout.dim, transforms=4, hidden_features=(64, 64), randperm=layout.dim > 1
-        )
+        flow = zuko.flows.NSF(layout.dim, transforms=4, hidden_features=(64, 64), randperm=layout.dim > 1)
     loc = torch.zeros(layout.dim, requires_grad=True)
     log_scale = torch.full((layout.dim,), -2.0, requires_grad=True)
     affine, weights = [loc, log_scale], list(flow.parameters())
@@ -152,21 +141,14 @@ def nuts(target: Target, *, seed: int, quick: bool) -> Sites:
 PEERS: dict[str, Method] = {
     "meanfield": partial(autoguide, make=AutoNormal),
     "gaussian": partial(autoguide, make=AutoMultivariateNormal),
-    "iaf": partial(
-        autoguide,
-        make=partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=4),
-        rate=1e-2,
-    ),
+    "iaf": partial(autoguide, make=partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=4), rate=1e-2),
     "spline": spline,
     "nuts": nuts,
 }
 ABLATIONS: dict[str, Method] = {
     **{f"contrast={name}": partial(implicit, contrast=name) for name in CONTRASTS},
     "informed": partial(implicit, informed=True),
-    **{
-        f"contrast={name}, informed": partial(implicit, contrast=name, informed=True)
-        for name in CONTRASTS
-    },
+    **{f"contrast={name}, informed": partial(implicit, contrast=name, informed=True) for name in CONTRASTS},
     **{how: partial(refined, how=how) for how in REFINED},
     f"{SHORT} steps": partial(implicit, num_steps=SHORT),
     **{f"{SHORT} steps, {how}": partial(refined, how=how, num_steps=SHORT) for how in REFINED},

@@ -268,9 +268,7 @@ def gp_poisson() -> Target:
         noise = torch.linalg.solve_triangular(factor, x[:, 2:, None].double(), upper=False)
         return {"rho": rho, "alpha": alpha, "noise": noise[..., 0].to(x)}
 
-    return Target(
-        "gp_poisson", model, (place, k), shuffled(draws), compare, sites, log_evidence=-47.63
-    )
+    return Target("gp_poisson", model, (place, k), shuffled(draws), compare, sites, log_evidence=-47.63)
 
 
 POSTERIORDB: dict[str, Callable[[], Target]] = {

@@ -111,9 +111,7 @@ def mixture(components: int, dim: int) -> Target:
 
     def draw(count: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(weights, count, replacement=True, generator=generator)
-        return locs.double()[which] + torch.randn(
-            count, dim, generator=generator, dtype=torch.float64
-        )
+        return locs.double()[which] + torch.randn(count, dim, generator=generator, dtype=torch.float64)
 
     return Target(
         f"mixture_{components}_modes_{dim}d",

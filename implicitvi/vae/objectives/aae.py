@@ -39,11 +39,7 @@ class AAE(ReadyMade, LatentModel):
         Adversarial Autoencoders, Alireza Makhzani, Jonathon Shlens, Navdeep Jaitly, Ian Goodfellow, Brendan Frey, 2015.
     """
 
-    needs = {
-        "prior": {"draws"},
-        "encoder": {"draws", "gradients"},
-        "decoder": {"draws", "density"},
-    }
+    needs = {"prior": {"draws"}, "encoder": {"draws", "gradients"}, "decoder": {"draws", "density"}}
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, adversary: nn.Module):
         super().__init__(encoder, decoder, prior)
@@ -69,10 +65,7 @@ class AAE(ReadyMade, LatentModel):
             likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
             prior: As for the class; ``None`` for ``N(0, I)``.
         """
-        return cls(
-            *networks.arrows(z_dim, posterior, likelihood, prior),
-            GatedAdversary(z_dim),
-        )
+        return cls(*networks.arrows(z_dim, posterior, likelihood, prior), GatedAdversary(z_dim))
 
     def players(self, batch: Batch) -> list[Player]:
         return [

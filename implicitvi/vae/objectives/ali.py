@@ -45,11 +45,7 @@ class ALI(ReadyMade, LatentModel):
         ALICE: Towards Understanding Adversarial Learning for Joint Distribution Matching, Chunyuan Li et al., 2017.
     """
 
-    needs = {
-        "prior": {"draws"},
-        "encoder": {"draws", "gradients"},
-        "decoder": {"draws", "gradients"},
-    }
+    needs = {"prior": {"draws"}, "encoder": {"draws", "gradients"}, "decoder": {"draws", "gradients"}}
 
     def __init__(
         self,

@@ -64,12 +64,7 @@ class ASVAE(ReadyMade, LatentModel):
 
     @classmethod
     def assemble(
-        cls,
-        networks: Architecture,
-        z_dim: int,
-        *,
-        likelihood: str | Likelihood = "straight_through",
-        prior: Any = None,
+        cls, networks: Architecture, z_dim: int, *, likelihood: str | Likelihood = "straight_through", prior: Any = None
     ) -> Self:
         """The system of ready-made networks.
 
@@ -80,9 +75,7 @@ class ASVAE(ReadyMade, LatentModel):
             prior: As for the class; ``None`` for ``N(0, I)``.
         """
         return cls(
-            *networks.arrows(z_dim, "gaussian", likelihood, prior),
-            networks.adversary(z_dim),
-            networks.adversary(z_dim),
+            *networks.arrows(z_dim, "gaussian", likelihood, prior), networks.adversary(z_dim), networks.adversary(z_dim)
         )
 
     def players(self, batch: Batch) -> list[Player]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from implicitvi.avb.samplers import LOG_RANGE
 from implicitvi.errors import ShapeError
-from implicitvi.nn import dense, side_by_side
+from implicitvi.nn import LOG_RANGE, concat_context, mlp
 from implicitvi.rng import forked
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
@@ -53,15 +52,7 @@ class AuxiliaryVAE(ReadyMade, LatentModel):
 
     encoder: TwoStageEncoder
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        prior: Any,
-        *,
-        second: nn.Module,
-        auxiliary: nn.Module,
-    ):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, second: nn.Module, auxiliary: nn.Module):
         super().__init__(TwoStageEncoder(encoder, second), decoder, prior)
         self.auxiliary = auxiliary
         self._probe_auxiliary()
@@ -91,9 +82,7 @@ class AuxiliaryVAE(ReadyMade, LatentModel):
 
         def conditional(given: int, drawn: int) -> ConditionalGaussian:
             features = networks.features()
-            return ConditionalGaussian(
-                dense([given + size_of(networks, features), *hidden, 2 * drawn]), features
-            )
+            return ConditionalGaussian(mlp([given + size_of(networks, features), *hidden, 2 * drawn]), features)
 
         return cls(
             networks.encoder(size),
@@ -182,7 +171,7 @@ class ConditionalGaussian(nn.Module):
 
     def forward(self, given: Tensor, x: Tensor) -> Distribution:
         """The Gaussian, with batch shape ``[..., B]``, for ``given [..., B, K]`` and ``x [B, *x_shape]``."""
-        outputs = self.network(side_by_side(given, self.features(x)))
+        outputs = self.network(concat_context(given, self.features(x)))
         loc, log_scale = outputs.chunk(2, -1)
         scale = (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
         return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)

@@ -11,14 +11,11 @@ from torch.distributions import Distribution
 from implicitvi.avb import objective as objectives
 from implicitvi.avb.adversaries import InformedAdversary
 from implicitvi.avb.conditional import MomentContrast
-from implicitvi.avb.contrasts import (
-    Contrast,
-    DiagonalGaussianContrast,
-    PriorContrast,
-)
+from implicitvi.avb.contrasts import Contrast, DiagonalGaussianContrast, PriorContrast
 from implicitvi.avb.players import Turn, follow_contrast
 from implicitvi.avb.ratios import RATIOS, RatioLoss
 from implicitvi.errors import ModelError, check_choice
+from implicitvi.numerics.types import LogDensity
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import Architecture, ReadyMade
@@ -53,11 +50,7 @@ class AVB(ReadyMade, LatentModel):
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; eq. 3.6 and 4.2.
     """
 
-    needs = {
-        "prior": {"draws"},
-        "encoder": {"draws", "gradients"},
-        "decoder": {"draws", "density"},
-    }
+    needs = {"prior": {"draws"}, "encoder": {"draws", "gradients"}, "decoder": {"draws", "density"}}
 
     def __init__(
         self,
@@ -87,7 +80,7 @@ class AVB(ReadyMade, LatentModel):
         self.adversary = InformedAdversary(adversary) if informed else adversary
         self._draws = _Remembering(self.encoder)
         self.contrast = self._contrast(contrast)
-        self._objective = objectives.AVB(
+        self._objective = objectives.AVBObjective(
             self._draws,  # type: ignore[arg-type]  # all it asks of a sampler is draws
             self.contrast,
             self.adversary,
@@ -135,9 +128,7 @@ class AVB(ReadyMade, LatentModel):
         if posterior is None:
             posterior = networks.noise if alone else "noise_basis"
         return cls(
-            *networks.arrows(
-                z_dim, posterior, likelihood, prior, noise_dim=noise_dim, num_basis=num_basis
-            ),
+            *networks.arrows(z_dim, posterior, likelihood, prior, noise_dim=noise_dim, num_basis=num_basis),
             networks.adversary(z_dim, square=alone),
             contrast=contrast,
             ratio=ratio,
@@ -160,9 +151,7 @@ class AVB(ReadyMade, LatentModel):
 
         def adversary_losses(stage: Stage) -> Turn:
             x = batch()
-            for loss in objective.adversary_losses(
-                stage.num_particles, stage.adversary_steps, self._log_joint(x), x
-            ):
+            for loss in objective.adversary_losses(stage.num_particles, stage.adversary_steps, self._log_joint(x), x):
                 yield loss, {}
 
         arrows = [self.encoder, self.decoder, self.prior]
@@ -176,12 +165,9 @@ class AVB(ReadyMade, LatentModel):
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
         z = self.encode(x)
-        return {
-            "learned_elbo": self.learned_elbo(x, 1).mean(),
-            "log_likelihood": self.decoder(z).log_prob(x).mean(),
-        }
+        return {"learned_elbo": self.learned_elbo(x, 1).mean(), "log_likelihood": self.decoder(z).log_prob(x).mean()}
 
-    def _log_joint(self, x: Tensor) -> objectives.LogDensity:
+    def _log_joint(self, x: Tensor) -> LogDensity:
         """``log p(x, z)``, less ``log p(z)`` where the prior is the contrast and cancels."""
         if self.relative:
             return lambda z: self.decoder(z).log_prob(x)
@@ -198,9 +184,7 @@ class AVB(ReadyMade, LatentModel):
             return _DrawsOfPrior(self.prior)
         blank = self.encoder(torch.zeros(1, *self.x_shape, device=self.device))
         if isinstance(blank, Encoded) and blank.has_moments:
-            return MomentContrast(
-                self._draws.moments
-            )  # a method: a copy of the model takes its own
+            return MomentContrast(self._draws.moments)  # a method: a copy of the model takes its own
         return DiagonalGaussianContrast()
 
 

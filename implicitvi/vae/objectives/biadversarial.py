@@ -77,11 +77,7 @@ class BiadversarialVAE(ReadyMade, LatentModel):
         Biadversarial Variational Autoencoder, Arnaud Fickinger, 2019.
     """
 
-    needs = {
-        "prior": {"draws"},
-        "encoder": {"draws", "gradients"},
-        "decoder": {"draws", "gradients"},
-    }
+    needs = {"prior": {"draws"}, "encoder": {"draws", "gradients"}, "decoder": {"draws", "gradients"}}
 
     def __init__(
         self,
@@ -157,9 +153,7 @@ class BiadversarialVAE(ReadyMade, LatentModel):
         """
         assert self.code_adversary is not None
         prior = codes(self.prior(), len(rows(z))).view_as(z)
-        return self._log_ratio(self.code_adversary, z, x), self._log_ratio(
-            self.code_adversary, prior, x
-        )
+        return self._log_ratio(self.code_adversary, z, x), self._log_ratio(self.code_adversary, prior, x)
 
     def data_ratios(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Learned ``log q(x | z) - log p(x | z)`` in nats, whose `kl_bound` is ``V₂``.
@@ -172,9 +166,7 @@ class BiadversarialVAE(ReadyMade, LatentModel):
             At the data, ``[S, B]``, and at draws of the decoder at the same codes, ``[S · B]``.
         """
         fake = self.decoder(rows(z)).rsample()
-        return self._log_ratio(self.data_adversary, z, x), self._log_ratio(
-            self.data_adversary, rows(z), fake
-        )
+        return self._log_ratio(self.data_adversary, z, x), self._log_ratio(self.data_adversary, rows(z), fake)
 
     def _log_ratio(self, adversary: nn.Module, z: Tensor, x: Tensor) -> Tensor:
         return self.ratio.log_ratio(adversary(z, x))

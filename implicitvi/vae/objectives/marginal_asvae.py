@@ -93,9 +93,7 @@ class MarginalASVAE(LatentModel):
         made = p.rsample()
         r = self.contrast(x.flatten(1))
         log_data = r.log_prob(made.flatten(1)) + self._score(made, r)
-        log_ratio: Tensor = (
-            p.log_prob(made) + prior.log_prob(z) - self.encoder(made).log_prob(z) - log_data
-        )
+        log_ratio: Tensor = p.log_prob(made) + prior.log_prob(z) - self.encoder(made).log_prob(z) - log_data
         return log_ratio
 
     @torch.no_grad()

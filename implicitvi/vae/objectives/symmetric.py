@@ -55,11 +55,7 @@ class SymmetricVAE(ReadyMade, LatentModel):
         Radford Neal, 1995.
     """
 
-    needs = {
-        "prior": {"draws"},
-        "encoder": {"draws", "density"},
-        "decoder": {"draws", "density"},
-    }
+    needs = {"prior": {"draws"}, "encoder": {"draws", "density"}, "decoder": {"draws", "density"}}
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any):
         super().__init__(encoder, decoder, prior)
@@ -91,9 +87,7 @@ class SymmetricVAE(ReadyMade, LatentModel):
             likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
             prior: As for the class; ``None`` for ``N(0, I)``.
         """
-        return cls(
-            *networks.arrows(z_dim, posterior, likelihood, prior),
-        )
+        return cls(*networks.arrows(z_dim, posterior, likelihood, prior))
 
     def players(self, batch: Batch) -> list[Player]:
         pairs = None
@@ -156,16 +150,12 @@ class SymmetricVAE(ReadyMade, LatentModel):
             "encoder_utility": self.encoder_utility(*fantasies).mean(),
         }
 
-    def _decoder_loss(
-        self, x: Tensor, stage: Stage, *, pairs: Pairs | None
-    ) -> tuple[Tensor, Metrics]:
+    def _decoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
             z = self.encoder(x).sample(torch.Size([stage.num_particles]))
         return _loss(self.decoder_utility, self.decoder_utility(z, x).mean(0), pairs)
 
-    def _encoder_loss(
-        self, x: Tensor, stage: Stage, *, pairs: Pairs | None
-    ) -> tuple[Tensor, Metrics]:
+    def _encoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> tuple[Tensor, Metrics]:
         z, fantasies = self._fantasies(stage.num_particles * len(x))
         drawn = self.encoder_utility(z, fantasies).reshape(-1, len(x)).mean(0)
         return _loss(self.encoder_utility, drawn, pairs)
@@ -180,9 +170,7 @@ class SymmetricVAE(ReadyMade, LatentModel):
         """Codes and data of labelled pairs that encoder and decoder can score."""
         if not isinstance(pairs, tuple | list) or len(pairs) != 2:
             raise OptionError(
-                "pairs are not two things",
-                got=type(pairs).__name__,
-                expected="(data [M, *x_shape], codes [M, D])",
+                "pairs are not two things", got=type(pairs).__name__, expected="(data [M, *x_shape], codes [M, D])"
             )
         x, z = (tensor_of(part).to(self.device) for part in pairs)
         if z.shape != (len(x), self.latent_dim):
@@ -195,10 +183,7 @@ class SymmetricVAE(ReadyMade, LatentModel):
         with self._as_is(), torch.no_grad():
             q = self.encoder(x)
             known = _supports(q, z)
-            for name, utility in (
-                ("encoder", self.encoder_utility),
-                ("decoder", self.decoder_utility),
-            ):
+            for name, utility in (("encoder", self.encoder_utility), ("decoder", self.decoder_utility)):
                 bad = ~(utility(z, x).isfinite() & known)
                 if bad.any():
                     first = int(bad.nonzero()[0])

@@ -60,9 +60,7 @@ class VAE(ReadyMade, LatentModel):
         "decoder": {"draws", "density"},
     }
 
-    def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, num_importance: int = 1
-    ):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, num_importance: int = 1):
         check_at_least("num_importance", num_importance, 1)
         super().__init__(encoder, decoder, prior)
         self.num_importance = num_importance
@@ -88,10 +86,7 @@ class VAE(ReadyMade, LatentModel):
             prior: As for the class; ``None`` for ``N(0, I)``.
             num_importance: As for the class.
         """
-        return cls(
-            *networks.arrows(z_dim, posterior, likelihood, prior),
-            num_importance=num_importance,
-        )
+        return cls(*networks.arrows(z_dim, posterior, likelihood, prior), num_importance=num_importance)
 
     def players(self, batch: Batch) -> list[Player]:
         return [self.player("model", [self.encoder, self.decoder, self.prior], self._loss, batch)]

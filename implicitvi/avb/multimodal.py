@@ -1,0 +1,163 @@
+"""A sampler and a contrast for each far mode, for posteriors whose modes lie too far apart for one of either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.functional import one_hot, pad
+
+from implicitvi.avb.contrasts import Contrast, refuse_context
+from implicitvi.avb.samplers import Sampler
+from implicitvi.numerics.gaussian import GaussianMixture, Mixture, gather_draws
+
+
+class MixtureSampler(Sampler):
+    """Samplers with frames of their own, one of which makes each draw: for modes that lie far apart.
+
+    One more noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to within one
+    draw. Between modes nothing can move mass but the weights, whose natural gradient is known without a score function:
+
+        ∂ELBO / ∂log w_k, in the metric of the simplex = E_{q_k}[elbo] - E_q[elbo]
+
+    It vanishes where ``w_k ∝ Z_k exp(-KL(q_k‖p_k))`` with the evidence ``Z_k`` of a mode.
+
+    Args:
+        samplers: Samplers without context of one latent dimension ``D``, as many as there are modes.
+        weights: Where their weights ``[K]`` start.
+        rate: Step size of the logarithms of the weights; 0 leaves them alone.
+
+    >>> MixtureSampler([DenseSampler(3), DenseSampler(3)], torch.tensor([0.3, 0.7]))(5).shape
+    torch.Size([5, 3])
+    """
+
+    weights: Tensor
+
+    def __init__(self, samplers: Sequence[Sampler], weights: Tensor, *, rate: float = 0.02):
+        latent_dim, noise_dim = samplers[0].latent_dim, max(s.noise_dim for s in samplers)
+        super().__init__(latent_dim, noise_dim=noise_dim + 1)
+        self.samplers = nn.ModuleList(samplers)
+        self.rate = rate
+        self.register_buffer("weights", weights / weights.sum())
+        self.initialised.fill_(True)
+        self._chosen: Tensor | None = None
+
+    def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
+        eps = super().noise(num_samples, x)
+        strata = torch.randperm(num_samples, device=eps.device).to(eps.dtype)
+        share = (strata + torch.rand_like(strata)) / num_samples
+        return torch.cat([eps[:, :-1], torch.special.ndtri(share)[:, None]], -1)
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        share = torch.special.ndtr(eps[:, -1])
+        inner = self.weights.cumsum(0)[:-1].to(eps)
+        chosen = self._chosen = torch.searchsorted(inner, share)
+        order = chosen.argsort()
+        counts = chosen.bincount(minlength=len(self.samplers)).tolist()
+        parts = [
+            sampler.to_latent(sampler.transform(part[:, : sampler.noise_dim]))
+            for sampler, part in zip(self._samplers(), eps[order].split(counts), strict=True)
+        ]
+        return torch.cat(parts)[order.argsort()]
+
+    @torch.no_grad()
+    def observe(self, elbo: Tensor) -> None:
+        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN: dropped."""
+        assert self._chosen is not None
+        whole = elbo.nanmean()
+        each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])
+        gain = (each - whole).nan_to_num(0.0).clamp(-5.0, 5.0)
+        # a weight of 0 could not come back: its sampler would not be asked
+        weights = (self.weights.log() + self.rate * gain.to(self.weights)).softmax(0).clamp(min=1e-3)
+        self.weights.copy_(weights / weights.sum())
+
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """Locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
+        samplers = self._samplers()
+        return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
+
+    def owners(self, z: Tensor) -> Tensor:
+        """The sampler in whose frame each of ``z [..., D]`` is densest, as a Gaussian's: ``[...]``."""
+        scores = []
+        for sampler in self._samplers():
+            off = torch.linalg.solve_triangular(
+                sampler.scale_tril.mT, (z - sampler.loc).flatten(0, -2), upper=True, left=False
+            )
+            scores.append(-0.5 * off.square().sum(-1) - sampler.scale_tril.diagonal().log().sum())
+        return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
+
+    def _samplers(self) -> list[Sampler]:
+        return list(self.samplers)  # type: ignore[arg-type]
+
+
+class PerModeContrast(Contrast):
+    """A contrast for each of several far modes, and coordinates in which each mode has its own place and scale.
+
+    In the units of the whole, modes that lie ``d`` standard deviations apart are spikes of width ``2 / d``, which no
+    network resolves. Here a draw belongs to the mode whose Gaussian is densest at it, stands in the coordinates of that
+    mode's contrast, and is marked with the mode: ``standardise`` gives what that contrast does, and ``K`` marks.
+
+    Args:
+        contrasts: Contrasts without context, one for each of ``K`` modes.
+        weights: Weights of the modes ``[K]`` at the start; they follow the draws.
+        locs: Locations of the modes' Gaussians ``[K, D]``.
+        scale_trils: Their lower triangular scales ``[K, D, D]``.
+        rate: Share of the current batch in the weights.
+    """
+
+    weights: Tensor
+    locs: Tensor
+    scale_trils: Tensor
+
+    def __init__(
+        self, contrasts: Sequence[Contrast], weights: Tensor, locs: Tensor, scale_trils: Tensor, *, rate: float = 0.25
+    ):
+        super().__init__()
+        self.contrasts = nn.ModuleList(contrasts)
+        # a contrast of fewer coordinates than another leaves the rest of them 0
+        self.extra_dim = max(contrast.extra_dim for contrast in contrasts) + len(contrasts)
+        self.rate = rate
+        self.register_buffer("weights", weights.clone())
+        self.register_buffer("locs", locs.clone())
+        self.register_buffer("scale_trils", scale_trils.clone())
+
+    def modes(self, z: Tensor) -> Tensor:
+        """The mode that each of ``z [..., D]`` belongs to: ``[...]``."""
+        return GaussianMixture(self.weights, self.locs, self.scale_trils).log_joint(z).argmax(-1)
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
+        refuse_context(x)
+        modes = self.modes(z.detach())
+        parts = [part(self._share(z, modes, k)) for k, part in enumerate(self._parts())]
+        return Mixture(self.weights.clone(), parts)
+
+    def standardise(self, z: Tensor, r: Distribution) -> Tensor:
+        assert isinstance(r, Mixture)
+        own = one_hot(self.modes(z.detach()), len(self.contrasts)).to(z)
+        each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
+        widest = z.shape[-1] + self.extra_dim - len(each)
+        wide = torch.stack([pad(e, (0, widest - e.shape[-1])) for e in each], -1)
+        return torch.cat([(wide * own[..., None, :]).sum(-1), own], -1)
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, r: Distribution) -> None:
+        assert isinstance(r, Mixture)
+        modes = self.modes(z)
+        for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
+            contrast.observe(self._share(z, modes, k), part)
+        found = one_hot(gather_draws(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
+        weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
+        self.weights.copy_(weights / weights.sum())
+
+    def _share(self, z: Tensor, modes: Tensor, k: int) -> Tensor:
+        """The draws of mode ``k``; too few to show its shape get ``2 D`` points with its Gaussian's moments."""
+        own, dim = z[modes == k], z.shape[-1]
+        if len(own) >= 4 * dim:
+            return own
+        steps = dim**0.5 * self.scale_trils[k].mT
+        return torch.cat([own, self.locs[k] + steps, self.locs[k] - steps])
+
+    def _parts(self) -> list[Contrast]:
+        return list(self.contrasts)  # type: ignore[arg-type]
