@@ -1,49 +1,55 @@
-"""What this library raises: each error names what was wrong, what it got, what it expected, what to do."""
+"""Errors that this library raises: each says what must be, what it got, and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, Self
 
-FAQ = "docs/howto/faq.md"
 SHAPES = "\nTrace Shapes:"  # what Pyro adds to an error that a model or guide raises
 
 
 class ImplicitVIError(Exception):
-    """Base of every error that implicitvi raises on purpose.
+    """A base class of every error that implicitvi raises on purpose.
 
     Args:
-        what: What was wrong, one sentence without the full stop.
-        got: What was given; left out of the message when ``None``.
-        expected: What would have been right; left out when ``None``.
-        do: What the reader can do about it.
-        faq: Heading in the FAQ that says more, as links write it; shown on a line of its own. ``None`` for that of the
-            class, which most have not.
+        message: Complete sentences: "X must be Y, got Z. Do W."
+        faq: Anchor of the entry in the FAQ that says more, shown on a line of its own; ``None`` for that of the class.
 
     Attributes:
-        faq: The heading, or nothing.
+        faq: The anchor, or an empty string.
 
-    >>> print(ImplicitVIError("the plate is empty", got=0, expected="at least 1", do="Pass data."))
-    the plate is empty; got 0, expected at least 1. Pass data.
-    >>> print(CheckpointError("the checkpoint cannot be read", do="Take an older copy."))
-    the checkpoint cannot be read. Take an older copy.
-    More: docs/howto/faq.md#a-checkpoint-is-refused
+    >>> print(OptionError.must_be("num_steps", "an int >= 1", 0, do="Pass num_steps=100."))
+    num_steps must be an int >= 1, got 0. Pass num_steps=100.
+    >>> print(CheckpointError("The checkpoint cannot be read. Use an older copy."))
+    The checkpoint cannot be read. Use an older copy.
+    More: python -m implicitvi faq a-checkpoint-is-refused
     """
 
     faq = ""
 
     def __init__(
-        self, what: str, *, got: object = None, expected: object = None, do: str = "", faq: str | None = None
-    ) -> None:
-        if SHAPES in what:  # made again by Pyro, of a whole message and a table that tells less
-            super().__init__(what.partition(SHAPES)[0])
+        self, message: str, *, got: object = None, expected: object = None, do: str = "", faq: str | None = None
+    ):
+        if SHAPES in message:  # Pyro raises the error again, with a table of shapes that says less
+            super().__init__(message.partition(SHAPES)[0])
             return
+        # got, expected and do: the old form, until every caller is rewritten
         parts = [f"got {got}"] if got is not None else []
         parts += [f"expected {expected}"] if expected is not None else []
-        detail = "; " + ", ".join(parts) if parts else ""
+        message = message + ("; " + ", ".join(parts) if parts else "")
+        message = message if message.endswith((".", "?")) else message + "."
+        message = f"{message} {do}" if do else message
         self.faq = self.faq if faq is None else faq
-        more = f"\nMore: {FAQ}#{self.faq}" if self.faq else ""
-        super().__init__(f"{what}{detail}.{' ' + do if do else ''}{more}")
+        super().__init__(f"{message}\nMore: python -m implicitvi faq {self.faq}" if self.faq else message)
+
+    @classmethod
+    def must_be(
+        cls, what: str, expected: object, got: object = None, do: str = "", *, faq: str | None = None, **attributes: Any
+    ) -> Self:
+        """Return the error "``what`` must be ``expected``, got ``got``. ``do``"; a ``got`` of ``None`` is left out."""
+        message = f"{what} must be {expected}" + ("." if got is None else f", got {got}.")
+        return cls(f"{message} {do}" if do else message, faq=faq, **attributes)
 
 
 class OptionError(ImplicitVIError, ValueError):
@@ -55,11 +61,11 @@ class ShapeError(ImplicitVIError, ValueError):
 
 
 class ModelError(ImplicitVIError, ValueError):
-    """The Pyro model cannot be fitted by this guide, found out before the first step."""
+    """The Pyro model cannot be fitted by this guide, as found before the first step."""
 
 
 class SetupError(ImplicitVIError, RuntimeError):
-    """Something was asked of a guide or fit that has not seen the model's arguments yet."""
+    """A guide or fit is asked for something before it has seen the model's arguments."""
 
 
 class DataError(ImplicitVIError, ValueError):
@@ -67,7 +73,7 @@ class DataError(ImplicitVIError, ValueError):
 
 
 class CheckpointError(ImplicitVIError, ValueError):
-    """A checkpoint cannot be read, or belongs to something else."""
+    """A checkpoint cannot be read, or belongs to another fit."""
 
     faq = "a-checkpoint-is-refused"
 
@@ -77,31 +83,28 @@ class NonFiniteError(ImplicitVIError, FloatingPointError):
 
     Attributes:
         player: Name of the player whose loss or gradient was not finite.
-        step: The step at which training gave up.
+        step: The step at which training stopped.
     """
 
     faq = "turns-are-skipped-or-draws-dropped"
 
-    def __init__(self, what: str, *, player: str, step: int, do: str = "") -> None:
-        super().__init__(what, do=do)
+    def __init__(self, message: str, *, player: str, step: int, do: str = ""):
+        super().__init__(message, do=do)
         self.player = player
         self.step = step
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
-    """Raise `OptionError` unless ``value`` is one of ``choices``; suggests the nearest one."""
+    """Raise `OptionError` unless ``value`` is one of ``choices``; suggest the nearest one."""
     names = sorted(choices)
     if value not in names:
-        raise OptionError(
-            f"{option} is not known",
-            got=repr(value),
-            expected=f"one of {', '.join(map(repr, names))}",
-            do=did_you_mean(value, names),
+        raise OptionError.must_be(
+            option, f"one of {', '.join(map(repr, names))}", repr(value), did_you_mean(value, names)
         )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A question for the name that is nearest to an unknown one; empty where none is near."""
+    """Return a question for the name that is nearest to an unknown one; an empty string where none is near."""
     near = get_close_matches(str(name), list(names), n=1)
     return f"Did you mean {near[0]!r}?" if near else ""
 
@@ -109,17 +112,16 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 def check_at_least(option: str, value: float, least: float) -> None:
     """Raise `OptionError` unless ``value`` is a number and ``value >= least``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise OptionError(f"{option} is out of range", got=repr(value), expected=f">= {least}")
+        raise OptionError.must_be(option, f"a number >= {least}", repr(value))
 
 
 def check_whole(option: str, value: float, least: int = 1) -> None:
     """Raise `OptionError` unless ``value`` is a whole number and ``value >= least``."""
-    check_at_least(option, value, least)
-    if not isinstance(value, int):
-        raise OptionError(f"{option} is not a whole number", got=repr(value), expected=f"an int >= {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not value >= least:
+        raise OptionError.must_be(option, f"an int >= {least}", repr(value))
 
 
 def check_positive(option: str, value: float) -> None:
     """Raise `OptionError` unless ``value`` is a number and ``value > 0``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise OptionError(f"{option} is out of range", got=repr(value), expected="> 0")
+        raise OptionError.must_be(option, "a number > 0", repr(value))

@@ -143,7 +143,7 @@ def test_misuse_is_refused(change: Any, error: type[Exception], words: str) -> N
 
 def test_other_misuse_is_refused() -> None:
     y = torch.ones(4)
-    with pytest.raises(OptionError, match="num_samples is out of range"):
+    with pytest.raises(OptionError, match="num_samples must be"):
         diagnose({"mu": torch.randn(400)}, models.normal_normal, y, num_samples=10)
     with pytest.raises(ModelError, match="minibatch of plate 'data'"):
         diagnose({"mu": torch.randn(400)}, models.global_latents_in_minibatches, y)

@@ -489,7 +489,7 @@ def test_an_encoder_without_noise_starts_at_the_prior() -> None:
     ("options", "message"),
     [
         ({"method": "bis"}, "Did you mean 'ais'"),
-        ({"start": "posterior"}, "start is not known"),
+        ({"start": "posterior"}, "start must be one of"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_chains": 0}, "num_chains"),
     ],

@@ -58,22 +58,22 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     "AVB_ELBO": {
         "unknown contrast": (lambda: AVB_ELBO(contrast="flwo"), "Did you mean 'flow'"),
         "no particles": (lambda: AVB_ELBO(num_particles=0), "num_particles"),
-        "a rate below zero": (lambda: AVB_ELBO(adversary_lr=-1.0), "adversary_lr is out of range"),
+        "a rate below zero": (lambda: AVB_ELBO(adversary_lr=-1.0), "adversary_lr must be"),
         "unknown tempering": (lambda: AVB_ELBO(tempering="auto"), "a share of the log joint, or None"),
     },
     "ImplicitGuide": {
         "unknown sampler": (lambda: ImplicitGuide(models.normal_normal, sampler="dens"), "Did you mean 'dense'"),
         "drawn from too early": (lambda: guide().sample(3), "guide.setup"),
         "asked for its posterior too early": (lambda: guide().get_posterior(), "guide.setup"),
-        "no draws": (lambda: guide().setup(Y).sample(0), "num_samples is out of range"),
-        "half a draw": (lambda: guide().setup(Y).sample(2.5), "num_samples is not a whole number"),  # type: ignore[arg-type]
+        "no draws": (lambda: guide().setup(Y).sample(0), "num_samples must be"),
+        "half a draw": (lambda: guide().setup(Y).sample(2.5), "num_samples must be an int >= "),  # type: ignore[arg-type]
         "amortized over a number": (
             lambda: ImplicitGuide(models.normal_normal, amortize=3),  # type: ignore[arg-type]
             "neither a plate nor a function",
         ),
     },
     "Fit": {
-        "no draws": (lambda: fit().summary(0), "num_samples is out of range"),
+        "no draws": (lambda: fit().summary(0), "num_samples must be"),
         "made by hand": (
             lambda: Fit(**{k: v for k, v in vars(fit()).items() if k != "write"}).save("a"),
             r"AVBSVI\(...\).run",
@@ -82,8 +82,8 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     },
     "Tracker": {
         "no function": (lambda: Tracker(3), "function cannot be called; got 3"),  # type: ignore[arg-type]
-        "never": (lambda: Tracker(print, every=0), "every is out of range; got 0"),
-        "half a step": (lambda: Tracker(print, every=1.5), "every is not a whole number"),  # type: ignore[arg-type]
+        "never": (lambda: Tracker(print, every=0), "every must be .*, got 0"),
+        "half a step": (lambda: Tracker(print, every=1.5), "every must be an int >= "),  # type: ignore[arg-type]
     },
     "EarlyStop": {
         "by the loss": (
@@ -91,26 +91,23 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
             "not stopped by a metric of its own training; got 'elbo'.*no bound",
         ),
         "no function": (lambda: EarlyStop(3), "diagnostic cannot be called"),  # type: ignore[arg-type]
-        "one look": (lambda: EarlyStop(len, window=1), "window is out of range; got 1"),
-        "negative": (lambda: EarlyStop(len, num_se=-1), "num_se is out of range; got -1"),
-        "before the start": (lambda: EarlyStop(len, start=-5), "start is out of range; got -5"),
+        "one look": (lambda: EarlyStop(len, window=1), "window must be .*, got 1"),
+        "negative": (lambda: EarlyStop(len, num_se=-1), "num_se must be .*, got -1"),
+        "before the start": (lambda: EarlyStop(len, start=-5), "start must be .*, got -5"),
     },
     "Checkpoint": {
         "no path": (lambda: Checkpoint(None), "folder is not a path; got None"),  # type: ignore[arg-type]
-        "never kept": (lambda: Checkpoint("a", every=0), "every is out of range"),
+        "never kept": (lambda: Checkpoint("a", every=0), "every must be"),
         "best by a word": (lambda: Checkpoint("a", best="elbo"), "best cannot be called"),  # type: ignore[arg-type]
     },
     "TensorBoard": {
         "not installed": (lambda: TensorBoard("a"), "pip install"),
-        "never": (lambda: TensorBoard("a", every=0), "every is out of range"),
+        "never": (lambda: TensorBoard("a", every=0), "every must be"),
         "no path": (lambda: TensorBoard(None), "folder is not a path"),  # type: ignore[arg-type]
     },
     "to_arviz": {
         "no fit": (lambda: to_arviz(3, models.normal_normal, Y), "to_arviz\\(fit, model"),  # type: ignore[arg-type]
-        "no draws": (
-            lambda: to_arviz(guide().setup(Y), models.normal_normal, Y, num_samples=0),
-            "num_samples is out of range",
-        ),
+        "no draws": (lambda: to_arviz(guide().setup(Y), models.normal_normal, Y, num_samples=0), "num_samples must be"),
         "minibatches": (
             lambda: to_arviz(
                 ImplicitGuide(models.global_latents_in_minibatches).setup(Y), models.global_latents_in_minibatches, Y

@@ -132,7 +132,7 @@ def with_parameter(y: Tensor) -> None:
 @pytest.mark.uses_param_store
 def test_misuse_is_named() -> None:
     guide = ImplicitGuide(with_parameter)
-    with pytest.raises(OptionError, match="restarts is out of range"):
+    with pytest.raises(OptionError, match="restarts must be"):
         AVBSVI(with_parameter, guide, restarts=0)
     svi = AVBSVI(with_parameter, guide, restarts=2, progress=False, seed=0)
     with pytest.raises(OptionError, match="Call run"):

@@ -457,7 +457,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
         OptionError,
         "every is given without a checkpoint; got 3. Pass checkpoint=folder",
     ),
-    "every zero": (lambda folder: small().run(Y, checkpoint=folder, every=0), OptionError, "every is out of range"),
+    "every zero": (lambda folder: small().run(Y, checkpoint=folder, every=0), OptionError, "every must be"),
     "before the model": (lambda folder: small().save(folder), SetupError, "has not seen its model"),
 }
 

@@ -548,7 +548,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "ALI, weight": (
         lambda: ALI(explicit_encoder(), decoder(), Z, of_pairs(), cycle=-1.0),
-        "cycle is out of range; got -1.0, expected >= 0",
+        "cycle must be .* >= 0, got -1.0",
     ),
     "ASVAE, encoder": (
         lambda: ASVAE(implicit_encoder(), decoder(), Z, of_pairs(), of_pairs()),
@@ -576,7 +576,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "BiadversarialVAE, ratio": (
         lambda: BiadversarialVAE(implicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs(), ratio="fgan"),
-        "ratio is not known; got 'fgan', .*Did you mean 'fgan_kl'",
+        "ratio must be one of; got 'fgan', .*Did you mean 'fgan_kl'",
     ),
     "AuxiliaryVAE, first": (
         lambda: auxiliary(encoder=DeterministicEncoder(nn.Linear(X, A))),
