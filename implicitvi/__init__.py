@@ -2,9 +2,10 @@
 
 from implicitvi.diagnostics.diagnose import diagnose
 from implicitvi.export import to_arviz
+from implicitvi.inference.elbo import AVB_ELBO
 from implicitvi.inference.fit import Fit
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.svi import AVB_ELBO, AVBSVI
+from implicitvi.inference.svi import AVBSVI
 from implicitvi.training import Checkpoint, EarlyStop, StopTraining, TensorBoard, Tracker
 
 __all__ = [

@@ -22,7 +22,6 @@ from implicitvi.diagnostics.refine import Polished, Resampled, polish, resample
 from implicitvi.diagnostics.report import Report
 from implicitvi.errors import OptionError, SetupError
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.restarts import restart_folder
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
 from implicitvi.training.html import table
@@ -214,6 +213,11 @@ class Fit:
             f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, no bound); "
             f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}{agreed}"
         )
+
+
+def restart_folder(folder: str | Path, key: int) -> Path:
+    """Return the folder of the restart of this number, counted from 1, inside a fit's folder."""
+    return Path(folder) / f"restart-{key}"
 
 
 def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:

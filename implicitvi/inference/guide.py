@@ -24,26 +24,26 @@ from implicitvi.inference.amortization import Amortization, Amortize, AmortizedS
 from implicitvi.inference.modes import Mode
 from implicitvi.pyro_model.checks import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.pyro_model.plates import PlateRun, read_plate
-from implicitvi.pyro_model.sites import SiteLayout
+from implicitvi.pyro_model.sites import Site, SiteLayout
+from implicitvi.pyro_model.target import Target
 
 _instances = itertools.count(1)
 
 
+UNKNOWN = "the-density-of-the-posterior-is-not-known"  # in the FAQ
+
+
 def _unknown_of_dataset(_: Tensor) -> Tensor:
-    """In place of a learned log density, for guides that have none to give."""
-    raise SetupError(
-        "a guide amortized over datasets draws from the posterior of each and keeps no density of any",
-        do="Compare draws, guide.sample(num_samples, ...); or fit ImplicitGuide(model), not amortized, to this dataset "
-        "with AVBSVI: the log_prob of its get_posterior() is learned.",
-        faq="the-density-of-the-posterior-is-not-known",
-    )
+    """Raise `SetupError`, in the role of a learned log density, for guides amortized over datasets."""
+    advice = "Compare draws, guide.sample(num_samples, ...), or fit ImplicitGuide(model) to this dataset with AVBSVI."
+    raise SetupError(f"A guide amortized over datasets has no learned density. {advice}", faq=UNKNOWN)
 
 
 class ImplicitDistribution(TorchDistribution):
-    """What a sampler draws from, as a Pyro distribution with event shape ``[D]``.
+    """A sampler's distribution as a Pyro distribution with event shape ``[D]``.
 
     Args:
-        draw: Gives ``S`` reparameterised draws ``[S, D]``; a `Sampler` does.
+        draw: Function that returns ``S`` reparameterised draws ``[S, D]``, such as a `Sampler`.
         latent_dim: Dimension ``D`` of a draw.
         log_density: Learned log density of ``z [S, D]``, ``[S]``; ``None`` while there is none.
         batch_shape: Batch shape; every entry gets noise of its own.
@@ -66,43 +66,44 @@ class ImplicitDistribution(TorchDistribution):
         super().__init__(batch_shape, torch.Size([latent_dim]), validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ImplicitDistribution:
-        """The same distribution with another batch shape."""
+        """Return the same distribution with another batch shape."""
         return ImplicitDistribution(
             self.draw, self.event_shape[0], log_density=self.log_density, batch_shape=torch.Size(batch_shape)
         )
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Reparameterised draws ``[*sample_shape, *batch_shape, D]``."""
+        """Draw reparameterised ``[*sample_shape, *batch_shape, D]``."""
         shape = torch.Size(sample_shape) + self.batch_shape
         return self.draw(shape.numel()).reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The *learned* log density in nats; raises before there is one."""
+        """Return the *learned* log density in nats.
+
+        Raises:
+            SetupError: No density has been learned.
+        """
         if self.log_density is None:
-            raise SetupError(
-                "the density of an implicit posterior is not known, only learned beside its draws",
-                do="Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO cannot.",
-                faq="the-density-of-the-posterior-is-not-known",
-            )
+            advice = "Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO cannot."
+            raise SetupError(f"The density of an implicit posterior must be learned first. {advice}", faq=UNKNOWN)
         flat = value.reshape(-1, *self.event_shape)
         return self.log_density(flat).reshape(value.shape[:-1])
 
 
 class ImplicitGuide(AutoContinuous):
-    """Automatic guide whose posterior is implicit: draws of a network, with no density.
+    """An automatic guide with an implicit posterior: draws of a network, without a density.
 
     Discrete latent sites marked ``infer={"enumerate": "parallel"}`` are summed out of the model; the guide does not
     have them. All continuous latent sites of ``model`` are transformed to the real line and laid out on one vector
-    ``u [D]``, as in every `pyro.infer.autoguide.AutoContinuous`; a `Sampler` draws ``u``. Train it with
+    ``u [D]``, as in every `pyro.infer.autoguide.AutoContinuous`; a `Sampler` draws ``u``. Train the guide with
     `AVBSVI`, or with `pyro.infer.SVI` and the loss `AVB_ELBO`.
 
-    The networks are built when the model is first seen: by the first training step, or by `setup`.
+    The networks are built when the guide first sees the model: in the first training step, or in `setup`.
 
     An amortized guide is one network for many posteriors. Over a *plate*, ``amortize={"plate": features}``, it draws
-    the latents inside from what is known of each element, so that minibatches of the plate, and elements that were
-    never seen, have posteriors too; ``amortize="plate"`` shows the network all that the model observes there. Over
-    *datasets*, ``amortize=features``, it draws all latents from what is known of a dataset; it is trained on stacks
-    of them, one more dimension in front of every tensor, and sampled with the arguments of one.
+    the latents inside from the features of each element, so that minibatches of the plate, and elements that it never
+    saw, have posteriors too; ``amortize="plate"`` takes everything that the model observes there as features. Over
+    *datasets*, ``amortize=features``, it draws all latents from the features of a dataset; train it on stacks of
+    datasets, with one more dimension in front of every tensor, and sample it with the arguments of one.
 
     Args:
         model: A Pyro model with continuous latent sites.
@@ -145,15 +146,15 @@ class ImplicitGuide(AutoContinuous):
         self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
         self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.amortization = None if amortize is None else Amortization.parse(amortize)
-        # tuples, so that what they hold is no submodule
-        self._learned: tuple[Callable[[Tensor], Tensor], ...] | None = None
-        self._restore: tuple[Callable[[ImplicitGuide], None]] | None = None
+        self._log_density: Callable[[Tensor], Tensor] | None = None
+        self._log_ratio: Callable[[Tensor], Tensor] | None = None
+        self._restore: Callable[[ImplicitGuide], None] | None = None
 
     _prototype_hide_fn = staticmethod(is_hidden)
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the guide has seen the model and has its networks."""
+        """True once the guide has seen the model and has its networks."""
         return self.prototype_trace is not None
 
     @property
@@ -164,7 +165,7 @@ class ImplicitGuide(AutoContinuous):
         return layout
 
     def setup(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
-        """Run the model once with its arguments and build the networks; does nothing the second time.
+        """Run the model with its arguments and build the networks, the first time only.
 
         Returns:
             The guide itself, now with ``parameters()`` and a ``state_dict()``.
@@ -177,15 +178,37 @@ class ImplicitGuide(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         return self
 
+    def build(self, target: Target) -> None:
+        """Build the networks for a target, and check that it has the guide's latent sites.
+
+        Raises:
+            ModelError: The model cannot be drawn by a guide, or has other latent sites than the guide.
+        """
+        self.setup(*target.args, **target.kwargs)
+        expected, got = (
+            {site.name: self.open_shape(site) for site in layout.sites} for layout in (self.layout, target.layout)
+        )
+        if got != expected:
+            advice = "Give ImplicitGuide and AVBSVI the same model, and data of the same size."
+            what = "the latent sites of the model"
+            raise ModelError.must_be(what, f"the guide's, {expected}", got, advice, faq="sites-or-shapes-have-changed")
+
+    def open_shape(self, site: Site) -> tuple[int | None, ...]:
+        """Return the shape of a site, ``None`` for the size of the plate that the guide is amortized over."""
+        dims = [*site.dims, *[None] * site.event_dim]
+        return tuple(
+            None if dim is not None and dim == self.plate else n for n, dim in zip(site.shape, dims, strict=True)
+        )
+
     def restore_with(self, restore: Callable[[ImplicitGuide], None]) -> None:
         """Call a function with this guide as soon as it has its networks; now, if it has them."""
-        self._restore = (restore,)
+        self._restore = restore
         if self.is_set_up:
             self._restore_now()
 
     def _restore_now(self) -> None:
         if self._restore is not None:
-            self._restore[0](self)
+            self._restore(self)
             self._restore = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -193,7 +216,7 @@ class ImplicitGuide(AutoContinuous):
             self._build(*args, **kwargs)
             self._restore_now()
         except Exception:
-            # without networks, or not with those to be restored, it is not set up at all
+            # a guide without its networks, or without those to restore, is not set up
             self.prototype_trace = None
             raise
 
@@ -235,13 +258,14 @@ class ImplicitGuide(AutoContinuous):
         self._layout = run.layout.all
 
     def fresh_copy(self) -> ImplicitGuide:
-        """Another guide of the same model with the same options, not set up and with networks of its own."""
+        """Return another guide of the same model with the same options, not set up and with networks of its own."""
         return self._make()
 
     def split(self, modes: Sequence[Mode]) -> Sampler:
-        """Give each of several far modes a sampler of its own; returns the sampler, now a `MixtureSampler`.
+        """Give each of several far modes a sampler of its own; a single mode only moves the one sampler.
 
-        The only mode of a list is where the one sampler is placed.
+        Returns:
+            The sampler, a `MixtureSampler` of several modes.
         """
         if len(modes) > 1:
             samplers = [self._make_sampler(self.latent_dim).to(mode.loc) for mode in modes]
@@ -255,20 +279,20 @@ class ImplicitGuide(AutoContinuous):
         return sampler
 
     def split_as(self, weights: Tensor | None) -> None:
-        """Have as many samplers as the state of another guide with these weights of modes; ``None``: one."""
+        """Make as many samplers as there are weights of modes in the state of another guide; ``None`` for one."""
         if weights is not None and len(weights) != self.num_modes:
             place = self.sampler.loc, self.sampler.scale_tril
             self.split([Mode(weight, *place) for weight in weights.tolist()])
 
     @property
     def num_modes(self) -> int:
-        """Far modes that have a sampler of their own; 1 where one sampler makes all draws."""
+        """Number of far modes that have a sampler of their own; 1 where one sampler makes all draws."""
         sampler = getattr(self, "sampler", None)
         return len(sampler.weights) if isinstance(sampler, MixtureSampler) else 1
 
     @property
     def plate(self) -> str | None:
-        """The plate that the guide is amortized over; ``None`` where it is not, or over datasets."""
+        """The plate that the guide is amortized over; ``None`` for datasets, or for a guide that is not amortized."""
         return None if self.amortization is None else self.amortization.plate
 
     @property
@@ -282,17 +306,17 @@ class ImplicitGuide(AutoContinuous):
             return read_plate(self.model, self.plate, *args, **kwargs)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
-        """The distribution of ``u [D]``; its ``log_prob`` is the learned one where there is one."""
+        """Return the distribution of ``u [D]``, with the learned ``log_prob`` where there is one.
+
+        Raises:
+            SetupError: The guide is amortized over a plate, or has not seen its model's arguments.
+        """
         if self.plate is not None:
-            raise SetupError(
-                "the latents of a plate have no single distribution",
-                do="Draw them with guide.sample(num_samples, ...) and the model's arguments.",
-            )
+            advice = "Draw them with guide.sample(num_samples, ...) and the model's arguments."
+            raise SetupError(f"The latents of a plate must be drawn: they have no single distribution. {advice}")
         self._require_setup(*args, **kwargs)
         if self.amortization is None:
-            log_density = None if self._learned is None else self._learned[0]
-            sampler = self.sampler
-            return ImplicitDistribution(sampler, sampler.latent_dim, log_density=log_density)
+            return ImplicitDistribution(self.sampler, self.sampler.latent_dim, log_density=self._log_density)
         self._require_data(*args, **kwargs)
         local = self.sampler.local
         row = self._amortization.row(*args, **kwargs)
@@ -308,10 +332,8 @@ class ImplicitGuide(AutoContinuous):
             values: dict[str, Tensor] = super().forward(*args, **kwargs)
             return values
         if any(isinstance(handler, IndepMessenger) for handler in _PYRO_STACK):
-            raise ModelError(
-                "a guide amortized over a plate cannot stand in a plate of particles",
-                do="Use guide.sample(num_samples, ...), or Predictive with parallel=False.",
-            )
+            advice = "Use guide.sample(num_samples, ...), or Predictive with parallel=False."
+            raise ModelError(f"A guide amortized over a plate must run outside of a plate of particles. {advice}")
         self.setup(*args, **kwargs)
         run = self._read_plate(*args, **kwargs)
         frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
@@ -342,25 +364,23 @@ class ImplicitGuide(AutoContinuous):
 
     @property
     def has_log_density(self) -> bool:
-        """Whether an adversary has been trained beside the guide, so that `get_posterior` can score."""
-        return self._learned is not None
+        """True if an adversary has been trained beside the guide, so that `get_posterior` can score."""
+        return self._log_density is not None
 
     def set_log_density(
         self, log_density: Callable[[Tensor], Tensor] | None, log_ratio: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """Attach a learned log density of ``u [S, D]``; a trained adversary does, with its ratio to the contrast."""
-        learned = (log_density, log_ratio)
-        self._learned = tuple(f for f in learned if f is not None) or None
+        """Attach a learned log density of ``u [S, D]``, and its log ratio to the contrast, as training does."""
+        self._log_density, self._log_ratio = log_density, log_ratio
 
     @torch.no_grad()
     def log_ratio(self, u: Tensor) -> Tensor | None:
-        """The learned ``log q - log r`` to the contrast at draws ``u [S, D]``, ``None`` where there is none."""
-        has_one = self._learned is not None and len(self._learned) > 1
-        return self._learned[1](u) if has_one and self._learned else None
+        """Return the learned ``log q - log r`` to the contrast at draws ``u [S, D]``, ``None`` without one."""
+        return None if self._log_ratio is None else self._log_ratio(u)
 
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws of the unconstrained vector: ``u [S, D]``. Arguments as for `sample`."""
+        """Draw the unconstrained vector: ``u [S, D]``. Arguments as for `sample`."""
         return self.draw(num_samples, *args, **kwargs)[0]
 
     @torch.no_grad()
@@ -369,9 +389,8 @@ class ImplicitGuide(AutoContinuous):
 
         Args:
             num_samples: Number ``S`` of draws.
-            *args: The model's arguments; may be left out once the guide is set up, but not of an amortized guide,
-                which they ask for the posterior of *these* data. Features of a whole plate give draws of all of it,
-                minibatch or not.
+            *args: The model's arguments; optional once the guide is set up. An amortized guide needs them to draw the
+                posterior of *these* data. Features of a whole plate give draws of all of it, minibatch or not.
             **kwargs: The model's keyword arguments, likewise.
 
         Returns:
@@ -385,7 +404,7 @@ class ImplicitGuide(AutoContinuous):
 
     @torch.no_grad()
     def draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
-        """Draws ``u [S, D]`` and how the sites stand in them. Arguments as for `sample`."""
+        """Draw ``u [S, D]``; return it with the layout of its sites. Arguments as for `sample`."""
         check_whole("num_samples", num_samples)
         self._require_setup(*args, **kwargs)
         if self.amortization is None:
@@ -402,7 +421,7 @@ class ImplicitGuide(AutoContinuous):
 
     @torch.no_grad()
     def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior median of each entry of each site, from ``num_samples`` draws: ``{site: [*site shape]}``."""
+        """Return the posterior median of each entry of each site: ``{site: [*site shape]}``."""
         draws = self.sample(num_samples, *args, **kwargs)
         return {name: value.median(0).values for name, value in draws.items()}
 
@@ -410,35 +429,30 @@ class ImplicitGuide(AutoContinuous):
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, num_samples: int = 10_000, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Posterior quantiles, from ``num_samples`` draws: ``{site: [len(quantiles), *site shape]}``."""
+        """Return posterior quantiles, from ``num_samples`` draws: ``{site: [len(quantiles), *site shape]}``."""
         draws = self.sample(num_samples, *args, **kwargs)
         return {name: value.quantile(torch.as_tensor(quantiles).to(value), 0) for name, value in draws.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the sampler's state; the guide must have been set up, so that there is something to load into."""
+        """Load the sampler's state into a guide that has been set up."""
         self._require_setup()
         self.split_as(state_dict.get("sampler.weights"))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @staticmethod
     def _require_data(*args: Any, **kwargs: Any) -> None:
-        """Raise `SetupError` where an amortized guide is not told of which data the posterior is wanted."""
+        """Raise `SetupError` where an amortized guide gets no data."""
         if not args and not kwargs:
-            raise SetupError(
-                "an amortized guide has a posterior for each set of data, and got none",
-                do="Pass the model's arguments: guide.sample(num_samples, ...).",
-            )
+            advice = "Pass the model's arguments: guide.sample(num_samples, ...)."
+            raise SetupError(f"The data must be given: an amortized guide has a posterior for each dataset. {advice}")
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:
         if self.is_set_up:
             return
         try:
             if not args and not kwargs:
-                raise TypeError("no arguments given")
+                raise TypeError("no arguments")
             self.setup(*args, **kwargs)
         except TypeError as error:
-            raise SetupError(
-                "the guide has not seen its model yet, so its latent sites are not known",
-                got=str(error),
-                do="Train it, or call guide.setup(...) with the model's arguments, first.",
-            ) from error
+            advice = "Train it, or call guide.setup(...) with the model's arguments, first."
+            raise SetupError.must_be("the guide", "set up with its model's arguments", error, advice) from error

@@ -1,4 +1,4 @@
-"""Where the minibatches of an amortized fit come from, and what the model makes of them."""
+"""Draw the minibatches of an amortized fit and score the model on them, datum by datum."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from implicitvi.errors import ShapeError
 from implicitvi.inference.amortization import Amortization
 from implicitvi.numerics.types import Model
+from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.plates import LocalLayout, PlateRun, read_plate
 from implicitvi.pyro_model.sites import SiteLayout
@@ -22,68 +23,65 @@ from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, unvalidated
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What a turn looks at.
+    """The data of one turn.
 
     Attributes:
         rows: Features ``[B, C]``.
-        weight: What each row counts for in the objective.
-        args: The model's arguments, of the datasets in the batch where the guide is amortized over them.
-        kwargs: Its keyword arguments.
+        weight: Weight of each row in the objective.
+        arguments: The model's arguments, those of the datasets in the batch where the guide is amortized over datasets.
         layout: The latent sites of a run on the minibatch.
-        indices: The elements ``[B]`` of the plate that make up the minibatch; ``None`` for all.
-        picked: Rows of the minibatch that are looked at; ``None`` for all. The others are in the model's run, without
-            a say.
+        indices: Elements ``[B]`` of the plate in the minibatch; ``None`` for all.
+        picked: Rows of the minibatch that count; ``None`` for all. The model's run has the others too.
     """
 
     rows: Tensor
     weight: float
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    arguments: Arguments
     layout: LocalLayout | None = None
     indices: Tensor | None = None
     picked: Tensor | None = None
 
     def pick(self, count: int) -> Minibatch:
-        """The same minibatch with at most ``count`` rows of it looked at."""
+        """Return the same minibatch with at most ``count`` rows that count."""
         if self.layout is None or count >= len(self.rows):
             return self
         picked = torch.randperm(len(self.rows), device=self.rows.device)[:count]
         return replace(self, rows=self.rows[picked], picked=picked)
 
     def values(self, g: Tensor | None, z: Tensor, layout: SiteLayout) -> dict[str, Tensor]:
-        """Values of the latent sites in the first of draws ``g [S, G]`` and ``z [S, B, D]``.
+        """Return the values of the latent sites in the first of draws ``g [S, G]`` and ``z [S, B, D]``.
 
-        Of the first dataset where the guide is amortized over them; ``layout`` is that of one.
+        A guide amortized over datasets gives those of the first dataset, by the ``layout`` of one.
         """
         if self.layout is None:
             return layout.unpack(z[0, 0])[0]
         return self.layout.all.unpack(self.layout.join(g, z)[0])[0]
 
 
-class Source(Protocol):
-    """What an amortized objective learns from."""
+class MinibatchSource(Protocol):
+    """A source of the minibatches that an amortized objective learns from."""
 
-    def batch(self, *args: Any, **kwargs: Any) -> Minibatch:
-        """The minibatch of a turn, from the model's arguments."""
+    def batch(self, arguments: Arguments) -> Minibatch:
+        """Return the minibatch of a turn, from the model's arguments."""
 
     def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
-        """``log p`` of draws ``g [S, G]`` and ``z [S, B, D]``: shared, then of each datum, ``[S, 1 + B]`` in nats."""
+        """Return ``log p`` of ``g [S, G]`` and ``z [S, B, D]``, shared, then of each datum: ``[S, 1 + B]`` in nats."""
 
-    def how(self) -> str:
-        """How the model is scored, and why."""
+    def scoring(self) -> str:
+        """Return the mode of scoring the model, and the reason for it."""
 
     @property
     def log_joint(self) -> LogJoint:
         """The log joint in use."""
 
 
-class PlateSource:
-    """Minibatches of a plate, and the log joint of shared and local latents term by term.
+class PlateMinibatches:
+    """A source of minibatches of a plate, with the log joint of shared and local latents term by term.
 
     Args:
         model: The Pyro model.
-        amortization: The plate, and what is known of each of its elements.
-        mode: How the model is scored, as in `LogJoint`.
+        amortization: The plate, and the features of its elements.
+        mode: Mode of scoring the model, as in `LogJoint`.
     """
 
     def __init__(self, model: Model, amortization: Amortization, *, mode: str = "auto"):
@@ -96,10 +94,11 @@ class PlateSource:
         self._log_joints: dict[int, LogJoint] = {}
         self._last: tuple[tuple[Any, ...], list[int], PlateRun] | None = None
 
-    def read(self, *args: Any, **kwargs: Any) -> PlateRun:
-        """A run of the model on a fresh minibatch; the last one again where nothing can have changed."""
+    def read(self, arguments: Arguments) -> PlateRun:
+        """Run the model on a new minibatch; return the last run again where nothing can have changed."""
+        args, kwargs = arguments.args, arguments.kwargs
         leaves = tuple(tree_leaves((args, kwargs)))
-        # what is in a tensor may have changed, and data that no argument brings may too
+        # the entries of a tensor may have changed, and so may data that are not among the arguments
         versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
         if self._last is not None and versions:
             seen, then, run = self._last
@@ -112,21 +111,21 @@ class PlateSource:
         self._last = (leaves, versions, run)
         return run
 
-    def batch(self, *args: Any, **kwargs: Any) -> Minibatch:
-        """The minibatch of a turn."""
-        run = self.read(*args, **kwargs)
+    def batch(self, arguments: Arguments) -> Minibatch:
+        """Return a minibatch of the plate."""
+        run = self.read(arguments)
         layout = run.layout
-        rows = self.amortization.rows(run, *args, **kwargs)
+        rows = self.amortization.rows(run, *arguments.args, **arguments.kwargs)
         if len(rows) != layout.size:
             rows = rows[run.indices]
         indices = None if layout.size == layout.full_size else run.indices
-        return Minibatch(rows, layout.full_size / layout.size, args, kwargs, layout, indices)
+        return Minibatch(rows, layout.full_size / layout.size, arguments, layout, indices)
 
     def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
-        """``log p`` of what is shared, then of each datum: ``[S, 1 + B]`` in nats."""
+        """Return ``log p`` of the shared part, then of each datum: ``[S, 1 + B]`` in nats."""
         layout = batch.layout
         assert layout is not None
-        if layout.size not in self._log_joints:  # minibatches of another size are another model
+        if layout.size not in self._log_joints:  # a model of its own for minibatches of each size
             self._log_joints[layout.size] = LogJoint(self.model, layout.all, mode=self.mode, plate=self.plate)
         if batch.picked is not None:
             place = torch.arange(layout.size, device=z.device) % len(batch.picked)
@@ -134,7 +133,8 @@ class PlateSource:
             z = z[:, place]
         pinned = {} if batch.indices is None else {self.plate: batch.indices}
         with self.minibatch.pinned(pinned):
-            terms = self._log_joints[layout.size](layout.join(g, z), *batch.args, **batch.kwargs)
+            call = batch.arguments
+            terms = self._log_joints[layout.size](layout.join(g, z), *call.args, **call.kwargs)
         if batch.picked is None:
             return terms
         return torch.cat([terms[:, :1], terms[:, 1 + batch.picked]], 1)
@@ -144,19 +144,19 @@ class PlateSource:
         """The log joint of the last size of minibatch."""
         return list(self._log_joints.values())[-1]
 
-    def how(self) -> str:
-        """How the model is scored, and why."""
+    def scoring(self) -> str:
+        """Return the mode of scoring the model, and the reason for it."""
         return "; ".join(f"{each.mode} ({each.reason})" for each in self._log_joints.values())
 
 
-class DatasetSource:
-    """Minibatches of whole datasets: every tensor among the model's arguments has one more dimension, in front.
+class DatasetMinibatches:
+    """A source of minibatches of whole datasets: each tensor among the model's arguments has one more axis, in front.
 
     Args:
         model: The Pyro model of one dataset.
-        amortization: What the network is shown of a dataset.
+        amortization: The features of a dataset.
         layout: The latent sites.
-        mode: How the model is scored, as in `LogJoint`.
+        mode: Mode of scoring the model, as in `LogJoint`.
         num_datasets: Datasets in a minibatch.
     """
 
@@ -174,33 +174,33 @@ class DatasetSource:
         self.num_datasets = num_datasets
         self._nests: bool | None = None
 
-    def batch(self, *args: Any, **kwargs: Any) -> Minibatch:
-        """The minibatch of a turn: datasets drawn without replacement, or all of them where they are few."""
-        count = count_datasets(args, kwargs)
+    def batch(self, arguments: Arguments) -> Minibatch:
+        """Return datasets drawn without replacement, or all of them where they are few."""
+        count = count_datasets(arguments)
         if count > self.num_datasets:
             which = torch.randperm(count)[: self.num_datasets]
-            args, kwargs = tree_map_only(Tensor, lambda t: t[which.to(t.device)], (args, kwargs))
+            arguments = arguments.map(lambda t: t[which.to(t.device)])
             count = self.num_datasets
-        each = [dataset(i, args, kwargs) for i in range(count)]
-        rows = torch.cat([self.amortization.row(*a, **k) for a, k in each])
-        return Minibatch(rows, 1 / count, args, kwargs)
+        each = [dataset(i, arguments) for i in range(count)]
+        rows = torch.cat([self.amortization.row(*one.args, **one.kwargs) for one in each])
+        return Minibatch(rows, 1 / count, arguments)
 
     def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
-        """Zeros, then ``log p(x, z)`` of each dataset: ``[S, 1 + B]`` in nats."""
+        """Return zeros, then ``log p(x, z)`` of each dataset: ``[S, 1 + B]`` in nats."""
         if self._nests is None:
             self._choose(z, batch)
         scores = self._score(z, batch)
         return torch.cat([scores.new_zeros(len(z), 1), scores], 1)
 
-    def how(self) -> str:
-        """How the model is scored, and why."""
+    def scoring(self) -> str:
+        """Return the mode of scoring the model, and the reason for it."""
         whole = "" if self._nests else ", one dataset at a time"
         return f"{self.log_joint.mode} ({self.log_joint.reason}){whole}"
 
     def _choose(self, z: Tensor, batch: Minibatch) -> None:
-        """Score datasets together only where that has given what they score one by one."""
-        first = dataset(0, batch.args, batch.kwargs)
-        self.log_joint.choose(z[:, 0].detach(), *first[0], **first[1])
+        """Score datasets together only where that gives the scores of one by one."""
+        first = dataset(0, batch.arguments)
+        self.log_joint.choose(z[:, 0].detach(), *first.args, **first.kwargs)
         self._nests = False
         if self.log_joint.mode != "vmap":
             return
@@ -221,7 +221,7 @@ class DatasetSource:
         return self._one_by_one(z, batch)
 
     def _together(self, z: Tensor, batch: Minibatch) -> Tensor:
-        leaves, form = tree_flatten((batch.args, batch.kwargs))
+        leaves, form = tree_flatten((batch.arguments.args, batch.arguments.kwargs))
 
         def one(z: Tensor, *leaves: Any) -> Tensor:
             args, kwargs = tree_unflatten(leaves, form)
@@ -233,25 +233,25 @@ class DatasetSource:
         return scores
 
     def _one_by_one(self, z: Tensor, batch: Minibatch) -> Tensor:
-        each = [dataset(i, batch.args, batch.kwargs) for i in range(z.shape[1])]
-        return torch.stack([self.log_joint(z[:, i], *a, **k) for i, (a, k) in enumerate(each)], 1)
+        each = [dataset(i, batch.arguments) for i in range(z.shape[1])]
+        return torch.stack([self.log_joint(z[:, i], *one.args, **one.kwargs) for i, one in enumerate(each)], 1)
 
 
-def count_datasets(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many datasets are stacked in the tensors among the model's arguments."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+def count_datasets(arguments: Arguments) -> int:
+    """Return the number of datasets that are stacked in the tensors among the model's arguments.
+
+    Raises:
+        ShapeError: There is no tensor, or they have different numbers.
+    """
+    tensors = arguments.tensors()
     counts = {len(t) if t.dim() else 0 for t in tensors}
     if len(counts) != 1 or counts == {0}:
-        raise ShapeError(
-            "a guide amortized over datasets is trained on stacks of them",
-            got=[tuple(t.shape) for t in tensors] or "no tensor",
-            expected="tensors [M, ...] of M datasets each",
-            do="Stack the arguments of the datasets with torch.stack; guide.sample takes those of one.",
-        )
+        got = [tuple(t.shape) for t in tensors] or "no tensor"
+        advice = "Stack the arguments of the datasets with torch.stack; guide.sample takes those of one."
+        raise ShapeError.must_be("stacked datasets", "tensors [M, ...] of M datasets each", got, advice)
     return counts.pop()
 
 
-def dataset(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the ``i``-th of stacked datasets."""
-    one: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, lambda t: t[i], (args, kwargs))
-    return one
+def dataset(i: int, arguments: Arguments) -> Arguments:
+    """Return the arguments of the ``i``-th of stacked datasets."""
+    return arguments.map(lambda t: t[i])

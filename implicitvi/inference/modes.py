@@ -1,12 +1,13 @@
-"""Modes of a posterior that lie too far apart for one Gaussian start to find them all.
+"""Find modes of a posterior that lie too far apart for one Gaussian start.
 
-Many points are sent uphill at once, in the units of a Gaussian fit that is already there. Ends between which the log
-density has no barrier belong to one mode. Each mode that is left gets a Gaussian fit of its own, and its share of the
-evidence by importance sampling.
+Many points climb at once, in the units of a Gaussian fit. Ends between which the log density has no barrier belong to
+one mode. Each further mode gets a Gaussian fit of its own, and its share of the evidence by importance sampling.
 """
 
 from __future__ import annotations
 
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from math import lgamma, log, pi
 
@@ -19,23 +20,27 @@ from implicitvi.inference.gaussian_fit import gaussian_fit
 from implicitvi.numerics.gaussian import whiten
 from implicitvi.numerics.optimise import descend
 from implicitvi.numerics.types import LogDensity
+from implicitvi.pyro_model.target import Target
+from implicitvi.pyro_model.tracing import PARTICLE_ERRORS
+from implicitvi.rng import forked
 
 CLIMB = 150  # steps of each point uphill
-BARRIER = 6.0  # nats; two Gaussians of one scale have as much between them at 7 standard deviations
-SLACK = (20.0, 3.0)  # nats below the fit that is there, and more for each dimension: ends beyond have no mass
+BARRIER = 6.0  # nats, as between two Gaussians of one scale that are 7 standard deviations apart
+SLACK = (20.0, 3.0)  # nats below the first fit, and more for each dimension: lower ends have no mass
 STOPS = 16  # points on a path
 TAIL = 5.0  # degrees of freedom of the wide proposals
 BENDS = 60  # steps in which a path bends around what is in its way
 DRAWS = 500  # of each proposal, to weigh the modes by
+STARTS = 32  # of each kind
 LEAST = 0.01  # share of the evidence below which a mode is left out
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A Gaussian of a mode.
+    """A mode with its Gaussian.
 
     Attributes:
-        weight: Its share of the posterior.
+        weight: Share of the posterior.
         loc: Location ``[D]``.
         scale_tril: Lower triangular scale ``[D, D]``.
     """
@@ -45,22 +50,45 @@ class Mode:
     scale_tril: Tensor
 
 
+def search_modes(target: Target, loc: Tensor, scale_tril: Tensor, *, max_modes: int, num_steps: int) -> list[Mode]:
+    """Search a target for far modes, from wide starts around a Gaussian fit and from draws of the prior.
+
+    A model that is scored in a loop would take minutes, and each look at a minibatch sees another posterior: of these
+    the Gaussian's own mode is returned alone. Random numbers of the process are left as they are.
+
+    Args:
+        target: The target.
+        loc: Location ``[D]`` of the Gaussian.
+        scale_tril: Its lower triangular scale ``[D, D]``.
+        max_modes: Most modes to find, the first included.
+        num_steps: Steps of the Gaussian fit of each further mode.
+    """
+    if max_modes == 1 or target.log_joint.mode == "loop" or target.log_joint.minibatches:
+        return [Mode(1.0, loc, scale_tril)]
+    with forked():
+        starts = wide_starts(loc, scale_tril, STARTS)
+        with suppress(RuntimeError, *PARTICLE_ERRORS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            starts = torch.cat([starts, target.prior(loc).sample((STARTS,))])
+        return find_modes(target, loc, scale_tril, starts, max_modes=max_modes, num_steps=num_steps)
+
+
 def find_modes(
     log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, starts: Tensor, *, max_modes: int = 8, num_steps: int = 300
 ) -> list[Mode]:
-    """The far modes of a posterior that a Gaussian has been fitted to; the first is the Gaussian's own.
+    """Return the far modes of a posterior with a Gaussian fit; the first is the Gaussian's own.
 
     Args:
         log_joint: Log density of points ``[S, D]`` in nats, not necessarily normalised.
         loc: Location ``[D]`` of the Gaussian.
         scale_tril: Its lower triangular scale ``[D, D]``.
-        starts: Where to climb from, ``[N, D]``.
-        max_modes: Modes to look for, the first included.
+        starts: Points ``[N, D]`` to climb from.
+        max_modes: Most modes to find, the first included.
         num_steps: Steps of the Gaussian fit of each further mode.
 
     Returns:
         The modes that hold at least 1 % of the posterior, their weights summing to 1. One mode with the Gaussian's own
-        ``loc`` says that nothing else was found.
+        ``loc`` means that there is no other.
 
     References:
         Starts and ends: Pathfinder: Parallel quasi-Newton variational inference, Lu Zhang, Bob Carpenter, Andrew
@@ -70,7 +98,7 @@ def find_modes(
     """
 
     def score(v: Tensor) -> Tensor:
-        """The log density in units of the first Gaussian, ``-inf`` where there is none: ``v [..., D]`` to ``[...]``."""
+        """Return the log density ``[...]`` at ``v [..., D]``, in units of the first Gaussian; ``-inf`` if undefined."""
         if not v.numel():
             return v.new_zeros(v.shape[:-1])
         scores = log_joint(loc + v.reshape(-1, len(loc)) @ scale_tril.mT)
@@ -105,16 +133,16 @@ def find_modes(
 
 
 def wide_starts(loc: Tensor, scale_tril: Tensor, count: int) -> Tensor:
-    """Points ``[count, D]`` around a Gaussian, 2 to 200 times as far out as its own draws."""
+    """Draw points ``[count, D]`` around a Gaussian, 2 to 200 times as far out as its own draws."""
     unit = torch.randn(count, len(loc), dtype=loc.dtype, device=loc.device)
     reach = 2 * 100 ** torch.rand(count, 1, dtype=loc.dtype, device=loc.device)
     return loc + reach * unit @ scale_tril.mT
 
 
 def climb(score: LogDensity, v: Tensor) -> Tensor:
-    """Ends ``[N', D]`` of points ``v [N, D]`` that have gone uphill, without those that have no density.
+    """Climb from points ``v [N, D]`` and return the ends ``[N', D]`` that have a density.
 
-    The unit of each point's steps is its own distance from the origin, so that near and far ones arrive.
+    The steps of each point are in units of its distance from the origin, so that near and far ones arrive.
     """
     v = v[score(v).isfinite()]
     reach = v.square().mean(-1, keepdim=True).sqrt().clamp(min=1.0)
@@ -137,14 +165,14 @@ def climb(score: LogDensity, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def barriers(score: LogDensity, a: Tensor, b: Tensor) -> Tensor:
-    """How far the log density falls below both ends on the straight way from ``a [D]`` to each of ``b [N, D]``."""
+    """Return the fall of the log density below both ends on straight lines from ``a [D]`` to ``b [N, D]``: ``[N]``."""
     return _falls(score, straight(a, b))
 
 
 def bent_barriers(score: LogDensity, a: Tensor, b: Tensor) -> Tensor:
-    """As `barriers`, from ``a [D]`` to each of ``b [N, D]``: ``[N]``, on paths that have bent uphill.
+    """Return `barriers` from ``a [D]`` to each of ``b [N, D]``, ``[N]``, on paths that have bent uphill.
 
-    They bend across their direction, with their points at even distances.
+    The paths bend across their direction and keep their points at even distances.
     """
     paths = straight(a, b)
     for step in range(BENDS):
@@ -164,13 +192,13 @@ def bent_barriers(score: LogDensity, a: Tensor, b: Tensor) -> Tensor:
 
 
 def straight(a: Tensor, b: Tensor) -> Tensor:
-    """Points ``[N, STOPS + 1, D]`` on the straight ways from ``a [D]`` to each of ``b [N, D]``, the ends included."""
+    """Return points ``[N, STOPS + 1, D]`` on the straight lines from ``a [D]`` to ``b [N, D]``, ends included."""
     shares = torch.linspace(0, 1, STOPS + 1, dtype=a.dtype, device=a.device)[:, None]
     return a + shares * (b - a)[:, None]
 
 
 def evenly(paths: Tensor) -> Tensor:
-    """The same broken lines ``[N, P, D]`` with their points at even distances."""
+    """Return the same broken lines ``[N, P, D]`` with their points at even distances."""
     lengths = (paths[:, 1:] - paths[:, :-1]).norm(dim=-1)
     reached = torch.cat([lengths.new_zeros(len(paths), 1), lengths.cumsum(-1)], -1)
     shares = torch.linspace(0, 1, paths.shape[1], dtype=paths.dtype, device=paths.device)
@@ -189,15 +217,15 @@ def _falls(score: LogDensity, paths: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evidence_shares(score: LogDensity, fits: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Shares ``[K]`` of the modes in the evidence, by importance sampling from all of them at once.
+    """Return the shares ``[K]`` of the modes in the evidence, by importance sampling from all of them at once.
 
-    Each Gaussian ``(loc [D], scale_tril [D, D])`` proposes, and a Student t of the same shape for the tails; a draw
-    counts for the mode whose Gaussian is denser there.
+    The proposals are each Gaussian ``(loc [D], scale_tril [D, D])`` and a Student t of its shape for the tails; a draw
+    counts for the mode whose Gaussian is densest there.
     """
     normals = [MultivariateNormal(m, scale_tril=s, validate_args=False) for m, s in fits]
     tails = [MultivariateStudentT(m.new_tensor(TAIL), m, s, validate_args=False) for m, s in fits]
     draws = torch.cat([proposal.sample((DRAWS,)) for proposal in (*normals, *tails)])
-    # not by the proposals' log_prob: a Student t repeats its matrix for every draw
+    # the log_prob of a Student t would repeat its matrix for every draw
     both = [_log_densities(draws, *fit) for fit in fits]
     densities = torch.stack([normal for normal, _ in both] + [tail for _, tail in both])
     log_weights = score(draws) - densities.logsumexp(0)
@@ -207,7 +235,7 @@ def evidence_shares(score: LogDensity, fits: list[tuple[Tensor, Tensor]]) -> Ten
 
 
 def _log_densities(z: Tensor, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
-    """Log densities of ``z [S, D]`` under a Gaussian, and under the Student t of the same shape: ``[S]`` each."""
+    """Return log densities of ``z [S, D]`` under a Gaussian and the Student t of its shape: ``[S]`` each."""
     square, dim = whiten(z, loc, scale_tril).square().sum(-1), len(loc)
     log_scale = scale_tril.diagonal().log().sum()
     normal = -0.5 * (square + dim * log(2 * pi)) - log_scale

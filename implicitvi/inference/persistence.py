@@ -1,4 +1,4 @@
-"""Fits in folders: what `AVBSVI.save` writes about a fit, and how it is made again."""
+"""Save fits of `AVBSVI` in folders, and load them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from implicitvi.avb.samplers import SAMPLERS, Sampler
 from implicitvi.errors import CheckpointError, ModelError
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.numerics.types import Model
+from implicitvi.inference.minibatches import dataset
+from implicitvi.inference.settings import Settings
+from implicitvi.pyro_model.target import Target
 from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, run_at, score, sites_without_density, unvalidated
 from implicitvi.rng import RandomStream
 from implicitvi.training import Trainer
 from implicitvi.training.checkpoint import check_same, read_state, save_state
+from implicitvi.training.options import values_of
 
 KIND = "AVBSVI"
-CUSTOM = "a function or object of your own"
-OF_GUIDE = ("sampler", "amortize")  # options of the guide; all others are those of AVBSVI
-# these decide how the numbers of a fit are come by, and how many fits there are, but no number
-FREE = ("mode", "compile", "max_skips", "restarts")
+OWN_OBJECT = "a function or object of your own"  # in place of an option that a file cannot hold
+GUIDE_OPTIONS = ("sampler", "amortize")  # the others are those of AVBSVI
 
 
 @dataclass(frozen=True)
 class SavedFit:
-    """What a folder holds of a fit.
+    """A fit as read from a folder.
 
     Attributes:
-        config: What it belongs to: options, latent sites, shapes of all weights.
+        config: Options, latent sites and the shapes of all weights: what the state belongs to.
         state: The trainer's state under ``"fit"``, a probe of the sampler, the record of the last run, and the model's
             `log_density`.
     """
@@ -63,38 +64,51 @@ class SavedFit:
 
     @property
     def log_density(self) -> float:
-        """The model's `log_density`, NaN in files from before it was kept."""
+        """The model's `log_density`, NaN in files of the first versions."""
         return float(self.state.get("log density", nan))
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the fit, `CUSTOM` for what a file cannot hold."""
+        """The options of the fit and its guide, `OWN_OBJECT` for those that a file cannot hold."""
         options = dict(self.config["options"])
-        if options["tempering"] == "auto":  # of the first files: none after a third of the steps
+        if options["tempering"] == "auto":  # in the first files: none after a third of the steps
             options["tempering"] = None
         return options
 
-    def options_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options, with what is given (not ``None``) in place of those that a file cannot hold.
+    @property
+    def guide_options(self) -> dict[str, Any]:
+        """The options of the guide."""
+        return {name: self.options[name] for name in GUIDE_OPTIONS}
+
+    def options_with(self, given: Mapping[str, Any], guide: ImplicitGuide | None) -> dict[str, Any]:
+        """Return the options of `AVBSVI`, with those given (not ``None``) in place of those that a file cannot hold.
 
         Raises:
             CheckpointError: One of those is not given.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        missing = [k for k, value in self.options.items() if value == CUSTOM and k not in given]
+        known = {*given, *(() if guide is None else GUIDE_OPTIONS)}
+        missing = [k for k, value in self.options.items() if value == OWN_OBJECT and k not in known]
         if missing:
-            inside = ", ".join(f"{name}=..." for name in missing if name in OF_GUIDE)
-            again = [f"{name}=..." for name in missing if name not in OF_GUIDE]
+            inside = ", ".join(f"{name}=..." for name in missing if name in GUIDE_OPTIONS)
+            again = [f"{name}=..." for name in missing if name not in GUIDE_OPTIONS]
             again += [f"guide=ImplicitGuide(model, {inside})"] if inside else []
-            raise CheckpointError(
-                "the fit was made with functions of your own, which a checkpoint does not hold",
-                got=", ".join(missing),
-                do=f"Pass them again: AVBSVI.load(folder, model, {', '.join(again)}).",
-            )
-        return self.options | given
+            advice = f"Pass them again: AVBSVI.load(folder, model, {', '.join(again)})."
+            got = f"none for {', '.join(missing)}"
+            raise CheckpointError.must_be("functions of your own, which no file holds,", "given again", got, advice)
+        options = {k: value for k, value in (self.options | given).items() if k not in GUIDE_OPTIONS}
+        if options["adversary"] == "gated":
+            del options["adversary"]
+        return options
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless the options that decide results are those of the state."""
+        kept = {name for name in self.options if name in _decisive()}
+        mine = {name: value for name, value in options.items() if name in kept}
+        check_same({"options": {name: self.options[name] for name in kept}}, {"options": mine})
 
     def restore(self, guide: ImplicitGuide) -> None:
-        """Give a guide that is set up its weights, and see that they do what they did.
+        """Load the weights of a guide that is set up, and check that they give the draws that they gave.
 
         Raises:
             CheckpointError: The guide has other latent sites or networks, or the same networks now give other draws.
@@ -109,12 +123,10 @@ class SavedFit:
         for sampler, probe in zip(_parts(guide.sampler), self.state["probe"], strict=True):
             now, then = _answer(sampler, probe), probe["z"].to(sampler.loc)
             if not torch.allclose(now, then, rtol=0, atol=1e-3 * float(then.abs().max()), equal_nan=True):
-                raise CheckpointError(
-                    "the sampler does not give the draws that it gave when it was saved",
-                    got=f"a difference of {float((now - then).abs().max()):.2g}",
-                    expected="at most a thousandth of their size",
-                    do="Use the version of implicitvi in config.json, and the same sampler.",
-                )
+                got = f"draws that differ by {float((now - then).abs().max()):.2g}"
+                expected = "the sampler of the saved fit, whose draws differ by at most a thousandth of their size"
+                advice = "Use the version of implicitvi in config.json, and the same sampler."
+                raise CheckpointError.must_be("the sampler", expected, got, advice)
 
 
 def save(
@@ -128,23 +140,33 @@ def save(
     notes: dict[str, Any],
 ) -> None:
     """Write a fit into a folder."""
-    config = {"kind": KIND, "versions": _versions(), "notes": notes, "options": options, **belongings(guide, trainer)}
+    config = {
+        "kind": KIND,
+        "versions": _versions(),
+        "notes": notes,
+        "options": options,
+        **present_config(guide, trainer),
+    }
     state = {"fit": trainer.state_dict(), "probe": _probe(guide), "record": record, "log density": density}
     save_state(folder, state, config=config)
 
 
-def log_density(guide: ImplicitGuide, model: Model, *args: Any, **kwargs: Any) -> float:
-    """Log density of the model's sites, in nats, at a place that a guide keeps: so a state knows its model and data.
+def log_density(guide: ImplicitGuide, target: Target) -> float:
+    """Return the log density of the model's sites, in nats, at a point that a guide keeps, of the first of datasets.
 
-    NaN where the model cannot be scored there.
+    By it a state recognises its model and data. It is NaN where the model cannot be scored there.
     """
     sampler, layout = guide.sampler, guide.layout
+    arguments = target.arguments
+    if guide.amortization is not None and guide.amortization.plate is None:
+        arguments = dataset(0, arguments)
     u = sampler.loc if isinstance(sampler, Sampler) else sampler.local.loc.new_zeros(layout.dim)
     values, _ = layout.unpack(u)
+    args, kwargs = arguments.args, arguments.kwargs
     with torch.no_grad(), RandomStream(0), unvalidated():
         try:
-            trace = run_at(model, values, *args, **kwargs)
-            score(trace, values, sites_without_density(model, values, *args, **kwargs))
+            trace = run_at(target.model, values, *args, **kwargs)
+            score(trace, values, sites_without_density(target.model, values, *args, **kwargs))
         except (ModelError, RuntimeError, *PARTICLE_ERRORS):
             return nan
     nodes = trace.nodes.values()
@@ -152,18 +174,15 @@ def log_density(guide: ImplicitGuide, model: Model, *args: Any, **kwargs: Any) -
 
 
 def check_density(then: float, now: float) -> None:
-    """Raise `CheckpointError` where a model's `log_density` is not what it was; NaN is not compared."""
+    """Raise `CheckpointError` where a model's `log_density` has changed; NaN is not compared."""
     if isfinite(then) and not isclose(then, now, rel_tol=1e-4, abs_tol=1e-3):
-        raise CheckpointError(
-            "the checkpoint belongs to a fit of another model or other data",
-            got=f"a log density of {now:.6g} where it was left",
-            expected=f"{then:.6g}",
-            do="Use another folder; to go on from this fit with new data, AVBSVI.load(folder, model).run(...).",
-        )
+        got = f"a log density of {now:.6g} for {then:.6g}"
+        advice = "Use another folder; to continue with new data, call AVBSVI.load(folder, model).run(...)."
+        raise CheckpointError.must_be("the checkpoint", "of the same model and data", got, advice)
 
 
-def belongings(guide: ImplicitGuide, trainer: Trainer) -> dict[str, Any]:
-    """What a state must agree on with the guide and the loop that take it up."""
+def present_config(guide: ImplicitGuide, trainer: Trainer) -> dict[str, Any]:
+    """Return what a state must have in common with the guide and the trainer that continue from it."""
     weights: dict[str, Tensor] = {
         f"{player.name}: {name}": tensor
         for player in trainer.players
@@ -173,35 +192,30 @@ def belongings(guide: ImplicitGuide, trainer: Trainer) -> dict[str, Any]:
     return {"sites": sites(guide), "weights": _shapes(weights)}
 
 
-def decisive(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that decide the numbers of a fit."""
-    return {name: value for name, value in options.items() if name not in FREE}
-
-
-def as_written(guide: ImplicitGuide, **options: Any) -> dict[str, Any]:
-    """Options of `AVBSVI` and of its guide as a file holds them: numbers, words, pairs, and `CUSTOM`."""
-    amortization = guide.amortization
+def made_by(guide: ImplicitGuide, settings: Settings) -> dict[str, Any]:
+    """Return the options of `AVBSVI` and of its guide as a file holds them: numbers, words, pairs, `OWN_OBJECT`."""
+    options, amortization = values_of(settings), guide.amortization
     if options["adversary"] is GatedAdversary:
         options["adversary"] = "gated"
     ratios = (name for name, kind in RATIOS.items() if options["ratio"] == kind())
     options["ratio"] = next(ratios, options["ratio"])
     kinds = (name for name, kind in SAMPLERS.items() if kind is guide._make_sampler)
-    options["sampler"] = next(kinds, CUSTOM)
-    options["amortize"] = None if amortization is None else CUSTOM
+    options["sampler"] = next(kinds, OWN_OBJECT)
+    options["amortize"] = None if amortization is None else OWN_OBJECT
     if amortization is not None and amortization.features is None:
         options["amortize"] = amortization.plate
     return {name: _plain(value) for name, value in options.items()}
 
 
 def sites(guide: ImplicitGuide) -> dict[str, list[int | None]]:
-    """Shapes of the latent sites; the size of the plate that a guide is amortized over is open."""
-    return {
-        site.name: [
-            None if dim is not None and dim == guide.plate else size
-            for size, dim in zip(site.shape, [*site.dims, *[None] * site.event_dim], strict=True)
-        ]
-        for site in guide.layout.sites
-    }
+    """Return the shapes of the latent sites; the size of the plate that a guide is amortized over is open."""
+    return {site.name: list(guide.open_shape(site)) for site in guide.layout.sites}
+
+
+@cache
+def _decisive() -> frozenset[str]:
+    """Return the names of the options that decide the numbers of a fit."""
+    return frozenset({*values_of(Settings(), decisive=True), *GUIDE_OPTIONS})
 
 
 @cache
@@ -212,7 +226,7 @@ def _versions() -> dict[str, str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_plain, value))
-    return value if value is None or isinstance(value, bool | int | float | str) else CUSTOM
+    return value if value is None or isinstance(value, bool | int | float | str) else OWN_OBJECT
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -220,14 +234,14 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _parts(sampler: Sampler | AmortizedSampler) -> list[Sampler]:
-    """The samplers of shared and local latents, or the only one."""
+    """Return the samplers of shared and local latents, or the only one."""
     if isinstance(sampler, Sampler):
         return [sampler]
     return [part for part in (sampler.shared, sampler.local) if part is not None]
 
 
 def _probe(guide: ImplicitGuide) -> list[dict[str, Tensor | None]]:
-    """Noise, contexts, and what the samplers make of them."""
+    """Return noise and contexts with the draws that the samplers make of them."""
     probes: list[dict[str, Tensor | None]] = []
     for sampler in _parts(guide.sampler):
         with RandomStream(0):

@@ -1,114 +1,372 @@
-"""What stands behind both doors, `AVBSVI` and `AVB_ELBO`: from options and a model's arguments to a trainer."""
+"""Build everything that precedes the first step, from top to bottom: target, guide, start, objective, trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from implicitvi.errors import SetupError, check_at_least, check_positive, check_whole
-from implicitvi.inference.amortized_objective import AmortizedProblem
+import torch
+from torch import Tensor, nn
+
+from implicitvi.avb.adversaries import InformedAdversary
+from implicitvi.avb.conditional import ConditionalContrast, MomentContrast
+from implicitvi.avb.contrasts import (
+    Contrast,
+    DiagonalGaussianContrast,
+    FlowContrast,
+    GaussianContrast,
+    MixtureContrast,
+    PriorContrast,
+)
+from implicitvi.avb.multimodal import MixtureSampler, PerModeContrast
+from implicitvi.avb.objective import AVBObjective
+from implicitvi.avb.ratios import RATIOS
+from implicitvi.avb.samplers import Sampler
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, ShapeError
+from implicitvi.inference.amortization import AmortizedSampler
+from implicitvi.inference.gaussian_fit import amortized_gaussian_fit, gaussian_fit, refine_gaussian, starting_point
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.objective import Arguments, Problem
-from implicitvi.inference.settings import ProblemOptions, check_devices, check_guide
+from implicitvi.inference.minibatches import (
+    DatasetMinibatches,
+    Minibatch,
+    MinibatchSource,
+    PlateMinibatches,
+    count_datasets,
+    dataset,
+)
+from implicitvi.inference.modes import search_modes
+from implicitvi.inference.objective import PosteriorObjective
+from implicitvi.inference.settings import ElboSettings
+from implicitvi.numerics.gaussian import moments
 from implicitvi.numerics.types import Model
-from implicitvi.rng import RandomStream, derived_seed
-from implicitvi.training import Schedule, Trainer
+from implicitvi.pyro_model.arguments import Arguments
+from implicitvi.pyro_model.compiled import compile_networks
+from implicitvi.pyro_model.prior import ModelPrior
+from implicitvi.pyro_model.target import Target
+from implicitvi.pyro_model.tracing import first_line
+from implicitvi.rng import RandomStream
+from implicitvi.training import Trainer
+
+NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is estimated
+PROBES = 16  # draws of which at least one should have a density for each datum
+PRIOR_DRAWS = 1000  # from which location and scale of a prior are estimated
 
 
-class Engine:
-    """The objective and the trainer of one guide, made when the model's arguments are first seen.
-
-    Args:
-        schedule: Settings of every step.
-        options: What the objective is made of.
-        moves_sampler: Whether the sampler is one of the trainer's players; else somebody else moves it.
-        clip_norm: Bound of the global norm of each player's gradient; ``None`` for one by what is usual.
-        max_skips: Non-finite turns in a row that end the fit.
-        seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
+class Training:
+    """An objective with its trainer, bound to the model's arguments of the latest call.
 
     Attributes:
-        arguments: The model's arguments of the present call.
+        target: The model at these arguments.
+        objective: The objective.
+        trainer: The loop, with its players, step count and history.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
-        options: ProblemOptions,
+        target: Target,
+        objective: PosteriorObjective,
+        settings: ElboSettings,
+        stream: RandomStream,
         *,
         moves_sampler: bool,
-        clip_norm: float | None,
-        max_skips: int,
-        seed: int | None,
     ):
-        if clip_norm is not None:
-            check_positive("clip_norm", clip_norm)
-        check_whole("max_skips", max_skips)
-        ends = [schedule.at(step) for step in (0, schedule.num_steps)]
-        check_at_least("num_particles", min(stage.num_particles for stage in ends), 2)
-        check_at_least("adversary_steps", min(stage.adversary_steps for stage in ends), 1)
-        self.schedule = schedule
-        self.options = options
-        self.stream = RandomStream(seed)
-        self.seed = seed
-        self.arguments = self._first = Arguments((), {})
-        self._moves_sampler = moves_sampler
-        self._clip_norm = clip_norm
-        self._max_skips = max_skips
-        self._made: tuple[Problem | AmortizedProblem, Trainer] | None = None
+        self.target = target
+        self.objective = objective
+        self._devices = target.arguments.devices()
+        self.trainer = Trainer(
+            objective.players(lambda: self.target, with_sampler=moves_sampler),
+            schedule=settings.schedule,
+            stream=stream,
+            clip_norm=settings.clip_norm,
+            max_skips=settings.max_skips,
+            explain=lambda: objective.explain(self.target),
+        )
 
-    @property
-    def is_set_up(self) -> bool:
-        """Whether the model's arguments have been seen."""
-        return self._made is not None
-
-    @property
-    def problem(self) -> Problem | AmortizedProblem:
-        """The objective and the log joint."""
-        return self._require()[0]
-
-    @property
-    def trainer(self) -> Trainer:
-        """The loop, with its players, step count and history."""
-        return self._require()[1]
-
-    def fresh_copy(self, key: int) -> Engine:
-        """An engine of the same options, not set up, with random numbers of its own: the same ones for one key."""
-        other = copy(self)
-        other.seed = None if self.seed is None else derived_seed(self.seed, key)
-        other.stream = RandomStream(other.seed)
-        return other
-
-    def setup(self, model: Model, guide: ImplicitGuide, arguments: Arguments) -> None:
-        """Make everything that precedes the first step; the next time only take the arguments.
+    def bind(self, arguments: Arguments) -> None:
+        """Use these arguments of the model from now on.
 
         Raises:
-            ModelError: The model cannot be fitted by this guide.
+            ModelError: They are on another device than those of the first call.
         """
-        self.arguments = arguments
-        if self._made is not None:
-            check_devices(arguments, self._first)
-            return
-        check_guide(guide)
-        self._first = arguments
-        with self.stream:
-            problem = self.options.build(model, guide, arguments, num_steps=self.schedule.num_steps)
-        now: Callable[[], Arguments] = lambda: self.arguments  # noqa: E731
-        players = problem.opponents(now)
-        if self._moves_sampler:
-            players.append(problem.sampler_player(now))
-        trainer = Trainer(
-            players,
-            schedule=self.schedule,
-            stream=self.stream,
-            clip_norm=self._clip_norm,
-            max_skips=self._max_skips,
-            explain=lambda: problem.explain(self.arguments),
-        )
-        self._made = problem, trainer
+        if arguments.devices() != self._devices:
+            expected, got = (", ".join(sorted(each)) for each in (self._devices, arguments.devices()))
+            advice, faq = "Move them back; a fit stays on the device of its first call.", "tensors-on-different-devices"
+            raise ModelError.must_be("the model's arguments", f"on {expected}", got, advice, faq=faq)
+        self.target = self.target.at(arguments)
 
-    def _require(self) -> tuple[Problem | AmortizedProblem, Trainer]:
-        if self._made is None:
-            raise SetupError(
-                "the fit has not seen its model yet", do="Call run, step, or setup with the model's arguments first."
-            )
-        return self._made
+
+def set_up(
+    model: Model,
+    guide: ImplicitGuide,
+    settings: ElboSettings,
+    arguments: Arguments,
+    stream: RandomStream,
+    *,
+    moves_sampler: bool,
+) -> Training:
+    """Read the model, build the guide's networks, place the sampler, and make objective, players and trainer.
+
+    Args:
+        model: The Pyro model.
+        guide: Its guide.
+        settings: The options.
+        arguments: The model's arguments.
+        stream: The random numbers of the fit.
+        moves_sampler: Whether the sampler is one of the trainer's players; otherwise another optimiser moves it.
+
+    Raises:
+        ModelError: The model cannot be fitted, or is not the guide's.
+    """
+    check_guide(guide)
+    target = Target(model, arguments, mode=settings.mode, plate=guide.plate)
+    with stream, _one_device(arguments):
+        build = _posterior_objective if guide.amortization is None else _amortized_objective
+        target, objective = build(target, guide, settings)
+    return Training(target, objective, settings, stream, moves_sampler=moves_sampler)
+
+
+def check_guide(guide: object) -> None:
+    """Raise `OptionError` unless ``guide`` is an `ImplicitGuide`."""
+    if not isinstance(guide, ImplicitGuide):
+        advice = "Write guide = ImplicitGuide(model); pyro.infer.SVI trains other guides."
+        raise OptionError.must_be("guide", "an ImplicitGuide", type(guide).__name__, advice)
+
+
+@contextmanager
+def _one_device(arguments: Arguments) -> Iterator[None]:
+    """Raise `ModelError` where the model mixes tensors of different devices."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ImplicitVIError) or " device" not in str(error):
+            raise
+        got = f"{first_line(error)}, with arguments on {', '.join(sorted(arguments.devices()))}"
+        advice = "Make constants from the data, as in dist.Normal(y.new_tensor(0.0), 1.0), or move the data."
+        faq = "tensors-on-different-devices"
+        raise ModelError.must_be("all tensors of the model", "on one device", got, advice, faq=faq) from error
+
+
+def _posterior_objective(
+    target: Target, guide: ImplicitGuide, settings: ElboSettings
+) -> tuple[Target, PosteriorObjective]:
+    """Return the target and the objective of a guide of one posterior."""
+    guide.build(target)
+    target = target.near(guide.layout.unpack(guide.sampler.loc)[0])
+    parameters = target.parameters
+    _check_prior(target, settings)
+    start = starting_point(target.loop, guide.sampler.loc, target.describe)
+    around = start + 0.1 * torch.randn(3, target.layout.dim).to(start)
+    target.log_joint.choose(around, *target.args, **target.kwargs)
+    if settings.compile is not None:
+        target.log_joint.compile(settings.compile, around, *target.args, **target.kwargs)
+    prior = target.prior(start) if settings.contrast == "prior" else None
+    if not guide.sampler.initialised:
+        _place(target, guide, settings, start, prior)
+    sampler: Sampler = guide.sampler
+    contrast = _contrast_of(sampler, settings) if prior is None else _prior_contrast(prior)
+    network = settings.adversary(target.layout.dim + contrast.extra_dim)
+    avb = _avb(sampler, contrast, network, settings, informed=settings.informed)
+    objective = PosteriorObjective(sampler, avb, parameters=parameters)
+    scorer = objective.scorer(target)
+    guide.set_log_density(lambda u: avb.log_q(u, scorer), lambda u: avb.log_r_and_ratio(u, scorer)[1])
+    _warn_of_noise(objective, target, settings.num_steps)
+    return target, objective
+
+
+def _place(
+    target: Target, guide: ImplicitGuide, settings: ElboSettings, start: Tensor, prior: ModelPrior | None
+) -> None:
+    """Give the sampler the location and scale of a Gaussian fit, and each far mode a sampler of its own."""
+    guide.sampler.set_affine(start, torch.eye(len(start)).to(start))
+    if target.sites_without_density:  # without the density of its prior a posterior has no Gaussian fit
+        assert prior is not None
+        guide.sampler.set_affine(*moments(prior.sample((PRIOR_DRAWS,))))
+    elif settings.warm_start:
+        leaves = list(target.parameters.values())
+        place = gaussian_fit(target, start, parameters=leaves, num_steps=settings.warm_start)
+        if not target.log_joint.minibatches:  # each look sees another posterior
+            with RandomStream(0):  # leaves the fit's own random numbers alone
+                place = refine_gaussian(target, *place)
+        guide.sampler.set_affine(*place)
+        # a sampler that draws in its own way would be passed over by a mixture
+        draws_itself = type(guide.sampler).forward is not Sampler.forward
+        if not leaves and prior is None and not draws_itself:
+            guide.split(search_modes(target, *place, max_modes=settings.max_modes, num_steps=settings.warm_start // 2))
+
+
+def _amortized_objective(
+    target: Target, guide: ImplicitGuide, settings: ElboSettings
+) -> tuple[Target, PosteriorObjective]:
+    """Return the target and the objective of the latents of every datum, or of every dataset."""
+    amortization = guide.amortization
+    assert amortization is not None
+    if settings.contrast == "prior":
+        advice = "Use contrast='mixture', or 'moments' with sampler='noise_basis'."
+        raise OptionError.must_be("the contrast of an amortized guide", "adaptive", "'prior'", advice)
+    if settings.compile is not None:
+        warnings.warn(
+            f"compile={settings.compile!r} is for guides of one posterior: the model of an amortized guide is scored "
+            "as it is",
+            stacklevel=6,
+        )
+    arguments = target.arguments
+    source: MinibatchSource
+    if amortization.plate is not None:
+        guide.build(target)
+        source = PlateMinibatches(target.model, amortization, mode=settings.mode)
+    else:
+        count_datasets(arguments)
+        target = target.at(dataset(0, arguments))
+        _build_for_dataset(guide, target)
+        source = DatasetMinibatches(target.model, amortization, guide.layout, mode=settings.mode)
+    sampler: AmortizedSampler = guide.sampler
+    batch = source.batch(arguments)
+    if amortization.plate is None and not sampler.local.initialised:
+        sampler.set_units(batch.rows)
+    with torch.no_grad():
+        g, z = sampler(1, batch.rows)
+    parameters = target.near(batch.values(g, z, guide.layout)).parameters
+    local = _avb_of_local(sampler, batch, g, settings)
+    shared = None if sampler.shared is None else _avb_of_shared(sampler.shared, settings)
+    objective = PosteriorObjective(sampler, shared, local, source, parameters)
+    _check_terms(source, sampler, batch, source.terms(g, z, batch))
+    if not sampler.local.initialised:
+        amortized_gaussian_fit(sampler, source, arguments, list(parameters.values()), num_steps=settings.warm_start)
+    return target.at(arguments), objective
+
+
+def _build_for_dataset(guide: ImplicitGuide, target: Target) -> None:
+    """Build a guide with the first of stacked datasets.
+
+    Raises:
+        ShapeError: The model or the features do not take it, as where the arguments are not stacked.
+    """
+    try:
+        guide.build(target)
+    except (IndexError, TypeError) as error:
+        if isinstance(error, TypeError) and "0-d tensor" not in str(error):
+            raise
+        shapes = ", ".join(str(tuple(t.shape)) for t in target.arguments.tensors())
+        got = f"{first_line(error)}, with tensors of shape {shapes} of the first dataset"
+        advice = "Stack the arguments of the datasets with torch.stack; guide.sample takes those of one."
+        raise ShapeError.must_be("stacked datasets", "tensors [M, ...] of M datasets each", got, advice) from error
+
+
+def _avb_of_local(
+    sampler: AmortizedSampler, batch: Minibatch, g: Tensor | None, settings: ElboSettings
+) -> AVBObjective:
+    """Return the objective of the latents of one datum."""
+    local = sampler.local
+    contrast: Contrast
+    if settings.contrast == "moments":
+        local.moments(2, sampler.context(batch.rows, g))
+        contrast = MomentContrast(local.moments)
+    else:
+        contrast = ConditionalContrast(_contrast(local.latent_dim, settings), local.frame)
+    network = settings.adversary(local.latent_dim + contrast.extra_dim, context_dim=local.context_dim)
+    return _avb(local, contrast, network, settings, informed=settings.informed)
+
+
+def _avb_of_shared(shared: Sampler, settings: ElboSettings) -> AVBObjective:
+    """Return the objective of the latents that all data share."""
+    contrast = _contrast(shared.latent_dim, settings)
+    network = settings.adversary(shared.latent_dim + contrast.extra_dim)
+    return _avb(shared, contrast, network, settings, informed=False)
+
+
+def _avb(
+    sampler: Sampler, contrast: Contrast, network: nn.Module, settings: ElboSettings, *, informed: bool
+) -> AVBObjective:
+    """Return an objective with these networks, on the sampler's device and in its dtype."""
+    avb = AVBObjective(
+        sampler=sampler,
+        contrast=contrast.to(sampler.loc),
+        adversary=(InformedAdversary(network) if informed else network).to(sampler.loc),
+        ratio=RATIOS[settings.ratio]() if isinstance(settings.ratio, str) else settings.ratio,
+        averaging=settings.averaging,
+        num_importance=settings.num_importance,
+    )
+    if settings.compile == "inductor" and sampler.loc.is_cuda:
+        compile_networks(sampler, avb.adversary, avb.average)  # gains nothing on the CPU
+    return avb
+
+
+def _contrast_of(sampler: Sampler, settings: ElboSettings) -> Contrast:
+    """Return the contrast beside a sampler, with one for each of its far modes."""
+    if not isinstance(sampler, MixtureSampler):
+        return _contrast(sampler.latent_dim, settings)
+    parts = [_contrast(sampler.latent_dim, settings) for _ in sampler.samplers]
+    return PerModeContrast(parts, sampler.weights, *sampler.frames())
+
+
+def _contrast(dim: int, settings: ElboSettings) -> Contrast:
+    """Return the contrast beside ``dim`` latents."""
+    if not isinstance(settings.contrast, str):
+        return settings.contrast(dim)
+    made: dict[str, Callable[[], Contrast]] = {
+        "diagonal": DiagonalGaussianContrast,
+        "gaussian": GaussianContrast,
+        "mixture": lambda: MixtureContrast(dim),
+        "flow": lambda: FlowContrast(dim),
+    }
+    if settings.contrast not in made:
+        advice = "Use contrast='mixture', or ImplicitGuide(model, amortize=...)."
+        raise OptionError.must_be("contrast", "one for guides of one posterior", repr(settings.contrast), advice)
+    return made[settings.contrast]()
+
+
+def _prior_contrast(prior: ModelPrior) -> PriorContrast:
+    draws = prior.sample((PRIOR_DRAWS,))
+    return PriorContrast(prior, loc=draws.mean(0), scale=draws.std(0))
+
+
+def _check_prior(target: Target, settings: ElboSettings) -> None:
+    """Raise `ModelError` for priors without a density unless the prior is the contrast, for flat ones if it is."""
+    implicit, got = target.sites_without_density, f"contrast={settings.contrast!r}"
+    if implicit and settings.contrast != "prior":
+        what = f"the contrast of sites whose prior has no density, {', '.join(map(repr, implicit))},"
+        advice = "Use contrast='prior', which learns the ratio of posterior to prior from draws of both."
+        raise ModelError.must_be(what, "the prior", got, advice, faq="a-distribution-has-no-density")
+    if settings.contrast == "prior" and target.flat_sites:
+        what = f"the prior of {', '.join(map(repr, target.flat_sites))}"
+        advice = "Use contrast='mixture', or give every latent site a proper prior."
+        raise ModelError.must_be(what, "one that can be drawn from, not a flat one masked by False", got, advice)
+
+
+def _check_terms(source: MinibatchSource, sampler: AmortizedSampler, batch: Minibatch, terms: Tensor) -> None:
+    """Raise `ModelError` where the log density ``terms [S, 1 + B]`` of a datum is NaN for these and other draws."""
+    if not terms.isnan().any():
+        return
+    with torch.no_grad(), RandomStream(0):
+        g, z = sampler(PROBES, batch.rows)
+        shared, *rows = source.terms(g, z, batch).isnan().all(0).tolist()
+    if shared or any(rows):
+        got = f"NaN for {sum(rows)} of {len(rows)} rows" + (", and outside of them" if shared else "")
+        advice = "Look for NaN among the data: drop those, fill them in, or mask them with poutine.mask."
+        raise ModelError.must_be("the log density of the model", "a number at some draw", got, advice)
+
+
+def _warn_of_noise(objective: PosteriorObjective, target: Target, num_steps: int) -> None:
+    """Warn where minibatches leave the posterior of shared latents to chance.
+
+    In units where the posterior has variance 1, a step's gradient at its centre should be 0; with minibatches it has a
+    standard deviation ``σ``, and the average of ``T`` steps still has ``σ / sqrt(T)``: no fit can place the posterior
+    better. Of ``B`` of ``N`` rows without a control variate ``σ`` is about ``sqrt(N / B)``.
+    """
+    minibatches = target.log_joint.minibatches
+    if not minibatches:
+        return
+    centre = objective.sampler.loc.new_zeros(1, target.layout.dim).requires_grad_()
+    gradients = []
+    for _ in range(NOISE_DRAWS):
+        score = target(objective.sampler.to_latent(centre)).sum()
+        gradients.append(torch.autograd.grad(score, centre)[0])
+    error = torch.stack(gradients).std(0).max().item() / num_steps**0.5
+    if error > 0.25:
+        rows = ", ".join(f"{b} of the {n} rows of {name!r}" for name, (n, b) in minibatches.items())
+        warnings.warn(
+            f"{num_steps} steps with {rows} leave the posterior uncertain by about {error:.1g} of its standard "
+            "deviations: use larger minibatches, more steps, or a control variate",
+            stacklevel=6,
+        )

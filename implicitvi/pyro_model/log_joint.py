@@ -1,4 +1,4 @@
-"""The log joint density of a Pyro model at many particles at once."""
+"""Score a Pyro model at many particles at once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.numerics.optimise import finite_draws
 from implicitvi.numerics.types import Model
+from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.compiled import CompiledScore
 from implicitvi.pyro_model.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
 from implicitvi.pyro_model.plates import by_datum
@@ -34,35 +35,35 @@ from implicitvi.pyro_model.tracing import (
 )
 from implicitvi.rng import RandomStream
 
-Run = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+Run = Callable[[Tensor, Arguments], Tensor]
 MODES = ("auto", "vmap", "plate", "loop")
-CACHED = 400_000  # entries of a site's tensor that are still worth computing at once on a CPU
+CACHED = 400_000  # entries of a site's tensor that a CPU still computes fastest at once
 FAST = {"vmap": "vmap", "plate": "the particle plate"}
 
 
 class LogJoint:
-    """``log p(x, z) + log|J|`` of a model at particles ``u [S, D]``: values ``[S]`` in nats.
+    """A scorer of ``log p(x, z) + log|J|`` at particles ``u [S, D]``: values ``[S]`` in nats.
 
     The particles go through the model together, under `torch.func.vmap` or in a `pyro.plate` of particles, or one by
-    one in a loop where the model allows neither. A fast way is taken only after it has given the values and the
-    gradients of the loop at a few points (`choose`).
+    one where the model allows neither. A fast mode is used only after it has given the values and gradients of the
+    loop at a few points (`choose`).
 
     Discrete sites marked ``infer={"enumerate": "parallel"}`` are summed out. A particle at which the model raises,
-    as a failed Cholesky factorisation does, scores ``-inf``; the others are not disturbed.
+    for instance because a Cholesky factorisation fails, scores ``-inf`` and leaves the others alone.
 
     Args:
         model: The Pyro model.
         layout: Its continuous latent sites.
         mode: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
-        only: Names of the sites to sum over, ``None`` for all of the model. With the latent sites alone this is
-            the log prior. Enumerated sites always count.
-        exclude: Names of sites to leave out of the sum; their densities are not asked for.
-        plate: Name of a plate whose elements are scored one by one beside the rest, its weight taken out: values are
+        only: Names of the sites to sum over, ``None`` for all of them. With the latent sites alone the sum is the log
+            prior. Enumerated sites always count.
+        exclude: Names of sites to leave out of the sum; their densities are not computed.
+        plate: Name of a plate whose elements are scored one by one beside the rest, without its weight: values are
             ``[S, 1 + B]`` then (`by_datum`).
 
     Attributes:
-        mode: What is used; ``"auto"`` until `choose` has run.
-        reason: Why, in words.
+        mode: The mode in use; ``"auto"`` until `choose` has run.
+        reason: The reason for it, in words.
     """
 
     def __init__(
@@ -84,74 +85,79 @@ class LogJoint:
         self.plate = plate
         self._shape = () if plate is None else (1 + layout.plate_size(plate),)
         self.reason = "not chosen yet" if mode == "auto" else "asked for"
-        self._is_settled = False
+        self._is_chosen = False
         self._shapes = {site.name: site.shape for site in layout.sites}
-        # What the first run of the model shows: depth of its batch dimensions, and whether sites are summed out.
+        # read off the first run: depth of batch dimensions, discrete sites to sum out, entries of the largest site
         self._nesting: int | None = None
         self._enumerates = False
-        self._width = 1  # entries of its largest site
-        # Whether vmap loops inside an operation, of which torch would warn in every call.
-        self._falls_back = False
+        self._width = 1
+        self._falls_back = False  # vmap loops inside an operation, of which torch would warn in every call
         self._minibatch = PinnedSubsample()
         self._compiled: CompiledScore | None = None
 
     def __call__(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
         self.choose(u, *args, **kwargs)
+        call = Arguments(args, kwargs)
         if self._compiled is not None:
             try:
                 with unvalidated():
-                    return self._score(self._compiled, u, args, kwargs)
+                    return self._score(self._graph, u, call)
             except ModelError as error:
                 self._stay_eager(error)
         with unvalidated(), self._minibatch.pinned():
-            return self._score(self._run(self.mode), u, args, kwargs)
+            return self._score(self._run(self.mode), u, call)
 
     def choose(self, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
-        """Check the model, and the ways to score it, near the first points of ``u [S, D]``; once only.
+        """Check the model, and the modes of scoring it, near the first points of ``u [S, D]``; the first time only.
 
         ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
 
         Raises:
             ModelError: The model's sites are not those of the layout, the support of one depends on another, or the
-                mode asked for does not give what the loop gives.
+                mode asked for does not give the values of the loop.
         """
-        if self._is_settled:
+        if self._is_chosen:
             return
+        call, asked, failures = Arguments(args, kwargs), self.mode, []
         with unvalidated(), RandomStream(0):
-            points, exact = self._compare_at(u, args, kwargs)
-            asked, failures = self.mode, []
+            points, exact = self._exact_points(u, call)
             for mode in FAST if asked == "auto" else {asked} & FAST.keys():
-                failure = self._failure(mode, points, exact, args, kwargs)
+                failure = self._failure(mode, points, exact, call)
                 if failure is None:
-                    self._settle(mode, f"{FAST[mode]} agrees with the loop")
+                    self._use(mode, f"{FAST[mode]} agrees with the loop")
                     return
                 failures.append(failure)
         reason = "; ".join(failures)
         if asked in FAST:
-            raise ModelError(f"mode={asked!r} does not fit the model", got=reason, do="Use mode='auto'.")
-        self._settle("loop", reason or "asked for")
+            raise ModelError.must_be(f"mode={asked!r}", "a mode that fits the model", reason, "Use mode='auto'.")
+        self._use("loop", reason or "asked for")
         if asked == "auto":
             warnings.warn(f"the model is scored one particle at a time, about 1 ms each ({reason})", stacklevel=2)
 
     def compile(self, backend: str, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
 
-        Where that cannot be done the model is scored as before, with a warning that says why.
+        If the model cannot be traced it is scored as before, with a warning that says why.
         """
         self.choose(u, *args, **kwargs)
         try:
             if self.mode != "vmap":
-                raise ModelError(f"only what vmap can score can be traced, not mode {self.mode!r}")
-            with unvalidated(), RandomStream(0):  # a look that leaves no trace
-                points, _ = self._compare_at(u, args, kwargs)
-                compiled = CompiledScore(self._whole, points, agree=_close, backend=backend, minibatch=self._minibatch)
-                compiled(points, args, kwargs)
+                raise ModelError(f"mode must be 'vmap' to be traced, got {self.mode!r}.")
+            with unvalidated(), RandomStream(0):
+                points, _ = self._exact_points(u, Arguments(args, kwargs))
+                self._compiled = CompiledScore(
+                    lambda u, args, kwargs: self._batched(u, Arguments(args, kwargs)),
+                    points,
+                    agree=_close,
+                    backend=backend,
+                    minibatch=self._minibatch,
+                )
+                self._compiled(points, args, kwargs)
         except ModelError as error:
             self._stay_eager(error)
         else:
-            self._compiled = compiled
-            self.reason += f"; compiled ({backend}) in {compiled.seconds:.1f} s"
+            self.reason += f"; compiled ({backend}) in {self._compiled.seconds:.1f} s"
 
     def _stay_eager(self, error: ModelError) -> None:
         self._compiled = None
@@ -161,14 +167,14 @@ class LogJoint:
 
     @property
     def minibatches(self) -> dict[str, tuple[int, int]]:
-        """Size and minibatch of every subsampled plate that the model has shown, by name."""
+        """Size and minibatch size of every subsampled plate that the model has shown, by name."""
         plates = self._minibatch.plates.items()
         return {name: (size, subsample_size) for name, (size, subsample_size, _) in plates}
 
     def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
         values, log_dets = self.layout.unpack_each(u)
-        trace = self._trace(values, args, kwargs)
+        trace = self._trace(values, Arguments(args, kwargs))
         if self.plate is not None:
             return by_datum(trace, log_dets, self.plate)
         log_det = sum((each.sum() for each in log_dets.values()), u.new_zeros(()))
@@ -177,9 +183,13 @@ class LogJoint:
         return sum((n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det)
 
     def loop(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Score particles one by one, whatever the mode: ``[S, D]`` to ``[S]``."""
+        """Score particles one by one, in any mode: ``[S, D]`` to ``[S]``."""
         with unvalidated(), self._minibatch.pinned():
-            return self._score(self._loop, u, args, kwargs)
+            return self._score(self._loop, u, Arguments(args, kwargs))
+
+    def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        """Score particles ``u [S, D]`` together, unchecked; for use under another `torch.func.vmap`."""
+        return self._vmap(u, Arguments(args, kwargs))
 
     def describe(self, u: Tensor, /, *args: Any, **kwargs: Any) -> str:
         """Name the sites of ``u [D]`` whose log density is not finite, with value and score."""
@@ -196,16 +206,14 @@ class LogJoint:
             if "log_prob_sum" in node and not node["log_prob_sum"].isfinite()
         )
 
-    def _trace(
-        self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], model: Model | None = None
-    ) -> Any:
-        """Trace of the model, or of ``model`` made from it, its sites checked and those that count scored."""
+    def _trace(self, values: dict[str, Tensor], call: Arguments, model: Model | None = None) -> Any:
+        """Trace the model, or ``model`` made from it, check its sites and score those that count."""
         model = self.model if model is None else model
         if self._nesting is None:
-            self._inspect(values, args, kwargs)
+            self._inspect(values, call)
         if self._enumerates:
             model = Enumerate(-1 - self._nesting)(model)  # type: ignore[operator]
-        trace = run_at(self._minibatch(model), values, *args, **kwargs)
+        trace = run_at(self._minibatch(model), values, *call.args, **call.kwargs)
         check_sites(trace, self._shapes, wider=self._enumerates or model is not self.model)
         left_out = self.exclude
         if self.only is not None:
@@ -214,86 +222,76 @@ class LogJoint:
         score(trace, values, left_out)
         return trace
 
-    def _inspect(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _inspect(self, values: dict[str, Tensor], call: Arguments) -> None:
         """Run the model once to see its discrete sites, how deep its plates are nested, and its largest site."""
-        with RandomStream(0):  # a look that leaves no trace
-            trace = run_at(self.model, values, *args, **kwargs)
+        with RandomStream(0):
+            trace = run_at(self.model, values, *call.args, **call.kwargs)
         nodes = [node for node in trace.nodes.values() if is_scored(node)]
         self._enumerates = any(is_enumerated(node) for node in nodes)
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
         self._width = max((node["value"].numel() for node in nodes), default=1)
 
-    def _check_supports(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_supports(self, u: Tensor, call: Arguments) -> None:
         """Raise `ModelError` unless the support of every site at ``u [D]`` is that of the layout."""
         values, _ = self.layout.unpack(u)
         try:
-            trace = self._trace(values, args, kwargs)
+            trace = self._trace(values, call)
         except PARTICLE_ERRORS as error:
             if not is_particles_fault(error):
                 raise
             return
         for site, flat in self.layout.split(u):
-            fn = trace.nodes[site.name]["fn"]
-            here = bijection(site.name, fn)(site.unflatten(flat))
+            here = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat))
             if not _same(here, values[site.name]):
-                raise ModelError(
-                    f"the support of site {site.name!r} depends on other latent sites",
-                    do="Sample a site of fixed support and transform it: for Uniform(0, b) sample "
-                    "Uniform(0, 1) and multiply by b.",
-                    faq="a-site-cannot-be-mapped-to-the-real-line",
-                )
+                message = f"The support of site {site.name!r} must not depend on other latents."
+                advice = "Sample a site of fixed support and scale it: b times Uniform(0, 1) for Uniform(0, b)."
+                raise ModelError(f"{message} {advice}", faq="a-site-cannot-be-mapped-to-the-real-line")
 
     def _run(self, mode: str) -> Run:
         return {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[mode]
 
-    def _score(
-        self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = True
-    ) -> Tensor:
-        """Score all particles; where the model raises, halve until the culprits stand alone.
+    def _score(self, run: Run, u: Tensor, call: Arguments, *, whole: bool = True) -> Tensor:
+        """Score all particles; where the model raises, halve until the particles at fault stand alone.
 
         Raises:
-            ModelError: The model objects, by a ``ValueError``, to every one of the batch: their values are not why.
+            ModelError: The model raises a ``ValueError`` for every particle, so their values are not the reason.
         """
         try:
-            return run(u, args, kwargs)
+            return run(u, call)
         except PARTICLE_ERRORS as error:
             if not is_particles_fault(error):
                 raise
             if len(u) == 1:
                 return u.new_full((1, *self._shape), -torch.inf)
-            halves = u.tensor_split(2)
-            scores = torch.cat([self._score(run, h, args, kwargs, whole=False) for h in halves])
+            scores = torch.cat([self._score(run, half, call, whole=False) for half in u.tensor_split(2)])
             if whole and isinstance(error, ValueError) and not scores.isfinite().any():
-                raise ModelError(
-                    "the model raises an error whatever the values of its latents",
-                    got=first_line(error),
-                    do="Call it with these arguments. Data of another size than at first ask for a new guide.",
-                    faq="sites-or-shapes-have-changed",
-                ) from error
+                advice = "Call it with these arguments to see the error. Data of another size need a new guide."
+                message = f"The model must run at some values of its latents, got {first_line(error)}. {advice}"
+                raise ModelError(message, faq="sites-or-shapes-have-changed") from error
             return scores
 
-    def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Score particles ``u [S, D]`` together, without choice or guard; for use under another `torch.func.vmap`."""
-        return self._vmap(u, args, kwargs)
+    def _graph(self, u: Tensor, call: Arguments) -> Tensor:
+        assert self._compiled is not None
+        return self._compiled(u, call.args, call.kwargs)
 
-    def _vmap(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """All particles, so many at a time that the largest site stays in the processor's cache."""
+    def _vmap(self, u: Tensor, call: Arguments) -> Tensor:
+        """Score all particles, so many at a time that the largest site stays in the processor's cache."""
         parts = ceil(len(u) * self._width / CACHED) if u.is_cpu else 1
-        return self._whole(u, args, kwargs, chunk_size=ceil(len(u) / max(parts, 1)) or None)
+        return self._batched(u, call, chunk_size=ceil(len(u) / max(parts, 1)) or None)
 
-    def _whole(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], chunk_size: int | None = None) -> Tensor:
+    def _batched(self, u: Tensor, call: Arguments, chunk_size: int | None = None) -> Tensor:
         with batchable(quiet=self._falls_back):
             scores: Tensor = torch.func.vmap(
-                lambda v: self.one(v, *args, **kwargs), randomness="same", chunk_size=chunk_size
+                lambda v: self.one(v, *call.args, **call.kwargs), randomness="same", chunk_size=chunk_size
             )(u)
         return scores
 
-    def _plate(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _plate(self, u: Tensor, call: Arguments) -> Tensor:
         if self._enumerates:
-            raise NotImplementedError("discrete sites are not summed out in it")
+            raise NotImplementedError("it does not sum discrete sites out")
         if self.plate is not None:
-            raise NotImplementedError("data are not scored one by one in it")
+            raise NotImplementedError("it does not score data one by one")
         flat, log_det = self.layout.unpack(u)
         depth: int = self._nesting or 0
         values = {
@@ -306,7 +304,7 @@ class LogJoint:
                 self.model(*args, **kwargs)
 
         scores = log_det
-        for name, node in self._trace(values, args, kwargs, together).nodes.items():
+        for name, node in self._trace(values, call, together).nodes.items():
             if "log_prob" in node:
                 log_prob = node["log_prob"]
                 if log_prob.dim() != depth + 1 or len(log_prob) != len(u):
@@ -314,24 +312,22 @@ class LogJoint:
                 scores = scores + log_prob.flatten(1).sum(1) if depth else scores + log_prob
         return scores
 
-    def _loop(self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _loop(self, u: Tensor, call: Arguments) -> Tensor:
         scores = []
         state = torch.get_rng_state()
         for v in u:
             torch.set_rng_state(state)  # one minibatch for all particles, as under vmap
             with self._minibatch.pinned():
-                scores.append(self.one(v, *args, **kwargs))
+                scores.append(self.one(v, *call.args, **call.kwargs))
         return torch.stack(scores)
 
-    def _settle(self, mode: str, reason: str) -> None:
-        self.mode, self.reason, self._is_settled = mode, reason, True
+    def _use(self, mode: str, reason: str) -> None:
+        self.mode, self.reason, self._is_chosen = mode, reason, True
 
-    def _compare_at(
-        self, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Points near ``u [S, D]`` at which the loop is finite, ``[P, D]``, and its values and gradients there.
+    def _exact_points(self, u: Tensor, call: Arguments) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return points near ``u [S, D]`` at which the loop is finite, ``[P, D]``, and its values and gradients there.
 
-        Few of many candidates would do; a single one would not show particles that meet each other.
+        There are several, because a single one would not show particles that the model mixes up.
         """
         near = u[:3].detach()
         for scale in (0.5, 0.05, 0.005):
@@ -339,49 +335,47 @@ class LogJoint:
                 noise = torch.randn(4, u.shape[1]).to(u)
             points = torch.cat([near, near[torch.arange(4) % len(near)] + scale * noise])
             for v in points:
-                self._check_supports(v, args, kwargs)
-            values, gradients = self._probe(partial(self._score, self._loop), points, args, kwargs)
+                self._check_supports(v, call)
+            values, gradients = self._probe(partial(self._score, self._loop), points, call)
             finite = finite_draws(values) & gradients.isfinite().all(-1)
             if finite.sum() > 1:
                 break
         return points[finite], (values[finite], gradients[finite])
 
-    def _failure(
-        self, mode: str, points: Tensor, exact: tuple[Tensor, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
-        """Why a fast mode cannot be taken; ``None`` if it gives what the loop gives."""
+    def _failure(self, mode: str, points: Tensor, exact: tuple[Tensor, Tensor], call: Arguments) -> str | None:
+        """Return why a fast mode cannot be used; ``None`` if it gives the values of the loop."""
         if len(points) < 2:
             return "the density is finite at too few points to compare"
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                fast = self._probe(self._run(mode), points, args, kwargs)
+                fast = self._probe(self._run(mode), points, call)
             self._falls_back = any(FALLBACK in str(w.message) for w in caught)
         except Exception as error:  # whatever a model does in a batch, the loop is right
             return f"{FAST[mode]} raised {first_line(error)}"
         return None if _agree(fast, exact) else f"{FAST[mode]} and the loop disagree"
 
-    def _probe(self, run: Run, u: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Values ``[S]`` and gradients ``[S, D]``, with the same random choices for every way of running."""
+    def _probe(self, run: Run, u: Tensor, call: Arguments) -> tuple[Tensor, Tensor]:
+        """Return values ``[S]`` and gradients ``[S, D]``, with the same random choices in every mode."""
         with torch.enable_grad(), RandomStream(0), self._minibatch.pinned():
             v = u.detach().requires_grad_()
-            scores = run(v, args, kwargs)
+            scores = run(v, call)
             (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
         return scores.detach(), grad
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two values agree where one may have further dimensions on the left."""
+    """Return whether two values agree where one may have further dimensions on the left."""
     return a.shape[a.dim() - b.dim() :] == b.shape and torch.allclose(a, b.expand_as(a))
 
 
 def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:
-    """Whether values ``[S, ...]`` and gradients ``[S, D]`` are the same to rounding, by each particle's measure."""
+    """Return whether values ``[S, ...]`` and gradients ``[S, D]`` are equal to rounding, relative to each particle."""
     return _close(*(torch.cat([v.reshape(len(v), -1), g], 1) for v, g in (fast, exact)))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a [S, ...]`` is ``b`` to rounding, each particle by its own measure."""
+    """Return whether ``a [S, ...]`` is ``b`` to rounding, relative to each particle."""
     tolerance = 1e-8 if b.dtype == torch.float64 else 1e-4
     b = b.reshape(len(b), -1)
     scale = b.abs().amax(1, keepdim=True).clamp(min=1.0)

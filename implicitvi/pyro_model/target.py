@@ -1,10 +1,10 @@
-"""A model with its arguments as a density on the unconstrained vector, for whoever judges or moves draws."""
+"""Bind a Pyro model to its arguments: one log density on one unconstrained vector."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,47 +13,53 @@ from torch import Tensor
 
 from implicitvi.errors import ModelError, ShapeError
 from implicitvi.numerics.optimise import gradients
-from implicitvi.numerics.types import Draws
+from implicitvi.numerics.types import Draws, Model
+from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.checks import check_latents, latent_trace
 from implicitvi.pyro_model.log_joint import LogJoint
+from implicitvi.pyro_model.parameters import model_parameters
 from implicitvi.pyro_model.prior import ModelPrior
 from implicitvi.pyro_model.sites import SiteLayout
-from implicitvi.pyro_model.tracing import sites_without_density
+from implicitvi.pyro_model.tracing import flat_sites, sites_without_density
 from implicitvi.rng import RandomStream
 
-_PROBES = 64  # draws among which some are looked for that have a density
+PROBES = 64  # draws among which some with a density are wanted
 
 
-@dataclass(frozen=True)
 class Target:
-    """``log p(x, u)`` of a model at its arguments, on the unconstrained vector ``u [D]``.
+    """A Pyro model with its arguments: ``log p(x, u)`` on the unconstrained vector ``u [D]`` of its latent sites.
+
+    The model is read when something is first asked of it, once. `at` gives the target of other arguments, which
+    shares the reading and the scorer.
+
+    Args:
+        model: The Pyro model.
+        *args: Its arguments.
+        mode: Mode of scoring it, as in `LogJoint`.
+        plate: Plate whose latents may be those of a minibatch, for amortized guides.
+        **kwargs: Its keyword arguments.
 
     Attributes:
-        model: The Pyro model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        trace: A trace of its latent sites.
-        layout: These sites on the vector.
-        log_joint: What scores it.
+        values: Values of the latent sites at which the model is known to run, ``{site: [*site shape]}``.
     """
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    trace: Any
-    layout: SiteLayout
-    log_joint: LogJoint
+    def __init__(self, model: Model, arguments: Arguments, *, mode: str = "auto", plate: str | None = None):
+        self.model = model
+        self.arguments = arguments
+        self.mode = mode
+        self.plate = plate
+        self.values: dict[str, Tensor] = {}
 
     @classmethod
     def of(
-        cls,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        first: dict[str, Tensor],
-        seed: int,
+        cls, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], first: dict[str, Tensor], seed: int
     ) -> Target:
-        """Read the model's latent sites, at the values of a draw where those fit: not every prior allows a run."""
+        """Read the model's latent sites, at the values of a draw where these fit: not every prior allows a run.
+
+        Raises:
+            ModelError: The prior of a site has no density.
+        """
+        target = cls(model, Arguments(args, kwargs))
         there = InitMessenger(init_to_value(values=first))(model)
         with torch.no_grad(), RandomStream(seed):
             try:
@@ -61,92 +67,166 @@ class Target:
                 for name, node in trace.iter_stochastic_nodes():
                     fn, value = node["fn"], node["value"]
                     if value.shape != fn.shape() or not fn.support.check(value).all():
-                        raise ValueError(f"the first draw is no value of {name!r}")
+                        raise ValueError(f"the first draw is not a value of {name!r}")
             except (RuntimeError, ValueError, NotImplementedError):
                 trace = latent_trace(model, *args, **kwargs)
             check_latents(trace)
-            layout = SiteLayout.from_trace(trace)
-            values = {name: trace.nodes[name]["value"] for name in layout.names}
-            implicit = sites_without_density(model, values, *args, **kwargs)
+            target.trace = trace
+            target.values = {name: trace.nodes[name]["value"] for name in target.layout.names}
+            implicit = target.sites_without_density
         if implicit:
-            raise ModelError(
-                f"the prior of {', '.join(map(repr, implicit))} has no density, so there is no posterior density to "
-                "hold draws against",
-                do="Compare with draws of a reference: implicitvi.metrics.c2st.",
+            advice = "Compare draws with those of a reference: implicitvi.metrics.c2st."
+            raise ModelError.must_be(
+                f"the prior of {_names(implicit)}", "a prior with a density to judge draws", do=advice
             )
-        return cls(model, args, kwargs, trace, layout, LogJoint(model, layout))
+        return target
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The model's positional arguments."""
+        return self.arguments.args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The model's keyword arguments."""
+        return self.arguments.kwargs
+
+    def at(self, arguments: Arguments) -> Target:
+        """Return the target of the same model, read and scored as this one, at other arguments."""
+        other = copy(self)
+        other.arguments = arguments
+        return other
+
+    def near(self, values: dict[str, Tensor]) -> Target:
+        """Return the same target, which looks at the model where its latent sites have these values."""
+        other = copy(self)
+        other.values = values
+        return other
+
+    @cached_property
+    def trace(self) -> Any:
+        """A trace of the model's latent sites; its data are checked.
+
+        Raises:
+            ModelError: The model has no latent site, or one that cannot be drawn.
+        """
+        trace = latent_trace(self.model, *self.args, **self.kwargs)
+        check_latents(trace, amortized=self.plate)
+        return trace
+
+    @cached_property
+    def layout(self) -> SiteLayout:
+        """The latent sites on the vector ``u``."""
+        return SiteLayout.from_trace(self.trace)
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The unconstrained leaves of the model's parameters, by name."""
+        return model_parameters(self.model, self.values, *self.args, **self.kwargs)
+
+    @cached_property
+    def sites_without_density(self) -> tuple[str, ...]:
+        """Names of the latent sites that can be drawn but not scored; the log joint leaves them out."""
+        return sites_without_density(self.model, self.values, *self.args, **self.kwargs)
+
+    @cached_property
+    def flat_sites(self) -> tuple[str, ...]:
+        """Names of the latent sites with a flat prior."""
+        return flat_sites(self.model, self.values, *self.args, **self.kwargs)
+
+    @cached_property
+    def log_joint(self) -> LogJoint:
+        """The scorer, shared by the targets of all arguments."""
+        return LogJoint(self.model, self.layout, mode=self.mode, exclude=self.sites_without_density)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """``log p [S]`` of points ``[S, D]``."""
+        """Return ``log p(x, u) + log|J|`` of points ``u [S, D]``: ``[S]`` in nats."""
         return self.log_joint(u, *self.args, **self.kwargs)
 
+    def loop(self, u: Tensor) -> Tensor:
+        """Score points ``u [S, D]`` one by one: ``[S]`` in nats."""
+        return self.log_joint.loop(u, *self.args, **self.kwargs)
+
     def score(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """``log p [S]`` and its gradient ``[S, D]`` at ``u [S, D]``, after `choose`."""
+        """Return ``log p [S]`` and its gradient ``[S, D]`` at ``u [S, D]``, after `choose`."""
         self.choose(u)
         return gradients(self, u, chunk=500)
 
     def choose(self, u: Tensor) -> None:
-        """Choose the way of scoring by what agrees with the loop at some of ``u [S, D]``.
+        """Choose the mode of scoring that agrees with the loop at some of ``u [S, D]``.
 
         Raises:
-            ModelError: The model looks at a minibatch.
+            ModelError: The model sees a minibatch of its data.
         """
         with torch.no_grad():
-            few = u[:_PROBES]
-            scored = few[self.log_joint.loop(few, *self.args, **self.kwargs).isfinite()]
+            few = u[:PROBES]
+            scored = few[self.loop(few).isfinite()]
         self.log_joint.choose((scored if len(scored) else few)[:3], *self.args, **self.kwargs)
         for name, (size, part) in self.log_joint.minibatches.items():
-            raise ModelError(
-                f"the model looks at a minibatch of plate {name!r}, so its density is another at every look",
-                got=f"{part} of {size}",
-                do="Pass arguments under which it looks at all of its data.",
+            advice = "Pass arguments under which the model sees all of its data."
+            raise ModelError.must_be(
+                f"plate {name!r}", "whole, or the density changes with every look", f"{part} of {size}", advice
             )
 
-    def unconstrain(self, draws: Draws) -> Tensor:
-        """Draws ``{site: [S, *site shape]}`` as ``u [S, D]``, checked."""
-        names, given = set(self.layout.names), set(draws)
-        if names != given:
-            wrong = [f"missing {name!r}" for name in self.layout.names if name not in given]
-            wrong += [f"unknown {name!r}" for name in draws if name not in names]
-            raise ShapeError(
-                "the draws are not of the model's latent sites",
-                got=", ".join(wrong),
-                expected=", ".join(map(repr, self.layout.names)),
-                do="Leave out deterministic and observed sites, and discrete ones that the model sums out.",
-            )
-        values, counts = {}, {}
-        for site in self.layout.sites:
-            node = self.trace.nodes[site.name]
-            value = torch.as_tensor(draws[site.name]).detach().to(node["value"])
-            if tuple(value.shape[1:]) != site.shape:
-                raise ShapeError(
-                    f"the draws of site {site.name!r} have the wrong shape",
-                    got=tuple(value.shape),
-                    expected=f"[S, {', '.join(map(str, site.shape))}]" if site.shape else "[S]",
-                    do="Put the draws of all chains behind each other along the first axis.",
-                )
-            valid = (node["fn"].support.check(value), value.isfinite())
-            inside = torch.stack([v.reshape(len(value), -1).all(1) for v in valid]).all(0)
-            if not inside.all():
-                outside = int((~inside).sum())
-                raise ModelError(
-                    f"draws of site {site.name!r} lie outside its support",
-                    got=f"{outside} of {len(value)}",
-                    expected=str(node["fn"].support),
-                    do="Pass constrained values, as guide.sample or MCMC.get_samples give them.",
-                )
-            values[site.name], counts[site.name] = value, len(value)
-        if len(set(counts.values())) > 1:
-            raise ShapeError("sites have different numbers of draws", got=counts)
-        with torch.no_grad():
-            return self.layout.pack(values)
+    def prior(self, like: Tensor) -> ModelPrior:
+        """Return the prior of the latent sites on ``u``, with the dtype and device of ``like [D]``."""
+        log_prior = LogJoint(
+            self.model, self.layout, mode=self.mode, only=self.layout.names, exclude=self.sites_without_density
+        )
+        return ModelPrior(log_prior, self.args, self.kwargs, like)
 
     def prior_draws(self, count: int, like: Tensor, seed: int) -> Tensor | None:
-        """Draws ``[count, D]`` of the prior; ``None`` where it cannot be drawn from, as a flat one cannot."""
-        prior = ModelPrior(LogJoint(self.model, self.layout, only=self.layout.names), self.args, self.kwargs, like)
+        """Draw ``[count, D]`` from the prior; ``None`` where that is impossible, as with a flat one."""
         try:
             with warnings.catch_warnings(), RandomStream(seed):
                 warnings.simplefilter("ignore")
-                return prior.sample((count,))
+                return self.prior(like).sample((count,))
         except (ModelError, NotImplementedError, RuntimeError, ValueError):
             return None
+
+    def describe(self, u: Tensor) -> str:
+        """Name the sites of ``u [D]`` whose log density is not finite, with value and score."""
+        return self.log_joint.describe(u, *self.args, **self.kwargs)
+
+    def unconstrain(self, draws: Draws) -> Tensor:
+        """Return draws ``{site: [S, *site shape]}`` as ``u [S, D]``, checked.
+
+        Raises:
+            ShapeError: Sites are missing or unknown, or have other shapes.
+            ModelError: Draws lie outside the support of their site.
+        """
+        self._check_names(draws)
+        values = {site.name: self._checked(site.name, site.shape, draws[site.name]) for site in self.layout.sites}
+        counts = {name: len(value) for name, value in values.items()}
+        if len(set(counts.values())) > 1:
+            raise ShapeError.must_be("the number of draws", "the same for all sites", counts)
+        with torch.no_grad():
+            return self.layout.pack(values)
+
+    def _check_names(self, draws: Draws) -> None:
+        wrong = [f"missing {name!r}" for name in self.layout.names if name not in draws]
+        wrong += [f"unknown {name!r}" for name in draws if name not in self.layout.names]
+        if wrong:
+            expected = f"the draws of the latent sites {_names(self.layout.names)}"
+            advice = "Leave out deterministic and observed sites, and discrete ones that the model sums out."
+            raise ShapeError.must_be("draws", expected, ", ".join(wrong), advice)
+
+    def _checked(self, name: str, shape: tuple[int, ...], draws: Any) -> Tensor:
+        """Return the draws ``[S, *shape]`` of a site in its dtype and on its device."""
+        node = self.trace.nodes[name]
+        value = torch.as_tensor(draws).detach().to(node["value"])
+        if tuple(value.shape[1:]) != shape:
+            expected = f"of shape [{', '.join(['S', *map(str, shape)])}]"
+            advice = "Put the draws of all chains one after another along the first axis."
+            raise ShapeError.must_be(f"draws of site {name!r}", expected, tuple(value.shape), advice)
+        valid = (node["fn"].support.check(value), value.isfinite())
+        inside = torch.stack([v.reshape(len(value), -1).all(1) for v in valid]).all(0)
+        if not inside.all():
+            got = f"{int((~inside).sum())} of {len(value)} outside"
+            advice = "Pass constrained values, as guide.sample or MCMC.get_samples return them."
+            raise ModelError.must_be(f"draws of site {name!r}", f"in its support, {node['fn'].support}", got, advice)
+        return value
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(repr, names))
