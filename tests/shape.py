@@ -367,7 +367,7 @@ def measure(package: Package) -> list[Measure]:
 
 # picture
 
-WIDTH, BOX_WIDTH, BOX_HEIGHT, FLOOR_HEIGHT, MARGIN = 960, 200, 76, 132, 12
+WIDTH, BOX_WIDTH, BOX_HEIGHT, FLOOR_HEIGHT, MARGIN = 960, 200, 90, 142, 12
 # Boxes are filled, and the grey of everything else is legible on a light and on a dark page.
 STYLE = """\
 text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif; text-anchor: middle }
@@ -462,7 +462,7 @@ def box(package: Package, room: str, x: float, y: float) -> str:
     module = package.modules[room]
     folder = module.path.name == "__init__.py" and room != "__init__"
     said = re.sub("`+", "", (ast.get_docstring(module.tree) or "").partition("\n")[0])
-    lines = textwrap.wrap(said, 30, max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(said, 30, max_lines=4, placeholder=" …")
     middle = x + BOX_WIDTH / 2
     texts = [
         f'<text class="line" x="{middle:.0f}" y="{y + 38 + 14 * i:.0f}">{escape(line)}</text>'
