@@ -76,7 +76,7 @@ class Measure:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the value is above its bound."""
+        """Return True where the value is above its bound."""
         return self.value > BOUNDS.get(self.name, float("inf"))
 
     def __str__(self) -> str:
@@ -99,11 +99,6 @@ class Module:
     name: str
     path: Path
     place: str
-
-    @property
-    def room(self) -> str:
-        """The first part of the name."""
-        return self.name.split(".")[0]
 
     @cached_property
     def text(self) -> str:
@@ -139,7 +134,7 @@ class Package:
     @cached_property
     def rooms(self) -> list[str]:
         """Names of the rooms."""
-        return sorted({module.room for module in self.modules.values()})
+        return sorted(set(map(room_of, self.modules)))
 
     @cached_property
     def imports(self) -> dict[str, set[str]]:
