@@ -155,7 +155,7 @@ for name, contrast in CONTRASTS.items():
         f"{name:20}{knn_kl(q, truth):10.3f}{knn_kl(truth, q):10.3f}{q[:, 1].std():10.3f}{fit.seconds:10.1f}", flush=True
     )
 print(f"{'exact draws':20}{knn_kl(other, truth):10.3f}{knn_kl(truth, other):10.3f}{other[:, 1].std():10.3f}{0:10.1f}")
-learned = svi.problem.avb.contrast
+learned = svi.objective.avb.contrast
 print(
     "\ndivergences in nats from draws, 0 at best; of exact draws what the estimator makes of its own noise; sd of v: 2"
     f"\nthe funnel's log width has slope {learned.slope.item():.3f} in v, and should have 0.5"

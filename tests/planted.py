@@ -238,7 +238,7 @@ def adversary_off_half_way() -> Any:
     kept: dict[str, Any] = {}
 
     def freeze(trainer: Any) -> None:
-        avb = svi.problem.avb
+        avb = svi.objective.avb
         if trainer.step_count == 60:
             kept["state"] = deepcopy(avb.adversary.state_dict())
         if kept:

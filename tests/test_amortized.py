@@ -20,8 +20,9 @@ from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
 from implicitvi.inference.amortization import Amortization
-from implicitvi.inference.minibatches import DatasetSource, PlateSource
+from implicitvi.inference.minibatches import DatasetMinibatches, PlateMinibatches
 from implicitvi.nn import LocationScaleNet
+from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.plates import read_plate
 from implicitvi.training import StopTraining, Trainer
@@ -79,15 +80,15 @@ def test_shared_and_local_join_what_they_part() -> None:
 def test_the_terms_are_the_log_joint_datum_by_datum(minibatch: int | None) -> None:
     """Float64, against the densities written out; together, weighted, they are the whole log joint."""
     y = Y.double()
-    source = PlateSource(groups, Amortization.parse({"groups": features}))
-    batch = source.batch(y, minibatch=minibatch)
+    source = PlateMinibatches(groups, Amortization.parse({"groups": features}))
+    batch = source.batch(Arguments.of(y, minibatch=minibatch))
     count = minibatch or 6
     assert batch.weight == 6 / count and batch.rows.shape == (count, 1)
     assert batch.layout is not None
     g = torch.randn(3, 3, dtype=torch.float64)
     z = torch.randn(3, count, 3, dtype=torch.float64, requires_grad=True)
     terms = source.terms(g, z, batch)
-    assert source.log_joint.mode == "vmap", source.how()
+    assert source.log_joint.mode == "vmap", source.scoring()
     mu, tilt = g[:, :1], g[:, 1:]
     outside = Normal(0.0, 1.0).log_prob(g).sum(-1)
     effect = z[..., 1:]
@@ -103,8 +104,8 @@ def test_the_terms_are_the_log_joint_datum_by_datum(minibatch: int | None) -> No
 
 
 def test_rows_that_are_picked_have_the_terms_they_had() -> None:
-    source = PlateSource(groups, Amortization.parse("groups"))
-    batch = source.batch(Y.double())
+    source = PlateMinibatches(groups, Amortization.parse("groups"))
+    batch = source.batch(Arguments.of(Y.double()))
     g, z = torch.randn(2, 3).double(), torch.randn(2, 6, 3).double()
     part = batch.pick(3)
     assert part.picked is not None and len(part.rows) == 3
@@ -119,9 +120,9 @@ def test_a_particle_that_fails_takes_no_other_with_it() -> None:
         with pyro.plate("groups", len(y)):
             pyro.sample("z", dist.Normal(rho, 1.0))
 
-    source = PlateSource(fragile, Amortization.parse({"groups": features}))
+    source = PlateMinibatches(fragile, Amortization.parse({"groups": features}))
     torch.manual_seed(3)
-    batch = source.batch(Y)
+    batch = source.batch(Arguments.of(Y))
     terms = source.terms(torch.tensor([[0.1], [3.0], [0.2]]), torch.randn(3, 6, 1), batch)
     assert terms.isfinite().all(1).tolist() == [True, False, True]
 
@@ -296,8 +297,8 @@ def test_whole_datasets_are_fitted_and_a_new_one_is_drawn() -> None:
 def test_datasets_together_score_as_one_by_one() -> None:
     ys = torch.randn(4, 2).double()
     guide = ImplicitGuide(pairs, amortize=lambda y: y).setup(ys[0])
-    source = DatasetSource(pairs, Amortization.parse(lambda y: y), guide.layout)
-    batch = source.batch(ys)
+    source = DatasetMinibatches(pairs, Amortization.parse(lambda y: y), guide.layout)
+    batch = source.batch(Arguments.of(ys))
     z = torch.randn(3, 4, 1).double()
     terms = source.terms(None, z, batch)
     exact = Normal(0.0, 1.0).log_prob(z[..., 0]) + Normal(z, 1.0).log_prob(ys).sum(-1)
@@ -502,17 +503,17 @@ def test_more_that_is_refused() -> None:
 
 def test_data_that_change_in_place_are_read_again() -> None:
     y = Y.clone()
-    source = PlateSource(effects, Amortization("groups", features))
-    first = source.batch(y).rows.clone()
+    source = PlateMinibatches(effects, Amortization("groups", features))
+    first = source.batch(Arguments.of(y)).rows.clone()
     y.mul_(2)
-    assert torch.equal(source.batch(y).rows, 2 * first)
+    assert torch.equal(source.batch(Arguments.of(y)).rows, 2 * first)
     held = torch.zeros(3)
 
     def closed() -> None:
         with pyro.plate("row", 3):
             pyro.sample("obs", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=held)
 
-    source = PlateSource(closed, Amortization("row", None))
-    assert source.batch().rows.sum() == 0
+    source = PlateMinibatches(closed, Amortization("row", None))
+    assert source.batch(Arguments.of()).rows.sum() == 0
     held.fill_(7.0)
-    assert source.batch().rows.min() > 0
+    assert source.batch(Arguments.of()).rows.min() > 0

@@ -265,7 +265,7 @@ def test_pyros_own_loop_takes_the_option() -> None:
     loss = AVB_ELBO(num_steps=5, num_particles=16, warm_start=5, seed=0, compile="graph")
     svi = pyro.infer.SVI(models.eight_schools, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
     assert np.isfinite([svi.step(models.SIGMA, models.Y) for _ in range(2)]).all()
-    assert "compiled (graph)" in loss._engine.problem.log_joint.reason
+    assert "compiled (graph)" in loss._training.target.log_joint.reason  # type: ignore[union-attr]
 
 
 def test_options_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,6 @@ from implicitvi.inference.modes import (
     find_modes,
     wide_starts,
 )
-from implicitvi.inference.objective import Problem
 from implicitvi.numerics.gaussian import Mixture
 from implicitvi.rng import RandomStream
 from models import SIGMA, Y, eight_schools
@@ -251,8 +250,7 @@ def test_a_tempered_fit_sets_out_from_wide_gaussians() -> None:
         each = [MultivariateNormal(loc, scale_tril=3 * scale) for loc, scale in zip(locs, scales, strict=True)]
         u = 5 * torch.randn(50, guide.layout.dim)
         g = torch.stack([part.log_prob(u) for part in each]).logsumexp(0) - math.log(modes)
-        assert isinstance(svi.problem, Problem)
-        plain, tempered = (svi.problem.scorer(svi.problem.arguments, beta)(u) for beta in (1, 0.25))
+        plain, tempered = (svi.objective.scorer(svi.target, beta)(u) for beta in (1, 0.25))
         torch.testing.assert_close(tempered, 0.25 * plain + 0.75 * g)
 
 

@@ -81,7 +81,7 @@ def test_fits_that_disagree_warn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def moved(self: AVBSVI, *args: Tensor) -> Fit:
         fit = run(self, *args)
-        if not self._twins:
+        if not self._restarts:
             self.guide.sampler.loc.add_(1.0)
         return fit
 

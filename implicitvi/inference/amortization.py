@@ -1,12 +1,15 @@
-"""Amortized posteriors: one network for the latents of every datum, or of every dataset."""
+"""Amortize posteriors: one network for the latents of every datum, or of every dataset."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
+from pyro.distributions import Delta
 from torch import Tensor, nn
 
 from implicitvi.avb.conditional import ConditionalSampler
@@ -21,12 +24,12 @@ Amortize = str | Mapping[str, Features] | Features
 
 @dataclass(frozen=True)
 class Amortization:
-    """What a guide is amortized over.
+    """A plate, or datasets, that a guide is amortized over, with the features that its network sees.
 
     Attributes:
         plate: The plate whose elements have latents of their own; ``None`` for whole datasets.
-        features: What the network is shown, a function of the model's arguments; ``None`` for everything that the
-            model observes in the plate.
+        features: Function of the model's arguments that returns the features; ``None`` for everything that the model
+            observes in the plate.
     """
 
     plate: str | None
@@ -39,57 +42,50 @@ class Amortization:
             return cls(amortize, None)
         if isinstance(amortize, Mapping):
             if len(amortize) != 1:
-                raise OptionError("a guide can be amortized over one plate", got=sorted(amortize) or "none")
+                raise OptionError.must_be("amortize", "one plate", sorted(amortize) or "none")
             ((plate, features),) = amortize.items()
             if isinstance(plate, str) and callable(features):
                 return cls(plate, features)
         elif callable(amortize):
             return cls(None, amortize)
-        raise OptionError(
-            "amortize is neither a plate nor a function",
-            got=repr(amortize),
-            expected="the name of a plate, {plate: features} or features",
-            do="features takes the model's arguments and returns a tensor: a row for each element of the plate, or "
-            "one vector for a dataset.",
-        )
+        expected = "the name of a plate, {plate: features} or features"
+        advice = "features takes the model's arguments and returns a row for each element, or one vector for a dataset."
+        raise OptionError.must_be("amortize", expected, repr(amortize), advice)
 
     def rows(self, run: PlateRun, *args: Any, **kwargs: Any) -> Tensor:
-        """Features of the elements of a plate, of all ``N`` or of those in the run: ``[N or B, C]``.
+        """Return the features of the elements of a plate, of all ``N`` or of those in the run: ``[N or B, C]``.
 
         Raises:
-            ShapeError: The function of the features returns neither.
+            ModelError: There are no features: the plate observes nothing.
+            ShapeError: The function of the features returns other shapes.
         """
-        layout = run.layout
+        layout, faq = run.layout, "a-latent-for-every-row"
         if self.features is None:
             if run.observed is None:
+                advice = "Pass amortize={plate: features} with a function of the model's arguments."
                 raise ModelError(
-                    f"plate {self.plate!r} observes nothing that could be shown to the network",
-                    do="Pass amortize={plate: features} with a function of the model's arguments.",
-                    faq="a-latent-for-every-row",
+                    f"Plate {self.plate!r} must observe something to show to the network. {advice}", faq=faq
                 )
             return run.observed
         rows = self.features(*args, **kwargs)
-        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) not in {layout.size, layout.full_size}:
-            raise ShapeError(
-                f"the features of plate {self.plate!r} do not have a row for each element",
-                got=f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__,
-                expected=f"[{layout.full_size}, ...]"
-                + (f" or [{layout.size}, ...]" if layout.size != layout.full_size else ""),
-                faq="a-latent-for-every-row",
-            )
+        sizes = sorted({layout.full_size, layout.size}, reverse=True)
+        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) not in sizes:
+            got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            expected = "a tensor with a row for each element, " + " or ".join(f"[{size}, ...]" for size in sizes)
+            raise ShapeError.must_be(f"the features of plate {self.plate!r}", expected, got, faq=faq)
         return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
 
     def row(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Features of one dataset, ``[1, C]``."""
+        """Return the features of one dataset, ``[1, C]``."""
         assert self.features is not None
         row = self.features(*args, **kwargs)
         if not isinstance(row, Tensor):
-            raise ShapeError("the features of a dataset are not a tensor", got=type(row).__name__, expected="a tensor")
+            raise ShapeError.must_be("the features of a dataset", "a tensor", type(row).__name__)
         return row.reshape(1, -1)
 
 
 class AmortizedSampler(nn.Module):
-    """Draws shared latents ``g``, then those of every datum given its features and ``g``.
+    """A sampler of shared latents ``g``, then of those of every datum given its features and ``g``.
 
         g = f(ε),   z_i = m(x_i, g) + L(x_i, g) h(ε_i, x_i, g)
 
@@ -113,7 +109,7 @@ class AmortizedSampler(nn.Module):
         self.register_buffer("feature_scale", torch.ones(feature_dim))
 
     def set_units(self, rows: Tensor) -> None:
-        """Take the units of the features from typical ones, ``[N, C]``."""
+        """Standardise features from now on by location and scale of typical ones, ``[N, C]``."""
         check_finite(rows)
         rows = rows.to(self.feature_loc)
         scale = rows.std(0, correction=0)
@@ -121,16 +117,13 @@ class AmortizedSampler(nn.Module):
         self.feature_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
     def context(self, rows: Tensor, g: Tensor | None, frame: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What the local network is shown: ``[B, C]``, or ``[S, B, C + G]`` beside shared draws ``g [S, G]``.
+        """Return the input of the local network: ``[B, C]``, or ``[S, B, C + G]`` beside shared draws ``g [S, G]``.
 
-        The shared draws are shown in units of ``frame``, by default their sampler's location and scale.
+        The shared draws are standardised by ``frame``, by default their sampler's location and scale.
         """
         if rows.shape[1:] != self.feature_loc.shape:
-            raise ShapeError(
-                "the features are not those that the guide was made with",
-                got=f"[{', '.join(map(str, rows.shape))}]",
-                expected=f"[B, {len(self.feature_loc)}]",
-            )
+            expected = f"those that the guide was made with, [B, {len(self.feature_loc)}]"
+            raise ShapeError.must_be("features", expected, tuple(rows.shape))
         x = (rows.to(self.feature_loc) - self.feature_loc) / self.feature_scale
         if g is None or self.shared is None:
             return x
@@ -146,15 +139,45 @@ class AmortizedSampler(nn.Module):
         return g, z
 
 
-def check_finite(rows: Tensor) -> None:
-    """Raise `ModelError` unless features ``[N, C]`` are finite: of others a network makes draws that are not either.
+def plate_sampler(run: PlateRun, rows: Tensor, make_sampler: Callable[..., Sampler]) -> AmortizedSampler:
+    """Return the sampler of shared and local latents of a plate, at the location of the latents in a run."""
+    g, z = run.layout.part(run.u[None])
+    shared = None if g is None else make_sampler(g.shape[1])
+    sampler = AmortizedSampler(shared, make_sampler, datum_dim=z.shape[-1], feature_dim=rows.shape[1]).to(run.u)
+    sampler.set_units(rows)
+    if shared is not None and g is not None:
+        shared.loc.copy_(g[0])
+    sampler.local.loc.copy_(z.mean((0, 1)))
+    return sampler
 
-    Not for every step: the host would wait for the device.
+
+def sample_in_plates(run: PlateRun, plate: str, sampler: AmortizedSampler, rows: Tensor) -> dict[str, Tensor]:
+    """Draw every latent site once by `pyro.sample`, inside its plates: ``{site: [*site shape]}``."""
+    frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
+    plates = {
+        name: pyro.plate(
+            name, frame.full_size or frame.size, subsample=run.indices if name == plate else None, dim=frame.dim
+        )
+        for name, frame in frames.items()
+    }
+    g, z = sampler(1, rows)
+    values, log_dets = run.layout.all.unpack_each(run.layout.join(g, z)[0])
+    for site in run.layout.all.sites:
+        density = Delta(values[site.name], -log_dets[site.name], event_dim=site.event_dim)
+        with ExitStack() as stack:
+            for frame in run.frames[site.name]:
+                stack.enter_context(plates[frame.name])
+            pyro.sample(site.name, density)
+    return values
+
+
+def check_finite(rows: Tensor) -> None:
+    """Raise `ModelError` unless features ``[N, C]`` are finite: draws of others would not be.
+
+    Do not call it in every step: the host would wait for the device.
     """
     bad = (~rows.isfinite()).any(1)
     if bad.any():
-        raise ModelError(
-            "what the network is shown is not finite",
-            got=f"{int(bad.sum())} such rows of {len(rows)}, the first of them row {int(bad.nonzero()[0])}",
-            do="Drop such rows, or pass features that are filled in and say which ones were.",
-        )
+        got = f"{int(bad.sum())} of {len(rows)} rows that are not, the first of them row {int(bad.nonzero()[0])}"
+        advice = "Drop such rows, or pass features that are filled in, with a mark of which ones were."
+        raise ModelError.must_be("the features", "finite", got, advice)

@@ -1,4 +1,4 @@
-"""What a run returns."""
+"""Hold a trained guide with the record of its training: `Fit`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHOWN = 20  # rows of it in a notebook
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained guide and the record of its training.
+    """A trained guide with the record of its training.
 
     Attributes:
         guide: The trained guide.
@@ -40,18 +40,18 @@ class Fit:
             ``beta``, ``dropped``.
         num_steps: Steps taken so far, over all runs.
         seconds: Wall time of this run, the one-off costs included.
-        setup_seconds: The part of it that went to the layout, the choice of log joint, compiling and the warm start.
+        setup_seconds: The part of it before the first step: layout, choice of log joint, compiling and warm start.
         stop_reason: ``"finished"``, ``"interrupted"`` or a callback's message.
         skipped: Turns skipped because a loss or gradient was not finite.
-        log_joint: How the model was scored, and why.
+        log_joint: Mode of scoring the model, and the reason for it.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
         model: The model that was fitted.
         args: Its arguments in the run.
         kwargs: Its keyword arguments.
         restarts: The other fits of a run with ``restarts``, each with a guide of its own.
-        agreement: How far they all are from each other; ``None`` without restarts, and of amortized guides.
-        seed: Seed of the fit, ``None`` where it was drawn.
-        write: Writes the fit into a folder; see `save`.
+        agreement: Comparison of all of them; ``None`` without restarts, and for amortized guides.
+        seed: Seed of the fit, ``None`` if it was drawn.
+        write: Function that writes the fit into a folder; see `save`.
     """
 
     guide: ImplicitGuide
@@ -74,29 +74,27 @@ class Fit:
     def save(self, folder: str | Path) -> None:
         """Write everything that training and drawing need into a folder; `AVBSVI.load` reads it.
 
-        Each restart has a folder of its own inside.
-        The state is the present one: of a guide that has been trained further it is the later one.
+        Each restart has a folder of its own inside. The state is the present one, later than this fit if its guide has
+        been trained further.
 
         Raises:
             SetupError: The fit was not made by `AVBSVI`.
         """
         if self.write is None:
-            raise SetupError(
-                "only fits made by AVBSVI can be saved",
-                do="Save the guide's state_dict(), or write fit = AVBSVI(...).run(...).",
-            )
+            advice = "Save the guide's state_dict(), or write fit = AVBSVI(...).run(...)."
+            raise SetupError(f"The fit must be made by AVBSVI to be saved. {advice}")
         self.write(folder)
         for key, other in enumerate(self.restarts, 1):
             other.save(restart_folder(folder, key))
 
     @property
     def losses(self) -> NDArray[np.float64]:
-        """The sampler's loss at every step in nats: the negative learned ELBO, an estimate and no bound."""
+        """The sampler's loss at every step in nats: the negative learned ELBO, an estimate and not a bound."""
         return self.history["sampler"]
 
     @property
     def dropped(self) -> int:
-        """Draws dropped because the model gave them no finite log density."""
+        """Number of draws dropped because the model gave them no finite log density."""
         return int(self.history["dropped"].sum())
 
     @property
@@ -105,12 +103,12 @@ class Fit:
         return self, *self.restarts
 
     def best(self, criterion: Callable[[Fit], float] | None = None) -> Fit:
-        """The one of `fits` whose draws are nearest to the posterior.
+        """Return the one of `fits` whose draws are nearest to the posterior.
 
         Args:
-            criterion: Lower is better, and one that is not finite is not chosen; ``None`` for the kernel Stein
-                discrepancy of the draws. Never take the loss: a fit that has collapsed can have the best of all. A
-                discrepancy does not see modes that are missing: `agreement` compares those.
+            criterion: Function of a fit, lower is better, that is finite for one of them at least; ``None`` for the
+                kernel Stein discrepancy of the draws. Never use the loss: a collapsed fit can have the best of all. A
+                discrepancy does not see missing modes: `agreement` compares those.
 
         Raises:
             OptionError: The criterion is not finite for any of the fits.
@@ -118,11 +116,11 @@ class Fit:
         judge = criterion or (lambda fit: stein_error(fit.guide, self.model, *self.args, **self.kwargs))
         values = [float(judge(fit)) for fit in self.fits]
         if not any(map(isfinite, values)):
-            raise OptionError("the criterion is not finite for any of the fits", got=values)
+            raise OptionError.must_be("the criterion", "finite for one of the fits, not finite for all", values)
         return self.fits[min(range(len(values)), key=lambda i: (not isfinite(values[i]), values[i]))]
 
     def mixture(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
-        """A guide that draws from all of `fits`, each as often as any other; it has no learned density.
+        """Return a guide that draws from all of `fits` equally often; it has no learned density.
 
         Args:
             *args: The model's arguments.
@@ -132,14 +130,14 @@ class Fit:
             SetupError: The guide is amortized.
         """
         if self.guide.amortization is not None:
-            raise SetupError("amortized guides have no mixture", do="Use one of fit.fits.")
+            raise SetupError("The guide must not be amortized to be mixed. Use one of fit.fits.")
         guide = self.guide.fresh_copy().setup(*args, **kwargs)
         samplers = [fit.guide.sampler for fit in self.fits]
         guide.sampler = MixtureSampler(samplers, torch.ones(len(samplers))).to(samplers[0].loc)
         return guide
 
     def summary(self, num_samples: int = 4000) -> str:
-        """The record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
+        """Return the record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
         rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
         widths = [max(10, 1 + max(map(len, column))) for column in list(zip(*rows, strict=True))[1:]]
         lines = [
@@ -149,10 +147,10 @@ class Fit:
         return "\n".join([str(self), *lines])
 
     def _repr_html_(self) -> str:
-        """The summary for a notebook: its first rows, from draws that leave no trace in the random numbers."""
+        """Return the summary for a notebook: its first rows, from draws that leave the random numbers alone."""
         learned = {f"{name} (parameter)": value for name, value in self.parameters.items()}
         rows = [[*cells, "", "", "", ""] for cells in islice(_entries(learned), SHOWN)]
-        if self.guide.amortization is None:  # one posterior, and not one for each set of data
+        if self.guide.amortization is None:  # an amortized guide has a posterior for each dataset
             with RandomStream(0):
                 draws = self.guide.sample(1000)
             rows += islice(_rows(draws), SHOWN)
@@ -161,39 +159,39 @@ class Fit:
         return table(str(self), COLUMNS, rows)
 
     def diagnose(self, *, num_samples: int = 2000, seed: int = 0) -> Report:
-        """Say whether the fit can be trusted, and what to do where not: `implicitvi.diagnose` with the run's arguments.
+        """Judge whether the fit can be trusted: `implicitvi.diagnose` with the run's arguments.
 
         Args:
-            num_samples: Draws that are looked at.
-            seed: Of all that is random in it.
+            num_samples: Draws to judge.
+            seed: Random seed.
 
         Raises:
             SetupError: The guide is amortized.
-            ModelError: The model looked at minibatches of its data.
+            ModelError: The model saw minibatches of its data.
         """
         judge: Callable[..., Report] = diagnose
         return judge(self, self._as_run, *self.args, num_samples=num_samples, seed=seed)
 
     def resample(self, *, num_samples: int = 4000, seed: int = 0) -> Resampled:
-        """Draws chosen again by their importance weights: `diagnostics.refine.resample` with the run's arguments.
+        """Resample draws by their importance weights: `diagnostics.refine.resample` with the run's arguments.
 
         Args:
             num_samples: Draws to return, of four times as many of the guide.
-            seed: Of all that is random in it.
+            seed: Random seed.
 
         Raises:
             SetupError: The guide is amortized.
-            ModelError: The density cannot be learned well enough to weigh draws by, or a few have most of the weight.
+            ModelError: The density cannot be learned well enough for weights, or a few draws have most of the weight.
         """
         return resample(self.guide, self._as_run, *self.args, num_samples=num_samples, seed=seed)
 
     def polish(self, num_steps: int = 15, *, num_samples: int = 4000, seed: int = 0) -> Polished:
-        """Draws moved on by a Markov chain: `implicitvi.diagnostics.refine.polish` with the run's arguments.
+        """Move draws by a few steps of HMC: `diagnostics.refine.polish` with the run's arguments.
 
         Args:
             num_steps: Transitions of Hamiltonian Monte Carlo, of six gradients each.
             num_samples: Draws, each a chain.
-            seed: Of all that is random in it.
+            seed: Random seed.
 
         Raises:
             SetupError: The guide is amortized.
@@ -202,7 +200,7 @@ class Fit:
 
     @property
     def _as_run(self) -> Callable[..., Any]:
-        """The model with its keyword arguments, whose names may be those of options here."""
+        """The model with its keyword arguments, whose names may be those of options of this class."""
         return partial(self.model, **self.kwargs) if self.kwargs else self.model
 
     def __str__(self) -> str:
@@ -210,7 +208,7 @@ class Fit:
         agreed = "" if self.agreement is None else f"; {self.agreement}"
         return (
             f"{self.stop_reason} after {self.num_steps} steps, {self.seconds:.1f} s of which "
-            f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, no bound); "
+            f"{self.setup_seconds:.1f} s before the first; loss {loss:.3f} nats (an estimate, not a bound); "
             f"{self.skipped} turns skipped, {self.dropped} draws dropped; log joint by {self.log_joint}{agreed}"
         )
 
@@ -221,7 +219,7 @@ def restart_folder(folder: str | Path, key: int) -> Path:
 
 
 def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Name, mean, sd and quantiles of every entry of draws ``{site: [S, ...]}``."""
+    """Yield name, mean, sd and quantiles of every entry of draws ``{site: [S, ...]}``."""
     for name, value in draws.items():
         indices = np.ndindex(*value.shape[1:])
         for index, column in zip(indices, value.reshape(len(value), -1).T, strict=True):
@@ -231,7 +229,7 @@ def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
 
 
 def _entries(values: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Name and value of every entry of tensors."""
+    """Yield name and value of every entry of tensors."""
     for name, value in values.items():
         for index, entry in zip(np.ndindex(*value.shape), value.flatten().tolist(), strict=True):
             yield [_label(name, index), _number(entry)]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
-from pyro.distributions import Delta, TorchDistribution
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -20,7 +18,14 @@ from torch.distributions import constraints
 from implicitvi.avb.multimodal import MixtureSampler
 from implicitvi.avb.samplers import SAMPLERS, Sampler
 from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
-from implicitvi.inference.amortization import Amortization, Amortize, AmortizedSampler, check_finite
+from implicitvi.inference.amortization import (
+    Amortization,
+    Amortize,
+    AmortizedSampler,
+    check_finite,
+    plate_sampler,
+    sample_in_plates,
+)
 from implicitvi.inference.modes import Mode
 from implicitvi.pyro_model.checks import Readable, check_latents, is_hidden, latent_trace
 from implicitvi.pyro_model.plates import PlateRun, read_plate
@@ -226,7 +231,9 @@ class ImplicitGuide(AutoContinuous):
         run = None if self.plate is None else self._read_plate(*args, **kwargs)
         check_latents(trace, amortized=self.plate)
         if run is not None:
-            self._setup_plate(run, *args, **kwargs)
+            rows = self._amortization.rows(run, *args, **kwargs)
+            self.sampler: Any = plate_sampler(run, rows, self._make_sampler)
+            self._layout = run.layout.all
             self.prototype_trace = trace
             return
         super()._setup_prototype(*args, **kwargs)
@@ -235,27 +242,13 @@ class ImplicitGuide(AutoContinuous):
         if self.amortization is None:
             single: Sampler = self._make_sampler(self.latent_dim).to(start)
             single.loc.copy_(start)
-            self.sampler: Any = single
+            self.sampler = single
             return
         row = self.amortization.row(*args, **kwargs)
         self.sampler = AmortizedSampler(
             None, self._make_sampler, datum_dim=self.latent_dim, feature_dim=row.shape[1]
         ).to(start)
         self.sampler.local.loc.copy_(start)
-
-    def _setup_plate(self, run: PlateRun, *args: Any, **kwargs: Any) -> None:
-        """Build the networks of shared and local latents."""
-        g, z = run.layout.part(run.u[None])
-        rows = self._amortization.rows(run, *args, **kwargs)
-        shared = None if g is None else self._make_sampler(g.shape[1])
-        self.sampler = AmortizedSampler(
-            shared, self._make_sampler, datum_dim=z.shape[-1], feature_dim=rows.shape[1]
-        ).to(run.u)
-        self.sampler.set_units(rows)
-        if shared is not None and g is not None:
-            shared.loc.copy_(g[0])
-        self.sampler.local.loc.copy_(z.mean((0, 1)))
-        self._layout = run.layout.all
 
     def fresh_copy(self) -> ImplicitGuide:
         """Return another guide of the same model with the same options, not set up and with networks of its own."""
@@ -336,29 +329,10 @@ class ImplicitGuide(AutoContinuous):
             raise ModelError(f"A guide amortized over a plate must run outside of a plate of particles. {advice}")
         self.setup(*args, **kwargs)
         run = self._read_plate(*args, **kwargs)
-        frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
-        plates = {
-            name: pyro.plate(
-                name,
-                frame.full_size or frame.size,
-                subsample=run.indices if name == self.plate else None,
-                dim=frame.dim,
-            )
-            for name, frame in frames.items()
-        }
-        g, z = self.sampler(1, self._rows(run, *args, **kwargs))
-        u = run.layout.join(g, z)[0]
-        values, log_dets = run.layout.all.unpack_each(u)
-        for site in run.layout.all.sites:
-            density = Delta(values[site.name], -log_dets[site.name], event_dim=site.event_dim)
-            with ExitStack() as stack:
-                for frame in run.frames[site.name]:
-                    stack.enter_context(plates[frame.name])
-                pyro.sample(site.name, density)
-        return values
+        return sample_in_plates(run, self.plate, self.sampler, self._rows(run, *args, **kwargs))
 
     def _rows(self, run: PlateRun, *args: Any, **kwargs: Any) -> Tensor:
-        """Features of the elements in a run of the plate: ``[B, C]``."""
+        """Return the features of the elements in a run of the plate: ``[B, C]``."""
         rows = self._amortization.rows(run, *args, **kwargs)
         return rows if len(rows) == run.layout.size else rows[run.indices]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from implicitvi.avb.multimodal import MixtureSampler, PerModeContrast
 from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.ratios import RATIOS
 from implicitvi.avb.samplers import Sampler
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, ShapeError
+from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.gaussian_fit import amortized_gaussian_fit, gaussian_fit, refine_gaussian, starting_point
 from implicitvi.inference.guide import ImplicitGuide
@@ -37,16 +38,19 @@ from implicitvi.inference.minibatches import (
 )
 from implicitvi.inference.modes import search_modes
 from implicitvi.inference.objective import PosteriorObjective
-from implicitvi.inference.settings import ElboSettings
+from implicitvi.inference.settings import ElboSettings, Settings
 from implicitvi.numerics.gaussian import moments
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.compiled import compile_networks
+from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.prior import ModelPrior
 from implicitvi.pyro_model.target import Target
 from implicitvi.pyro_model.tracing import first_line
 from implicitvi.rng import RandomStream
 from implicitvi.training import Trainer
+from implicitvi.training.schedule import Schedule
+from implicitvi.training.trainer import History
 
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is estimated
 PROBES = 16  # draws of which at least one should have a density for each datum
@@ -94,6 +98,63 @@ class Training:
             advice, faq = "Move them back; a fit stays on the device of its first call.", "tensors-on-different-devices"
             raise ModelError.must_be("the model's arguments", f"on {expected}", got, advice, faq=faq)
         self.target = self.target.at(arguments)
+
+
+class TrainingHolder:
+    """A holder of a `Training`, whose parts are properties once the model has been seen.
+
+    Attributes:
+        settings: The options.
+    """
+
+    settings: Settings
+    _training: Training | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """Settings of every step."""
+        return self.settings.schedule
+
+    @property
+    def trainer(self) -> Trainer:
+        """The loop, with its players, step count and history."""
+        return self._bound.trainer
+
+    @property
+    def objective(self) -> PosteriorObjective:
+        """The objective, with sampler, contrast and adversary."""
+        return self._bound.objective
+
+    @property
+    def target(self) -> Target:
+        """The model bound to the arguments of the latest call."""
+        return self._bound.target
+
+    @property
+    def log_joint(self) -> LogJoint:
+        """The model's `LogJoint`; its ``mode`` and ``reason`` tell how the model is scored."""
+        source = self.objective.source
+        return self.target.log_joint if source is None else source.log_joint
+
+    @property
+    def history(self) -> History:
+        """Metrics of every step so far."""
+        return self.trainer.history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on: networks, optimisers, step, random numbers, history."""
+        return self.trainer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned; call `setup` with the model's arguments first."""
+        self.trainer.load_state_dict(state)
+
+    @property
+    def _bound(self) -> Training:
+        if self._training is None:
+            advice = "Call run, step, or setup with the model's arguments first."
+            raise SetupError(f"The fit must see its model first. {advice}")
+        return self._training
 
 
 def set_up(

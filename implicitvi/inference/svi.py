@@ -15,20 +15,18 @@ from torch import nn
 
 from implicitvi.avb.contrasts import Contrast
 from implicitvi.avb.ratios import RatioLoss
-from implicitvi.errors import ModelError, OptionError, SetupError
+from implicitvi.errors import ModelError, OptionError
 from implicitvi.inference.fit import Fit, restart_folder
 from implicitvi.inference.guide import ImplicitGuide
-from implicitvi.inference.objective import PosteriorObjective
 from implicitvi.inference.persistence import SavedFit, check_density, log_density, made_by, present_config, save
 from implicitvi.inference.restarts import together, warn_of_disagreement
 from implicitvi.inference.settings import Options, Settings
-from implicitvi.inference.setup import Training, check_guide, set_up
+from implicitvi.inference.setup import TrainingHolder, check_guide, set_up
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
-from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.parameters import parameter_values
 from implicitvi.rng import RandomStream, derived_seed
-from implicitvi.training import Callback, Checkpoint, History, Progress, Schedule, Trainer
+from implicitvi.training import Callback, Checkpoint, Progress
 from implicitvi.training.callbacks import as_callbacks
 from implicitvi.training.checkpoint import as_folder, check_same, holds_checkpoint
 from implicitvi.training.options import from_options, with_options
@@ -37,7 +35,7 @@ UNFINISHED: dict[str, Any] = {"seconds": 0.0, "setup_seconds": 0.0, "stop_reason
 
 
 @with_options(Settings)
-class AVBSVI:
+class AVBSVI(TrainingHolder):
     """An adversarial variational Bayes fit of a Pyro model, with the contract of `pyro.infer.SVI`.
 
     Two players take turns: the adversary learns ``log q - log r``, the guide's sampler raises the ELBO that follows
@@ -85,7 +83,6 @@ class AVBSVI:
         self.progress = progress
         self.callbacks = as_callbacks(callbacks)
         self._stream = RandomStream(self.settings.seed)
-        self._training: Training | None = None
         self._saved: SavedFit | None = None  # a state to continue from
         self._record: dict[str, Any] = dict(UNFINISHED)
         self._restarts = [self._restart(key) for key in range(1, self.settings.restarts)]
@@ -237,49 +234,8 @@ class AVBSVI:
         self.setup(*args, **kwargs)
         last = self.schedule.at(self.schedule.num_steps)
         with self._stream:
-            loss, _ = self.objective.loss(self._bound.target, last)
+            loss, _ = self.objective.loss(self.target, last)
         return nan if loss is None else loss.item()
-
-    @property
-    def schedule(self) -> Schedule:
-        """Settings of every step."""
-        return self.settings.schedule
-
-    @property
-    def trainer(self) -> Trainer:
-        """The loop, with its players, step count and history."""
-        return self._bound.trainer
-
-    @property
-    def objective(self) -> PosteriorObjective:
-        """The objective, with sampler, contrast and adversary."""
-        return self._bound.objective
-
-    @property
-    def log_joint(self) -> LogJoint:
-        """The model's `LogJoint`; its ``mode`` and ``reason`` tell how the model is scored."""
-        source = self.objective.source
-        return self._bound.target.log_joint if source is None else source.log_joint
-
-    @property
-    def history(self) -> History:
-        """Metrics of every step so far."""
-        return self.trainer.history
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on: networks, optimisers, step, random numbers, history."""
-        return self.trainer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `state_dict` returned; call `setup` with the model's arguments first."""
-        self.trainer.load_state_dict(state)
-
-    @property
-    def _bound(self) -> Training:
-        if self._training is None:
-            advice = "Call run, step, or setup with the model's arguments first."
-            raise SetupError(f"The fit must see its model first. {advice}")
-        return self._training
 
     def _restart(self, key: int) -> AVBSVI:
         """Return the same options around another guide and other random numbers."""
@@ -301,7 +257,7 @@ class AVBSVI:
         then = nan if self._saved is None else self._saved.log_density
         self.setup(*args, **kwargs)
         if resumed:
-            check_density(then, log_density(self.guide, self._bound.target))
+            check_density(then, log_density(self.guide, self.target))
         setup_seconds = time.perf_counter() - began
         if resumed and self.trainer.step_count >= self.schedule.num_steps:
             return self._fit()
@@ -326,7 +282,7 @@ class AVBSVI:
             bar.close()
 
     def _fit(self) -> Fit:
-        trainer, target = self.trainer, self._bound.target
+        trainer, target = self.trainer, self.target
         return Fit(
             guide=self.guide,
             history=trainer.history,
@@ -378,6 +334,6 @@ class AVBSVI:
             guide=self.guide,
             trainer=self.trainer,
             record=self._record,
-            density=log_density(self.guide, self._bound.target),
+            density=log_density(self.guide, self.target),
             notes=notes,
         )

@@ -17,6 +17,11 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @classmethod
+    def of(cls, *args: Any, **kwargs: Any) -> Arguments:
+        """Return the arguments as given."""
+        return cls(args, kwargs)
+
     def tensors(self) -> list[Tensor]:
         """Return the tensors among them, nested ones included."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.avb.players import Turn
 from implicitvi.avb.samplers import SemiImplicitSampler
-from implicitvi.inference.objective import Problem
 from implicitvi.nn import GatedBlock, GatedLayer, zero_init
 from implicitvi.training import Player, Schedule, Stage, Trainer
 from suite.target import Sites, Target
@@ -69,9 +68,9 @@ def denoised(target: Target, *, seed: int, quick: bool) -> Sites:
         target.model, guide, num_steps=num_steps, warm_start=warm_start, max_modes=1, seed=seed, progress=False
     )
     svi.setup(*target.args)
-    problem, sampler = svi.problem, guide.sampler
-    assert isinstance(problem, Problem) and isinstance(sampler, SemiImplicitSampler)
-    log_joint = problem.scorer(problem.arguments)
+    objective, sampler = svi.objective, guide.sampler
+    assert isinstance(sampler, SemiImplicitSampler)
+    log_joint = objective.scorer(svi.target)
     denoiser = Denoiser(sampler.latent_dim)
 
     def ascent(stage: Stage) -> Turn:
@@ -96,8 +95,8 @@ def agreement(target: Target, *, seed: int = 0, num_steps: int = Schedule.num_st
     guide = ImplicitGuide(target.model, sampler="semi_implicit")
     svi = AVBSVI(target.model, guide, num_steps=num_steps, max_modes=1, seed=seed, progress=False)
     svi.run(*target.args)
-    problem, sampler = svi.problem, guide.sampler
-    assert isinstance(problem, Problem) and isinstance(sampler, SemiImplicitSampler)
+    objective, sampler = svi.objective, guide.sampler
+    assert isinstance(sampler, SemiImplicitSampler)
     denoiser = Denoiser(sampler.latent_dim)
     stream = svi.trainer.stream
     Trainer([regression(sampler, denoiser)], schedule=svi.schedule, stream=stream).run(num_steps)
@@ -105,7 +104,7 @@ def agreement(target: Target, *, seed: int = 0, num_steps: int = Schedule.num_st
         h, _ = drawn(sampler, 500)
         one, two = (mixture_score(sampler, h) for _ in range(2))
     u = sampler.to_latent(h).requires_grad_()
-    (slope,) = torch.autograd.grad(problem.log_q(u).sum(), u)
+    (slope,) = torch.autograd.grad(objective.log_q(u).sum(), u)
     found = {"adversary": slope @ sampler.scale_tril, "denoiser": score(sampler, denoiser, h).detach()}
     size = (one * two).mean().sqrt()
     # the noise of the two halves is independent, and drops out of the product
