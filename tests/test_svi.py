@@ -345,7 +345,7 @@ def test_the_bar_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_fit_prints_itself() -> None:
     fit = small().run(Y)
-    assert "no bound" in str(fit) and "vmap" in str(fit)
+    assert "not a bound" in str(fit) and "vmap" in str(fit)
     assert "mu" in fit.summary(50)
 
 
