@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ class Sampler(nn.Module, ABC):
         self.loc.copy_(loc)
         self.scale_tril.copy_(scale_tril)
         self.initialised.fill_(True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Read states of version 0.1.0 too, in which `initialised` was ``placed``."""
+        if f"{prefix}placed" in state_dict:
+            state_dict[f"{prefix}initialised"] = state_dict.pop(f"{prefix}placed")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def frames(self) -> tuple[Tensor, Tensor]:
         """Location ``[1, D]`` and lower triangular scale ``[1, D, D]``; of several samplers in one, ``K`` of them."""
