@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.avb.objective import AVBObjective, importance_weighted
-from implicitvi.avb.players import Turn, follow_contrast
+from implicitvi.avb.players import Turn, adversary_players
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.gaussian_fit import parameter_groups
 from implicitvi.inference.minibatches import Minibatch, Source
@@ -81,9 +81,9 @@ class AmortizedProblem:
             for loss in self.shared.adversary_losses(count, steps):
                 yield loss, {}
 
-        players = follow_contrast("adversary", self.local, local_contrast, local_adversary)
+        players = adversary_players("adversary", self.local, local_contrast, local_adversary)
         if self.shared is not None:
-            players += follow_contrast("shared", self.shared, shared_contrast, shared_adversary)
+            players += adversary_players("shared", self.shared, shared_contrast, shared_adversary)
         return players
 
     def _local_losses(self, batch: Minibatch, stage: Stage) -> Iterator[Tensor]:

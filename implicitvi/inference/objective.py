@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from implicitvi.avb.objective import AVBObjective
-from implicitvi.avb.players import Turn, follow_contrast
+from implicitvi.avb.players import Turn, adversary_players
 from implicitvi.numerics.gaussian import GaussianMixture
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.training import Player, Stage
@@ -89,7 +89,7 @@ class Problem:
             for loss in avb.adversary_losses(stage.num_particles, stage.adversary_steps, scorer):
                 yield loss, {}
 
-        return follow_contrast("adversary", avb, contrast_losses, adversary_losses)
+        return adversary_players("adversary", avb, contrast_losses, adversary_losses)
 
     def sampler_player(self, arguments: Callable[[], Arguments]) -> Player:
         """The player that raises the ELBO. Arguments as for `opponents`."""

@@ -60,7 +60,7 @@ class Trainer:
         players: The players, in the order of their turns.
         schedule: Settings of every step.
         stream: Source of random numbers.
-        clip_norm: Bound on the global norm of each player's gradient; ``None`` for one relative to recent norms (`Clip`).
+        clip_norm: Bound on the global norm of each player's gradient; ``None`` for a multiple of recent ones (`Clip`).
         max_skips: Skipped turns of one player in a row that end the fit.
         explain: Returns a description of the non-finite values, for the error.
         betas: Adam's moment decays. A low first one suits a game, where yesterday's gradient answers yesterday's
