@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import silu
 
+from implicitvi.errors import check_at_least
+
 LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever its input
 
 
@@ -27,8 +29,9 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> n
     return nn.Sequential(*layers[:-1])
 
 
-def zero_init(layer: nn.Linear) -> nn.Linear:
-    """Set weight and bias of a layer to zero and return it."""
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Set weight and bias of a linear layer to zero and return it."""
+    assert isinstance(layer, nn.Linear)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -81,6 +84,19 @@ class GatedBlock(nn.Module):
         return out
 
 
+def gated_net(in_dim: int, out_dim: int, *, width: int, blocks: int) -> nn.Sequential:
+    """Return a network of gated residual blocks of one width between two linear layers."""
+    check_at_least("width", width, 1)
+    check_at_least("blocks", blocks, 0)
+    inner = (GatedBlock(width) for _ in range(blocks))
+    return nn.Sequential(nn.Linear(in_dim, width), *inner, GatedLayer(width, width), nn.Linear(width, out_dim))
+
+
+def last_layer(network: nn.Module) -> nn.Module:
+    """Return the last layer of a sequence, or the network itself."""
+    return last_layer(network[-1]) if isinstance(network, nn.Sequential) else network
+
+
 class SkipNet(nn.Module):
     """A network ``A ε + net(ε, x)`` with ``A`` the identity on the first outputs and a net that starts small.
 
@@ -94,7 +110,7 @@ class SkipNet(nn.Module):
         super().__init__()
         self.skip = nn.Linear(noise_dim, out_dim, bias=False)
         self.net = net
-        last = net[-1]
+        last = last_layer(net)
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
             self.skip.weight.copy_(torch.eye(out_dim, noise_dim))
@@ -203,9 +219,7 @@ class LocationScaleNet(nn.Module):
         size = latent_dim * (latent_dim + 3) // 2
         self.skip = zero_init(nn.Linear(context_dim, size))
         self.net = mlp([context_dim, *hidden, size])
-        last = self.net[-1]
-        assert isinstance(last, nn.Linear)
-        zero_init(last)
+        zero_init(last_layer(self.net))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from implicitvi import distributed
 from implicitvi.errors import check_at_least, check_positive
-from implicitvi.nn import GatedBlock, GatedLayer, Injected, ResidualBlock, concat_context, zero_init
+from implicitvi.nn import Injected, ResidualBlock, concat_context, gated_net, last_layer, zero_init
 
 
 class _NetworkAdversary(nn.Module):
@@ -46,9 +46,8 @@ class GatedAdversary(_NetworkAdversary):
 
     def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 64, blocks: int = 1):
         super().__init__()
-        check_at_least("width", width, 1)
-        check_at_least("blocks", blocks, 0)
-        self.net = nn.Sequential(nn.Linear(latent_dim + context_dim, width), *_gated_head(width, blocks))
+        self.net = gated_net(latent_dim + context_dim, 1, width=width, blocks=blocks)
+        zero_init(last_layer(self.net))
 
 
 class ResidualAdversary(_NetworkAdversary):
@@ -147,7 +146,7 @@ class PairwiseAdversary(nn.Module):
         self.z_net = z_net
         self.square = square
         with torch.no_grad():
-            for layer, first in ((_last(x_net), 0), (_last(z_net), -1)):
+            for layer, first in ((last_layer(x_net), 0), (last_layer(z_net), -1)):
                 if isinstance(layer, nn.Linear):
                     layer.weight[first:] = 0
                     layer.bias[first:] = 0
@@ -179,11 +178,10 @@ class JointAdversary(nn.Module):
 
     def __init__(self, x_net: nn.Module, latent_dim: int, *, width: int = 64, blocks: int = 1, square: bool = False):
         super().__init__()
-        check_at_least("width", width, 1)
-        check_at_least("blocks", blocks, 0)
         self.x_net = x_net
-        self.z_net = nn.Linear(latent_dim, width)
-        self.net = nn.Sequential(*_gated_head(width, blocks))
+        self.z_net, *layers = gated_net(latent_dim, 1, width=width, blocks=blocks)
+        zero_init(layers[-1])
+        self.net = nn.Sequential(*layers)
         self.square = square
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -216,16 +214,6 @@ class InjectedAdversary(nn.Module):
         return scores + _half_square(z) if self.square else scores
 
 
-def _gated_head(width: int, blocks: int) -> list[nn.Module]:
-    """Return gated residual blocks that end in one output, zero at the start."""
-    return [*(GatedBlock(width) for _ in range(blocks)), GatedLayer(width, width), zero_init(nn.Linear(width, 1))]
-
-
 def _half_square(z: Tensor) -> Tensor:
     """Return ``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
     return 0.5 * (z.square() - 1).sum(-1)
-
-
-def _last(network: nn.Module) -> nn.Module:
-    """Return the last layer of a sequence, or the network itself."""
-    return _last(network[-1]) if isinstance(network, nn.Sequential) else network

@@ -121,7 +121,7 @@ class LocationScale(Distribution):
 class ConditionalSampler(Sampler):
     """A sampler in a frame of its own for every context: ``z = m(x) + L(x) h(ε, x)``.
 
-    A `LocationScaleNet` gives the frame. Trained first, by itself, it is an amortized Gaussian posterior; the inner
+    A `LocationScaleNet` gives the frame. Trained first, alone, it is an amortized Gaussian posterior; the inner
     sampler then adds the shape, in coordinates that are alike for every context.
 
     Args:

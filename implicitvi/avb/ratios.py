@@ -21,7 +21,7 @@ class RatioLoss(Protocol):
     """A loss that an adversary minimises, and the map from its output to a log ratio."""
 
     def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
-        """Return the loss, a scalar, of scores ``t_q [S, ...]`` of ``q`` and ``t_r [R, ...]`` of ``r``; lower is better."""
+        """Return the loss, a scalar, of scores ``t_q [S, ...]`` and ``t_r [R, ...]``; lower is better."""
 
     def log_ratio(self, t: Tensor) -> Tensor:
         """Return ``log q - log r`` in nats, same shape as ``t``."""

@@ -22,7 +22,7 @@ from torch.nn.functional import elu
 
 from implicitvi import distributed
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.nn import Ensemble, GatedBlock, GatedLayer, ResidualBlock, SkipNet, mlp
+from implicitvi.nn import Ensemble, ResidualBlock, SkipNet, gated_net, mlp
 
 
 class Sampler(nn.Module, ABC):
@@ -167,12 +167,7 @@ class GatedSampler(_NetworkSampler):
     ):
         noise_dim = 2 * latent_dim if noise_dim is None else noise_dim
         super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
-        net = nn.Sequential(
-            nn.Linear(self.noise_dim + context_dim, width),
-            *(GatedBlock(width) for _ in range(blocks)),
-            GatedLayer(width, width),
-            nn.Linear(width, latent_dim),
-        )
+        net = gated_net(self.noise_dim + context_dim, latent_dim, width=width, blocks=blocks)
         self.net = SkipNet(self.noise_dim, latent_dim, net)
 
 
@@ -294,7 +289,7 @@ class SemiImplicitSampler(Sampler):
         return h
 
     def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
-        """Return the Gaussian ``q(h | ε, x)``, event shape ``[D]``, in the frame for noise ``eps [S, (B,) noise_dim]``."""
+        """Return ``q(h | ε, x)`` in the frame for ``eps [S, (B,) noise_dim]``: a Gaussian, event shape ``[D]``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
 
 

@@ -9,14 +9,9 @@ from implicitvi.errors import OptionError, check_positive, check_whole
 
 @dataclass(frozen=True)
 class Stage:
-    """The settings of one step.
+    """The settings of one step, named as in `Schedule`; ``beta`` is the factor of the log joint.
 
-    Attributes:
-        num_particles: Draws in the sampler's step, and of each class in the adversary's.
-        adversary_steps: Steps of the adversary before the sampler's.
-        lr: Learning rate of the sampler.
-        adversary_lr: Learning rate of the adversary and of a fitted contrast.
-        beta: Factor of the log joint in the objective.
+    The adversary gets ``num_particles`` draws of each class, and its steps precede the sampler's.
     """
 
     num_particles: int
