@@ -29,6 +29,7 @@ class MixtureSampler(Sampler):
         weights: Their weights ``[K]`` at the start.
         rate: Step size of the logarithms of the weights; 0 keeps them.
 
+    >>> from implicitvi.avb.samplers import DenseSampler
     >>> MixtureSampler([DenseSampler(3), DenseSampler(3)], torch.tensor([0.3, 0.7]))(5).shape
     torch.Size([5, 3])
     """
