@@ -1,7 +1,7 @@
-"""Several processes that fit one model together, each on its own rows of every batch.
+"""Fit one model with several processes, each on its own rows of every batch.
 
-Only what happens inside `join` is common to them. Elsewhere there is one process, whatever `torch.distributed` says:
-one of them may evaluate a model while the others have gone home.
+The processes exchange only inside `join`. Elsewhere each counts as the only one, whatever `torch.distributed` says: one
+of them may evaluate a model after the others have exited.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 @dataclass
 class _Group:
-    """What the processes have in common while they are joined: where their tensors lie, whether to stop."""
+    """A group of joined processes: the device of their tensors, and whether this one was interrupted."""
 
     device: torch.device
     interrupted: bool = False
@@ -31,17 +31,17 @@ _group: ContextVar[_Group | None] = ContextVar("group", default=None)
 
 
 def count() -> int:
-    """How many processes take part."""
+    """Return the number of processes."""
     return 1 if _group.get() is None else dist.get_world_size()
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the number of this process, from 0."""
     return 0 if _group.get() is None else dist.get_rank()
 
 
-def part(number: int) -> int:
-    """This process's part of a number of draws: the same for all, together at least so many."""
+def per_process(number: int) -> int:
+    """Return each process's part of a number of draws, rounded up."""
     return -(-number // count())
 
 
@@ -69,7 +69,7 @@ def join(device: torch.device) -> Iterator[None]:
 
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Means of tensors over all processes, detached, in one exchange; with one process the tensors as they are."""
+    """Average tensors over all processes, detached, in one exchange; a single process returns them unchanged."""
     if count() == 1 or not tensors:
         return list(tensors)
     flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -79,7 +79,7 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """All processes' rows ``[count · N, ...]`` in the order of their ranks, detached; all have the same number."""
+    """Concatenate all processes' rows ``[count · N, ...]`` by rank, detached; all must have the same number."""
     if count() == 1:
         return tensor
     parts = [torch.empty_like(tensor, requires_grad=False) for _ in range(count())]
@@ -87,26 +87,26 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def share(tensors: Sequence[Tensor]) -> None:
-    """Give every process the first one's values."""
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Copy the first process's values to all others."""
     if count() == 1:
         return
     for tensor in tensors:
-        sent = tensor.detach().flatten().contiguous().view(torch.uint8)  # gloo knows no booleans
+        sent = tensor.detach().flatten().contiguous().view(torch.uint8)  # gloo does not support booleans
         dist.broadcast(sent, 0)
         tensor.detach().copy_(sent.view(tensor.dtype).view_as(tensor))
 
 
 def agree(reason: str | None) -> str | None:
-    """The first reason that any of the processes has to stop, the same for all of them, ``None`` where none has."""
+    """Return the first reason that any process has to stop, the same for all, ``None`` if none has one."""
     group = _group.get()
     if group is None:
         return reason
     if group.interrupted:
         reason = reason or "interrupted"
-    wishes = torch.tensor(float(reason is not None), device=group.device)
-    dist.all_reduce(wishes)
-    if not wishes:
+    stopping = torch.tensor(float(reason is not None), device=group.device)
+    dist.all_reduce(stopping)
+    if not stopping:
         return None
     reasons: list[Any] = [None] * count()
     dist.all_gather_object(reasons, reason)
@@ -115,15 +115,15 @@ def agree(reason: str | None) -> str | None:
 
 @contextmanager
 def _held_interrupts(group: _Group) -> Iterator[None]:
-    """Note an interrupt instead of raising it: in the middle of a step the others would wait for ever."""
+    """Record an interrupt instead of raising it: in the middle of a step the others would wait for ever."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def note(*_: Any) -> None:
+    def record(*_: Any) -> None:
         group.interrupted = True
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, record)
     try:
         yield
     finally:

@@ -1,29 +1,44 @@
-"""The pieces that samplers and adversaries are built from."""
+"""Building blocks of samplers, adversaries and encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import silu
+
+from implicitvi.errors import check_at_least
+
+LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever its input
 
 
 def concat_context(z: Tensor, x: Tensor | None) -> Tensor:
-    """``z [S, (B,) D]`` and context ``x [B, C]`` as one input ``[S, (B,) D + C]``."""
+    """Concatenate ``z [S, (B,) D]`` and context ``x [B, C]`` to one input ``[S, (B,) D + C]``."""
     return z if x is None else torch.cat([z, x.expand(*z.shape[:-1], -1)], -1)
 
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> nn.Sequential:
-    """A multilayer perceptron through ``sizes``, linear at the end."""
+    """Return a multilayer perceptron through ``sizes``, linear at the end."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [nn.Linear(i, o), activation()]
     return nn.Sequential(*layers[:-1])
 
 
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Set weight and bias of a linear layer to zero and return it."""
+    assert isinstance(layer, nn.Linear)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ResidualBlock(nn.Module):
-    """``h + W₂ σ(W₁ h)`` with ``W₂`` zero at the start: the identity until it has learned something."""
+    """A block ``h + W₂ σ(W₁ h)`` with ``W₂`` zero at the start: the identity until it has learned something."""
 
     def __init__(self, width: int, activation: type[nn.Module] = nn.ELU):
         super().__init__()
@@ -32,32 +47,70 @@ class ResidualBlock(nn.Module):
         self.outer = zero_init(nn.Linear(width, width))
 
     def forward(self, h: Tensor) -> Tensor:
-        """``[..., width]`` to the same shape."""
+        """Map ``[..., width]`` to the same shape."""
         out: Tensor = h + self.outer(self.activation(self.inner(h)))
         return out
 
 
-def zero_init(layer: nn.Linear) -> nn.Linear:
-    """The layer with weight and bias set to zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+class GatedLayer(nn.Module):
+    """A layer ``silu(U h) ⊙ (V h)`` that multiplies inputs, as log densities often do.
+
+    References:
+        GLU Variants Improve Transformer, Noam Shazeer, 2020.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.both = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map ``[..., in_dim]`` to ``[..., out_dim]``."""
+        gate, value = self.both(h).chunk(2, -1)
+        out: Tensor = silu(gate) * value
+        return out
+
+
+class GatedBlock(nn.Module):
+    """A block ``h + W (silu(U h) ⊙ V h)`` with ``W`` zero at the start."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = GatedLayer(width, width)
+        self.outer = zero_init(nn.Linear(width, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map ``[..., width]`` to the same shape."""
+        out: Tensor = h + self.outer(self.inner(h))
+        return out
+
+
+def gated_net(in_dim: int, out_dim: int, *, width: int, blocks: int) -> nn.Sequential:
+    """Return a network of gated residual blocks of one width between two linear layers."""
+    check_at_least("width", width, 1)
+    check_at_least("blocks", blocks, 0)
+    inner = (GatedBlock(width) for _ in range(blocks))
+    return nn.Sequential(nn.Linear(in_dim, width), *inner, GatedLayer(width, width), nn.Linear(width, out_dim))
+
+
+def last_layer(network: nn.Module) -> nn.Module:
+    """Return the last layer of a sequence, or the network itself."""
+    return last_layer(network[-1]) if isinstance(network, nn.Sequential) else network
 
 
 class SkipNet(nn.Module):
-    """``A ε + net(ε, x)`` with ``A`` the identity on the first outputs and a net that starts small.
+    """A network ``A ε + net(ε, x)`` with ``A`` the identity on the first outputs and a net that starts small.
 
     Args:
         noise_dim: Dimension of ``ε``.
         out_dim: Dimension of the output.
-        net: Network on noise and context side by side, ending in a linear layer.
+        net: Network on noise and context, concatenated; ends in a linear layer.
     """
 
     def __init__(self, noise_dim: int, out_dim: int, net: nn.Sequential):
         super().__init__()
         self.skip = nn.Linear(noise_dim, out_dim, bias=False)
         self.net = net
-        last = net[-1]
+        last = last_layer(net)
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
             self.skip.weight.copy_(torch.eye(out_dim, noise_dim))
@@ -65,16 +118,16 @@ class SkipNet(nn.Module):
             last.bias.zero_()
 
     def forward(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        """``eps [S, (B,) noise_dim]`` and ``x [B, C]`` to ``[S, (B,) out_dim]``."""
+        """Map ``eps [S, (B,) noise_dim]`` and ``x [B, C]`` to ``[S, (B,) out_dim]``."""
         h: Tensor = self.skip(eps) + self.net(concat_context(eps, x))
         return h
 
 
 class Ensemble(nn.Module):
-    """``M`` networks of the same sizes, each on an input of its own, in one batched product a layer.
+    """An ensemble of ``M`` networks of the same sizes, each on its own input, in one batched product a layer.
 
     Args:
-        nets: The networks, whose weights are taken over as they are.
+        nets: The networks, whose weights are copied.
 
     >>> nets = [SkipNet(2, 3, mlp([2, 8, 3])) for _ in range(4)]
     >>> Ensemble(nets)(torch.zeros(5, 4, 2)).shape
@@ -84,18 +137,14 @@ class Ensemble(nn.Module):
     def __init__(self, nets: Sequence[SkipNet]):
         super().__init__()
         columns = list(zip(*(net.net for net in nets), strict=True))
-        self.skip = nn.Parameter(torch.stack([net.skip.weight.detach().mT for net in nets]))
         linear = [column for column in columns if isinstance(column[0], nn.Linear)]
-        self.weights = nn.ParameterList(
-            torch.stack([layer.weight.detach().mT for layer in layers]) for layers in linear
-        )
-        self.biases = nn.ParameterList(
-            torch.stack([layer.bias.detach()[None] for layer in layers]) for layers in linear
-        )
+        self.skip = nn.Parameter(torch.stack([net.skip.weight.detach().mT for net in nets]))
+        self.weights = nn.ParameterList(torch.stack([each.weight.detach().mT for each in layer]) for layer in linear)
+        self.biases = nn.ParameterList(torch.stack([each.bias.detach()[None] for each in layer]) for layer in linear)
         self.activation = columns[1][0] if len(columns) > 1 else nn.Identity()
 
     def forward(self, eps: Tensor) -> Tensor:
-        """Inputs ``[..., M, in]`` to outputs ``[..., M, out]``, the ``m``-th by the ``m``-th network."""
+        """Map inputs ``[..., M, in]`` to outputs ``[..., M, out]``, the ``m``-th by the ``m``-th network."""
         each = eps.reshape(-1, *eps.shape[-2:]).transpose(0, 1)
         h = each
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -105,9 +154,9 @@ class Ensemble(nn.Module):
 
 
 class Injected(nn.Module):
-    """Layers that look at ``x``, each with a linear image of one and the same vector added to its outputs.
+    """A sequence of layers on ``x``, with a linear image of one and the same vector added to the outputs of each.
 
-    The first layer looks at a datum once, however many vectors are paired with it.
+    A datum passes through the first layer once for all vectors that are paired with it.
 
     Args:
         layers: Layers from ``x`` to the last features, without their activations.
@@ -140,54 +189,19 @@ class Injected(nn.Module):
         self.head = nn.Linear(shapes[-1].numel(), out_dim)
 
     def forward(self, vector: Tensor, x: Tensor) -> Tensor:
-        """Vectors ``[..., B, V]`` and data ``x [B, *x_shape]`` to ``[..., B, out_dim]``."""
+        """Map vectors ``[..., B, V]`` and data ``x [B, *x_shape]`` to ``[..., B, out_dim]``."""
         rows = vector.reshape(-1, *vector.shape[-2:])
         h = x
         for layer, projection in zip(self.layers, self.projections, strict=True):
-            seen = layer(h).unflatten(0, (-1, len(x)))
-            added = projection(rows).unflatten(-1, seen.shape[2:])
-            h = self.activation(seen + added).flatten(0, 1)
+            features = layer(h).unflatten(0, (-1, len(x)))
+            added = projection(rows).unflatten(-1, features.shape[2:])
+            h = self.activation(features + added).flatten(0, 1)
         out: Tensor = self.head(h.flatten(1))
         return out.reshape(*vector.shape[:-1], -1)
 
 
-class GatedLayer(nn.Module):
-    """``silu(U h) ⊙ (V h)``: products of inputs, which log densities are full of, in one layer.
-
-    References:
-        GLU Variants Improve Transformer, Noam Shazeer, 2020.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__()
-        self.both = nn.Linear(in_dim, 2 * out_dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """``[..., in_dim]`` to ``[..., out_dim]``."""
-        gate, value = self.both(h).chunk(2, -1)
-        out: Tensor = silu(gate) * value
-        return out
-
-
-class GatedBlock(nn.Module):
-    """``h + W (silu(U h) ⊙ V h)`` with ``W`` zero at the start."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.inner = GatedLayer(width, width)
-        self.outer = zero_init(nn.Linear(width, width))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """``[..., width]`` to the same shape."""
-        out: Tensor = h + self.outer(self.inner(h))
-        return out
-
-
-LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever it is shown
-
-
 class LocationScaleNet(nn.Module):
-    """Context to the location and scale of a Gaussian; 0 and 1 at the start.
+    """A network from a context to the location and scale of a Gaussian; 0 and 1 at the start.
 
     Args:
         context_dim: Dimension ``C`` of the context.
@@ -205,12 +219,10 @@ class LocationScaleNet(nn.Module):
         size = latent_dim * (latent_dim + 3) // 2
         self.skip = zero_init(nn.Linear(context_dim, size))
         self.net = mlp([context_dim, *hidden, size])
-        last = self.net[-1]
-        assert isinstance(last, nn.Linear)
-        zero_init(last)
+        zero_init(last_layer(self.net))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
+        """Map ``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
         raw = self.skip(x) + self.net(x)
         d = self.latent_dim
         loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
@@ -219,3 +231,17 @@ class LocationScaleNet(nn.Module):
         lower = raw.new_zeros(*raw.shape[:-1], d, d)
         lower[..., rows, columns] = below * diagonal[..., rows]
         return loc, lower + torch.diag_embed(diagonal)
+
+
+@contextmanager
+def zuko_imported() -> Iterator[Any]:
+    """Import zuko, and undo the changes that its import makes to all distributions of the process."""
+    validate, checked = Distribution._validate_args, Distribution.arg_constraints
+    try:
+        import zuko
+
+        zuko.distributions.NormalizingFlow._validate_args = False  # it names no constraints
+        yield zuko
+    finally:
+        Distribution._validate_args = validate
+        setattr(Distribution, "arg_constraints", checked)  # noqa: B010

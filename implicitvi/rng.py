@@ -1,4 +1,4 @@
-"""A private stream of random numbers."""
+"""Draw from a private stream of random numbers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class RandomStream:
-    """Random numbers of one fit, untouched by and invisible to everything else in the process.
+    """A stream of random numbers of one fit, independent of everything else in the process.
 
-    Inside ``with stream:`` torch's default generators continue this stream; outside they are where the
-    caller left them. Two fits that take turns therefore draw what each would have drawn alone.
+    Inside ``with stream:`` torch's default generators continue this stream; outside they keep the caller's state. Two
+    fits that take turns therefore make the same draws as each alone.
 
     Args:
         seed: Seed of the stream; ``None`` draws one from torch's default generator, so that
-            ``pyro.set_rng_seed`` decides.
+            ``pyro.set_rng_seed`` determines it.
 
     >>> stream = RandomStream(0)
     >>> with stream: a = torch.rand(1)
@@ -49,11 +49,11 @@ class RandomStream:
         self._write(self._outside)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """The place in the stream, as tensors."""
+        """Return the position in the stream, as tensors."""
         return {"generators": [state.clone() for state in self._state]}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        """Go to a place that `state_dict` gave."""
+        """Go to a position that `state_dict` returned."""
         self._state = [generator.clone() for generator in state["generators"]]
 
     @staticmethod
@@ -69,16 +69,16 @@ class RandomStream:
 
 
 def forked() -> AbstractContextManager[None]:
-    """Whatever is drawn inside, torch's default generators are afterwards where they were.
+    """Restore torch's default generators at the end of a ``with`` block.
 
-    Those of the CPU and of GPUs in use: left to itself `torch.random.fork_rng` starts every GPU of the machine.
+    Only those of the CPU and of GPUs in use: by default `torch.random.fork_rng` starts every GPU of the machine.
     """
     count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     return torch.random.fork_rng(devices=range(count))
 
 
 def derived_seed(seed: int, *key: int) -> int:
-    """The seed that belongs to a seed and a key of numbers >= 0, unrelated to that of any other key.
+    """Derive a seed from a seed and a key of numbers >= 0, independent of that of any other key.
 
     >>> derived_seed(0, 1, 2) == derived_seed(0, 1, 2), derived_seed(0, 1, 2) == derived_seed(0, 2, 1)
     (True, False)

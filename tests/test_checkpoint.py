@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
 from test_vae_fit import SYSTEMS, Rows, avb, data, fit, same, same_weights, shuffled, vae, weights
 
+GOLDEN = Path(__file__).parent / "golden" / "v1_vae"
 STATE_OF_A_FIT = {"weights": torch.arange(3.0), "step": 3, "names": ["a", "b"], "pair": (1, None)}
 
 
@@ -42,7 +44,7 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     found = load_state(tmp_path / "new" / "folder", like={"system": "VAE"})
     assert torch.equal(found.pop("weights"), torch.arange(3.0))
     assert found == {"step": 3, "names": ["a", "b"], "pair": (1, None)}
-    assert (tmp_path / "new" / "folder" / CONFIG).read_text().startswith('{\n "format": 1')
+    assert (tmp_path / "new" / "folder" / CONFIG).read_text().startswith('{\n "format": 2')
 
 
 @pytest.mark.parametrize("crash", ["replace", "fsync"])
@@ -101,7 +103,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(damage: str, tmp_path: Path) -> None:
     save_state(tmp_path, STATE_OF_A_FIT, config={})
     DAMAGE[damage](tmp_path / STATE)
-    with pytest.raises(CheckpointError, match=r"cannot be read; got .*state\.safetensors: .*an older copy"):
+    with pytest.raises(CheckpointError, match=r"The checkpoint .*state\.safetensors cannot be read: .*an older copy"):
         load_state(tmp_path, like={})
     assert not (tmp_path / "ran").exists()
 
@@ -122,7 +124,7 @@ def test_a_state_without_its_name_is_missed(tmp_path: Path) -> None:
     """A fit does not begin anew where one has been, and says what it found instead."""
     save_state(tmp_path, STATE_OF_A_FIT, config={})
     (tmp_path / STATE).rename(tmp_path / "old.safetensors")
-    with pytest.raises(CheckpointError, match=f"no checkpoint; got .*old.safetensors.*{STATE}"):
+    with pytest.raises(CheckpointError, match=f"must hold the checkpoint {STATE}, got .*old.safetensors"):
         holds_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_state(tmp_path / "elsewhere", like={})
@@ -136,11 +138,21 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("implicitvi.training.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("implicitvi.training.checkpoint.FORMAT", 3)
     save_state(tmp_path, {}, config={})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="newer version; got format 2, expected up to 1"):
+    with pytest.raises(CheckpointError, match="format must be at most 2, got 3, of a newer version"):
         load_state(tmp_path, like={})
+
+
+def test_a_fit_of_the_first_format_goes_on(tmp_path: Path) -> None:
+    """Written by version 0.1.0 after two of four epochs, with the losses of a fit of four that was never stopped."""
+    shutil.copytree(GOLDEN, tmp_path / "fit")
+    resumed = resumable(avb(seed=3, averaging=0.5), tmp_path / "fit", data, ema=None)
+    assert (resumed.resumed, resumed.epochs) == (2, 4)
+    losses = [float(line) for line in (GOLDEN / "losses.txt").read_text().split()]
+    assert resumed.history["model"][:4].tolist() == pytest.approx(losses[:4], rel=1e-12)
+    assert resumed.history["model"].tolist() == pytest.approx(losses, rel=1e-3)
 
 
 # resume
@@ -227,17 +239,17 @@ def test_weights_of_a_checkpoint_can_be_used_by_themselves(tmp_path: Path) -> No
 
 
 OTHERS: dict[str, tuple[Callable[[], LatentModel], dict[str, Any], str]] = {
-    "system": (avb, {}, "system; got VAE, expected AVB"),
+    "system": (avb, {}, "system must be AVB, got VAE"),
     "nets": (
         lambda: vae(hidden=12),
         {},
-        r"weights; got encoder.network.0.weight: \[8, 6\], expected encoder.network.0.weight: \[12, 6\]",
+        r"weights must be encoder.network.0.weight: \[12, 6\], got encoder.network.0.weight: \[8, 6\]",
     ),
-    "epochs": (vae, {"epochs": 5}, "options; got epochs: 4, expected epochs: 5"),
-    "rate": (vae, {"lr": 0.01}, r"options; got lr: \(0.003, 0.0002\), expected lr: 0.01"),
-    "average": (vae, {"ema": None}, "options; got ema: 0.9, expected ema: None"),
-    "seed": (vae, {"seed": 1}, "options; got seed: 0, expected seed: 1"),
-    "data": (vae, {"train": data(50)}, "steps of an epoch; got 2, expected 6"),
+    "epochs": (vae, {"epochs": 5}, "options must be epochs: 5, got epochs: 4"),
+    "rate": (vae, {"lr": 0.01}, r"options must be lr: 0.01, got lr: \(0.003, 0.0002\)"),
+    "average": (vae, {"ema": None}, "options must be ema: None, got ema: 0.9"),
+    "seed": (vae, {"seed": 1}, "options must be seed: 1, got seed: 0"),
+    "data": (vae, {"train": data(50)}, "steps of an epoch must be 6, got 2"),
 }
 
 
@@ -248,7 +260,7 @@ def test_what_belongs_to_another_fit_is_refused(case: str, tmp_path: Path) -> No
     make, options, words = OTHERS[case]
     before = weights(model := make())
     train: Tensor = options.pop("train", data())
-    with pytest.raises(CheckpointError, match=f"differs in its {words}.*same model, data and options"):
+    with pytest.raises(CheckpointError, match=f"its {words}.*same model, data and options"):
         resumable(model, tmp_path, lambda: train, **options)
     assert same_weights(before, weights(model))
 
@@ -256,11 +268,11 @@ def test_what_belongs_to_another_fit_is_refused(case: str, tmp_path: Path) -> No
 def test_an_averaged_adversary_is_no_plain_one(tmp_path: Path) -> None:
     """What a player has besides the model's weights is part of the state."""
     resumable(avb(averaging=0.5), tmp_path, data)
-    with pytest.raises(CheckpointError, match="weights; got adversary: averaged_modules.1.x_net.0.weight"):
+    with pytest.raises(CheckpointError, match="its weights must be .*got adversary: averaged_modules.1.x_net.0.weight"):
         resumable(avb(), tmp_path, data)
 
 
 def test_other_data_are_not_taken_for_the_same(tmp_path: Path) -> None:
     fit(vae(), checkpoint=tmp_path)
-    with pytest.raises(CheckpointError, match="differs in its data"):
+    with pytest.raises(CheckpointError, match="its data must be"):
         fit(vae(), 1 - data(), checkpoint=tmp_path)

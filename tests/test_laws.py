@@ -166,7 +166,7 @@ def trained(sampler: str, contrast: str, adversary: str = "gated") -> AVBObjecti
         for module in (avb.sampler, avb.adversary):
             for parameter in module.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    avb.keep_average()
+    avb.update_average()
     return avb
 
 
@@ -339,10 +339,10 @@ def test_the_sampler_is_shown_the_average() -> None:
     q = gaussian(1)
     constant = Constant().double()
     avb = AVBObjective(ExplicitSampler(q), CONTRASTS["gaussian"](), constant, averaging=0.5)
-    avb.keep_average()
+    avb.update_average()
     with torch.no_grad():
         constant.level.fill_(2.0)
-    avb.keep_average()
+    avb.update_average()
     torch.manual_seed(0)
     averaged, _ = avb.elbo(10, q.log_prob)
     torch.manual_seed(0)

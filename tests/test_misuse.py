@@ -78,32 +78,32 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
             lambda: Fit(**{k: v for k, v in vars(fit()).items() if k != "write"}).save("a"),
             r"AVBSVI\(...\).run",
         ),
-        "saved to no path": (lambda: fit().save(3), "folder is not a path; got 3"),  # type: ignore[arg-type]
+        "saved to no path": (lambda: fit().save(3), "folder must be a str or Path, got 3"),  # type: ignore[arg-type]
     },
     "Tracker": {
-        "no function": (lambda: Tracker(3), "function cannot be called; got 3"),  # type: ignore[arg-type]
+        "no function": (lambda: Tracker(3), "function must be a function of the trainer, got 3"),  # type: ignore[arg-type]
         "never": (lambda: Tracker(print, every=0), "every must be .*, got 0"),
         "half a step": (lambda: Tracker(print, every=1.5), "every must be an int >= "),  # type: ignore[arg-type]
     },
     "EarlyStop": {
         "by the loss": (
             lambda: EarlyStop("elbo"),  # type: ignore[arg-type]
-            "not stopped by a metric of its own training; got 'elbo'.*no bound",
+            "diagnostic must be a function of the trainer, not a metric of training, got 'elbo'.*not a bound",
         ),
-        "no function": (lambda: EarlyStop(3), "diagnostic cannot be called"),  # type: ignore[arg-type]
+        "no function": (lambda: EarlyStop(3), "diagnostic must be a function of the trainer, got 3"),  # type: ignore[arg-type]
         "one look": (lambda: EarlyStop(len, window=1), "window must be .*, got 1"),
         "negative": (lambda: EarlyStop(len, num_se=-1), "num_se must be .*, got -1"),
         "before the start": (lambda: EarlyStop(len, start=-5), "start must be .*, got -5"),
     },
     "Checkpoint": {
-        "no path": (lambda: Checkpoint(None), "folder is not a path; got None"),  # type: ignore[arg-type]
+        "no path": (lambda: Checkpoint(None), "folder must be a str or Path, got None"),  # type: ignore[arg-type]
         "never kept": (lambda: Checkpoint("a", every=0), "every must be"),
-        "best by a word": (lambda: Checkpoint("a", best="elbo"), "best cannot be called"),  # type: ignore[arg-type]
+        "best by a word": (lambda: Checkpoint("a", best="elbo"), "best must be a function of the trainer, got 'elbo'"),  # type: ignore[arg-type]
     },
     "TensorBoard": {
         "not installed": (lambda: TensorBoard("a"), "pip install"),
         "never": (lambda: TensorBoard("a", every=0), "every must be"),
-        "no path": (lambda: TensorBoard(None), "folder is not a path"),  # type: ignore[arg-type]
+        "no path": (lambda: TensorBoard(None), "folder must be a str or Path"),  # type: ignore[arg-type]
     },
     "to_arviz": {
         "no fit": (lambda: to_arviz(3, models.normal_normal, Y), "to_arviz\\(fit, model"),  # type: ignore[arg-type]

@@ -402,7 +402,7 @@ def test_one_process_exchanges_nothing() -> None:
     with distributed.join(CPU):
         assert not torch.distributed.is_initialized()
         assert distributed.gather(rows) is rows and distributed.average([rows]) == [rows]
-        assert (distributed.count(), distributed.rank(), distributed.part(7)) == (1, 0, 7)
+        assert (distributed.count(), distributed.rank(), distributed.per_process(7)) == (1, 0, 7)
         assert distributed.agree(None) is None and distributed.agree("enough") == "enough"
 
 

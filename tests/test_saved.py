@@ -366,6 +366,42 @@ def test_the_first_format_is_still_read() -> None:
     assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 40_000
 
 
+def with_old_names(value: Any) -> Any:
+    """A state or description with the names of format 1."""
+    if isinstance(value, dict):
+        return {
+            key.replace("averaged_modules.", "followers.").replace("initialised", "placed")
+            if isinstance(key, str)
+            else key: with_old_names(item)
+            for key, item in value.items()
+        }
+    return value
+
+
+@pytest.mark.parametrize("case", ["mixture", "amortized"])
+def test_every_name_of_the_first_format_is_migrated(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit written under the old names goes on bit for bit."""
+    halfway(case, tmp_path)
+    config, state = read_state(tmp_path)
+    assert any("averaged_modules" in name for name in config["weights"])
+    monkeypatch.setattr("implicitvi.training.checkpoint.FORMAT", 1)
+    save_state(tmp_path, with_old_names(state), config=with_old_names(config))
+    assert "placed" in (tmp_path / CONFIG).read_text() and "initialised" not in (tmp_path / CONFIG).read_text()
+    monkeypatch.undo()
+    loaded = load(case, tmp_path)
+    loaded.run(Y)
+    pyro.clear_param_store()
+    assert digest(loaded) == whole(case)
+
+
+def test_a_state_dict_of_the_first_version_is_read() -> None:
+    """``guide.state_dict()`` as version 0.1.0 named its entries."""
+    old = small().setup(Y).guide
+    new = small(seed=1).setup(Y).guide
+    new.load_state_dict(with_old_names(dict(old.state_dict())))
+    assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
+
+
 def saved(folder: Path) -> Path:
     halfway("mixture", folder)
     return folder
@@ -385,12 +421,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
     "no folder": (
         lambda folder: AVBSVI.load(folder / "nowhere", models.normal_normal),
         CheckpointError,
-        "no checkpoint; got no such folder, expected state.safetensors",
+        "must hold the checkpoint state.safetensors, got no such folder",
     ),
     "renamed": (
         lambda folder: ((folder / STATE).rename(folder / "mine"), run_anew(folder)),
         CheckpointError,
-        f"no checkpoint; got {CONFIG}, mine, expected {STATE}. Give",
+        f"must hold the checkpoint {STATE}, got {CONFIG}, mine. Give",
     ),
     "torn": (
         lambda folder: ((folder / STATE).write_bytes((folder / STATE).read_bytes()[:-9]), run_anew(folder)),
@@ -400,28 +436,28 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
     "of a latent variable model": (
         lambda folder: (save_state(folder, {}, config={"system": "VAE"}), AVBSVI.load(folder, models.normal_normal)),
         CheckpointError,
-        "differs in its kind; expected AVBSVI",
+        "its kind must be AVBSVI, got None",
     ),
     "other options": (
         lambda folder: run_anew(folder, num_steps=9),
         CheckpointError,
-        "options; got num_steps: 8, expected num_steps: 9",
+        "options must be num_steps: 9, got num_steps: 8",
     ),
-    "other seed": (lambda folder: run_anew(folder, seed=1), CheckpointError, "options; got seed: 0, expected seed: 1"),
+    "other seed": (lambda folder: run_anew(folder, seed=1), CheckpointError, "options must be seed: 1, got seed: 0"),
     "other sampler": (
         lambda folder: run_anew(folder, sampler="dense"),
         CheckpointError,
-        "options; got sampler: gated, expected sampler: dense",
+        "options must be sampler: dense, got sampler: gated",
     ),
     "other model": (
         lambda folder: AVBSVI.load(folder, models.eight_schools).setup(models.SIGMA, models.Y),
         CheckpointError,
-        r"sites; got mu: \[\], expected mu: None|sites; got .*tau: \[\]",
+        r"sites must be mu: None, got mu: \[\]|sites must be tau: \[\], got tau: None",
     ),
     "other model, drawn from": (
         lambda folder: AVBSVI.load(folder, models.eight_schools).guide.sample(3, models.SIGMA),
         CheckpointError,
-        "differs in its sites",
+        "its sites must be",
     ),
     "other networks": (
         lambda folder: (
@@ -434,7 +470,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
             ).setup(Y),
         ),
         CheckpointError,
-        r"sampler; got .*: \[2, 1\], expected .*: \[3, 1\]",
+        r"sampler must be .*: \[3, 1\], got .*: \[2, 1\]",
     ),
     "functions not passed": (
         lambda folder: (tiny().run(Y).save(folder), AVBSVI.load(folder, models.normal_normal)),
@@ -445,7 +481,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
     "a function too many": (
         lambda folder: AVBSVI.load(folder, models.normal_normal, contrast=lambda dim: GaussianContrast()),
         CheckpointError,
-        "options; got contrast: mixture, expected contrast: a function",
+        "options must be contrast: a function or object of your own, got contrast: mixture",
     ),
     "a ratio of ones own": (
         lambda folder: (small(ratio=FGanKL(limit=3.0)).run(Y).save(folder), AVBSVI.load(folder, models.normal_normal)),
@@ -476,7 +512,7 @@ def test_nothing_has_moved_where_a_checkpoint_was_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="options"):
         AVBSVI(models.normal_normal, guide, **SMALL | {"lr": 0.1}).run(Y, checkpoint=tmp_path)
     for file in (tmp_path / STATE, tmp_path / STATE / "inside"):
-        with pytest.raises(OptionError, match=rf"folder is a file.*got .*{STATE}\. Give another"):
+        with pytest.raises(OptionError, match=rf"folder must be a folder, got the file .*{STATE}\. Give another"):
             AVBSVI(models.normal_normal, guide, **SMALL).run(Y, checkpoint=file)
     assert not guide.is_set_up
     other = AVBSVI.load(tmp_path, models.eight_schools)

@@ -301,9 +301,13 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one callback": (
         lambda: small(callbacks=print),
         OptionError,
-        r"callbacks is not a list; got .*callbacks=\[callback\]",
+        r"callbacks must be a list of functions, got .*callbacks=\[callback\]",
     ),
-    "a callback that is none": (lambda: small(callbacks=[3]), OptionError, "callbacks cannot be called; got 3"),
+    "a callback that is none": (
+        lambda: small(callbacks=[3]),
+        OptionError,
+        "callbacks must be a function of the trainer, got 3",
+    ),
     "before the first step": (lambda: small().state_dict(), SetupError, "has not seen its model"),
 }
 

@@ -435,7 +435,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
     "noise, implicit": (
         lambda: AVB.dense(4, 3, contrast="prior", noise_dim=2),
         OptionError,
-        "noise_dim is smaller than the latent dimension",
+        "noise_dim must be at least the latent dimension 3, got 2",
     ),
     "noise, injected": (
         lambda: AVB.convolutional((1, 8, 8), 3, contrast="prior", noise_dim=2),

@@ -1,8 +1,8 @@
 """Adversaries: networks ``T(z, x)`` that learn ``log q - log r`` from draws of both.
 
-``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; the last axis is
-squeezed here and nowhere else. A score of zero everywhere is where training starts: until something is
-learned the objective is that of ``q = r``.
+``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; only the adversary squeezes the
+last axis. Training starts with a score of zero everywhere: until something is learned the objective is that of
+``q = r``.
 
 Implementing an adversary: a module with this signature, its last layer zero; then join the list in
 ``tests/contracts.py``.
@@ -17,11 +17,22 @@ from torch import Tensor, nn
 
 from implicitvi import distributed
 from implicitvi.errors import check_at_least, check_positive
-from implicitvi.nn import GatedBlock, GatedLayer, Injected, ResidualBlock, concat_context, zero_init
+from implicitvi.nn import Injected, ResidualBlock, concat_context, gated_net, last_layer, zero_init
 
 
-class GatedAdversary(nn.Module):
-    """Gated residual blocks: the default. Gates multiply coordinates, as log densities do.
+class _NetworkAdversary(nn.Module):
+    """An adversary that is one network on draw and context, concatenated."""
+
+    net: nn.Sequential
+
+    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """Score standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``: ``[S, (B,)]``."""
+        scores: Tensor = self.net(concat_context(z, x)).squeeze(-1)
+        return scores
+
+
+class GatedAdversary(_NetworkAdversary):
+    """An adversary of gated residual blocks: the default. Gates multiply coordinates, as log densities do.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -35,23 +46,12 @@ class GatedAdversary(nn.Module):
 
     def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 64, blocks: int = 1):
         super().__init__()
-        check_at_least("width", width, 1)
-        check_at_least("blocks", blocks, 0)
-        self.net = nn.Sequential(
-            nn.Linear(latent_dim + context_dim, width),
-            *(GatedBlock(width) for _ in range(blocks)),
-            GatedLayer(width, width),
-            zero_init(nn.Linear(width, 1)),
-        )
-
-    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
-        scores: Tensor = self.net(concat_context(z, x)).squeeze(-1)
-        return scores
+        self.net = gated_net(latent_dim + context_dim, 1, width=width, blocks=blocks)
+        zero_init(last_layer(self.net))
 
 
-class ResidualAdversary(nn.Module):
-    """A residual network on draw and context side by side (Mescheder et al. 2017, section 5.1).
+class ResidualAdversary(_NetworkAdversary):
+    """A residual network on draw and context, concatenated (Mescheder et al. 2017, section 5.1).
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -75,14 +75,9 @@ class ResidualAdversary(nn.Module):
             zero_init(nn.Linear(width, 1)),
         )
 
-    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` and context ``x [B, C]``."""
-        scores: Tensor = self.net(concat_context(z, x)).squeeze(-1)
-        return scores
-
 
 class InformedAdversary(nn.Module):
-    """An adversary that starts from what is known: ``T(z) + a · clip(log p(x, z) - log r(z | x) - c)``.
+    """An adversary with a hint: ``T(z) + a · clip(log p(x, z) - log r(z | x) - c)``.
 
     At the optimum of the sampler ``log q - log r`` *is* ``log p - log r`` up to a constant, so with ``a = 1`` the
     network has nothing left to learn and its error vanishes where it matters. ``a`` is learned from 0 (far from
@@ -90,7 +85,7 @@ class InformedAdversary(nn.Module):
 
     Args:
         network: The adversary ``T``.
-        clip: Bound of the clipped difference, in nats.
+        clip: Bound on the clipped difference, in nats.
         momentum: Share of the old centre kept at each `recentre`.
     """
 
@@ -110,30 +105,30 @@ class InformedAdversary(nn.Module):
 
         NaN are left out.
         """
-        middle = distributed.gather(gap.detach()).nanmedian()
-        blend = self.momentum * self.centre + (1 - self.momentum) * middle
-        known = torch.where(blend.isfinite(), blend, middle)
+        median = distributed.gather(gap.detach()).nanmedian()
+        blend = self.momentum * self.centre + (1 - self.momentum) * median
+        known = torch.where(blend.isfinite(), blend, median)
         self.centre.copy_(torch.where(known.isfinite(), known, self.centre))
 
     def forward(self, z: Tensor, gap: Tensor, x: Tensor | None = None) -> Tensor:
-        """Scores ``[S, (B,)]`` of standardised draws ``z [S, (B,) D]`` with ``gap = log p - log r [S, (B,)]``."""
+        """Score standardised draws ``z [S, (B,) D]`` with ``gap = log p - log r [S, (B,)]``: ``[S, (B,)]``."""
         scores: Tensor = self.network(z) if x is None else self.network(z, x)
         hint = (gap - self.centre).nan_to_num(-self.clip, self.clip, -self.clip)
         return scores + self.weight * hint.clamp(-self.clip, self.clip)
 
     def slope(self, gap: Tensor) -> Tensor:
-        """Derivative of the score in ``gap [S, (B,)]``: ``a``, and 0 where the hint is clipped."""
+        """Return the derivative of the score in ``gap [S, (B,)]``: ``a``, and 0 where the hint is clipped."""
         return self.weight.detach() * ((gap - self.centre).abs() < self.clip)
 
 
 class PairwiseAdversary(nn.Module):
-    """``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder et al. 2017, section 5.2, but for the ``√K``).
+    """An adversary ``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder 2017, section 5.2, without ``√K``).
 
-    A datum is looked at once for all codes that are paired with it. Without the root, one step of Adam moves a product
-    of hundreds of terms by tens of nats. The last term takes a standard normal contrast out of what has to be learned,
-    so that the networks learn ``log q`` alone; less ``D``, it is 0 on average over that contrast. It helps where ``q``
-    is much narrower than the contrast, and is only in the way of an Adaptive Contrast, whose Gaussian is near ``q``
-    from the start. Where the networks end in a linear layer, what they add to it is 0 at the start.
+    A datum passes through its network once for all codes that are paired with it. Without the root, one step of Adam
+    moves a product of hundreds of terms by tens of nats. The last term subtracts a standard normal contrast, so that
+    the networks learn ``log q`` alone; less ``D``, it is 0 on average over that contrast. It helps where ``q`` is much
+    narrower than the contrast, and hinders with an Adaptive Contrast, whose Gaussian is near ``q`` from the start.
+    Networks that end in a linear layer contribute 0 at the start.
 
     Args:
         x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.
@@ -151,13 +146,13 @@ class PairwiseAdversary(nn.Module):
         self.z_net = z_net
         self.square = square
         with torch.no_grad():
-            for layer, first in ((_last(x_net), 0), (_last(z_net), -1)):
+            for layer, first in ((last_layer(x_net), 0), (last_layer(z_net), -1)):
                 if isinstance(layer, nn.Linear):
                     layer.weight[first:] = 0
                     layer.bias[first:] = 0
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        """Score codes ``z [..., B, D]`` and data ``x [B, *x_shape]``: ``[..., B]``."""
         of_x, of_z = self.x_net(x), self.z_net(z)
         product = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) / (of_z.shape[-1] - 1) ** 0.5
         scores: Tensor = product + of_x[..., -1] + of_z[..., -1]
@@ -165,9 +160,9 @@ class PairwiseAdversary(nn.Module):
 
 
 class JointAdversary(nn.Module):
-    """A gated residual network that looks at code and datum together; zero at the start.
+    """A gated residual network on the sum of features of code and datum; zero at the start.
 
-    A datum is looked at once for all codes that are paired with it: its features are added to those of the code.
+    A datum passes through its network once for all codes that are paired with it.
 
     Args:
         x_net: Data ``[B, *x_shape]`` to ``[B, width]``.
@@ -183,25 +178,22 @@ class JointAdversary(nn.Module):
 
     def __init__(self, x_net: nn.Module, latent_dim: int, *, width: int = 64, blocks: int = 1, square: bool = False):
         super().__init__()
-        check_at_least("width", width, 1)
-        check_at_least("blocks", blocks, 0)
         self.x_net = x_net
-        self.z_net = nn.Linear(latent_dim, width)
-        self.net = nn.Sequential(
-            *(GatedBlock(width) for _ in range(blocks)), GatedLayer(width, width), zero_init(nn.Linear(width, 1))
-        )
+        self.z_net, *layers = gated_net(latent_dim, 1, width=width, blocks=blocks)
+        zero_init(layers[-1])
+        self.net = nn.Sequential(*layers)
         self.square = square
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        """Score codes ``z [..., B, D]`` and data ``x [B, *x_shape]``: ``[..., B]``."""
         scores: Tensor = self.net(self.z_net(z) + self.x_net(x)).squeeze(-1)
         return scores + _half_square(z) if self.square else scores
 
 
 class InjectedAdversary(nn.Module):
-    """Layers that look at the datum, with a linear image of the code added after each; zero at the start.
+    """A network on the datum, with a linear image of the code added after each layer; zero at the start.
 
-    As the convolutional adversary of the code of Mescheder et al. (2017) for faces, without its batch normalisation.
+    The convolutional adversary for faces in the code of Mescheder et al. (2017), without its batch normalisation.
 
     Args:
         layers: Layers from ``x`` to the last features, without their activations.
@@ -217,16 +209,11 @@ class InjectedAdversary(nn.Module):
         self.square = square
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """Scores ``[..., B]`` of codes ``z [..., B, D]`` and data ``x [B, *x_shape]``."""
+        """Score codes ``z [..., B, D]`` and data ``x [B, *x_shape]``: ``[..., B]``."""
         scores: Tensor = self.net(z, x).squeeze(-1)
         return scores + _half_square(z) if self.square else scores
 
 
 def _half_square(z: Tensor) -> Tensor:
-    """``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
+    """Return ``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
     return 0.5 * (z.square() - 1).sum(-1)
-
-
-def _last(network: nn.Module) -> nn.Module:
-    """The last layer of a sequence, or the network itself."""
-    return _last(network[-1]) if isinstance(network, nn.Sequential) else network

@@ -1,4 +1,4 @@
-"""Contrasts of amortized guides: a place and a scale for every context, one shape for all of them."""
+"""Samplers and contrasts of amortized guides: a location and a scale for every context, one shape for all of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Moments = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class ConditionalContrast(Contrast):
-    """Another contrast in a frame for each context: one shape for all, its place and scale by the datum.
+    """A contrast of one shape for all contexts, with a location and a scale for each.
 
-    ``r(z | x)`` is the law of ``m(x) + L(x) h`` where ``h`` follows the inner contrast, which sees the draws of all
-    contexts together. What the shape owes to the context is left to the adversary.
+    ``r(z | x)`` is the distribution of ``m(x) + L(x) h`` where ``h`` follows the inner contrast, which sees the draws
+    of all contexts together. The adversary learns how the shape depends on the context.
 
     Args:
         inner: Contrast without context.
@@ -34,15 +34,15 @@ class ConditionalContrast(Contrast):
         super().__init__()
         self.inner = inner
         self.extra_dim = inner.extra_dim
-        self._frame = (frame,)  # a tuple: it belongs to the sampler
+        self._frame = (frame,)  # a tuple: its module belongs to the sampler
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         assert x is not None
         with torch.no_grad():
-            placed = LocationScale(*self._frame[0](x))
-            draws = placed.standardise(z.detach()).flatten(0, -2)
-        placed.base = self.inner(draws)
-        return placed
+            r = LocationScale(*self._frame[0](x))
+            h = r.standardise(z.detach()).flatten(0, -2)
+        r.base = self.inner(h)
+        return r
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, LocationScale) and r.base is not None
@@ -64,7 +64,7 @@ class MomentContrast(Contrast):
     def __init__(self, moments: Moments, *, num_samples: int = 512):
         super().__init__()
         check_at_least("num_samples", num_samples, 2)
-        self._moments = (moments,)  # a tuple: they belong to the sampler
+        self._moments = (moments,)  # a tuple: their module belongs to the sampler
         self.num_samples = num_samples
 
     @torch.no_grad()
@@ -72,10 +72,9 @@ class MomentContrast(Contrast):
         assert x is not None
         loc, cov = self._moments[0](self.num_samples, x)
         cov = cov + torch.diag_embed(JITTER * cov.diagonal(dim1=-2, dim2=-1) + 1e-12)
-        placed = LocationScale(loc, torch.linalg.cholesky(cov))
         unit = torch.ones_like(loc[(0,) * (loc.dim() - 1)])
-        placed.base = Independent(Normal(torch.zeros_like(unit), unit, validate_args=False), 1)
-        return placed
+        base = Independent(Normal(torch.zeros_like(unit), unit, validate_args=False), 1)
+        return LocationScale(loc, torch.linalg.cholesky(cov), base)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, LocationScale)
@@ -83,7 +82,7 @@ class MomentContrast(Contrast):
 
 
 class LocationScale(Distribution):
-    """``m + L h`` for ``h`` of a base distribution with event shape ``[D]``, one place for each context.
+    """The distribution of ``m + L h`` for ``h`` of a base with event shape ``[D]``, ``m`` and ``L`` for each context.
 
     Args:
         loc: ``m [..., D]``.
@@ -102,18 +101,17 @@ class LocationScale(Distribution):
         self._whitening = Whitening(loc, scale_tril)
 
     def standardise(self, z: Tensor) -> Tensor:
-        """``L⁻¹ (z - m)`` of ``z [..., D]``."""
+        """Return ``L⁻¹ (z - m)`` of ``z [..., D]``."""
         return self._whitening(z)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Independent draws ``[*sample_shape, *batch_shape, D]``."""
+        """Return independent draws ``[*sample_shape, *batch_shape, D]``."""
         assert self.base is not None
         h = self.base.sample(torch.Size(sample_shape) + self.batch_shape)
-        z: Tensor = self.loc + (self.scale_tril @ h[..., None]).squeeze(-1)
-        return z
+        return _affine(h, self.loc, self.scale_tril)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``value [..., D]``: ``[...]`` in nats."""
+        """Return the log density of ``value [..., D]``: ``[...]`` in nats."""
         assert self.base is not None
         log_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_prob: Tensor = self.base.log_prob(self.standardise(value)) - log_scale
@@ -121,10 +119,10 @@ class LocationScale(Distribution):
 
 
 class ConditionalSampler(Sampler):
-    """Another sampler in a frame of its own for every context: ``z = m(x) + L(x) h(ε, x)``.
+    """A sampler in a frame of its own for every context: ``z = m(x) + L(x) h(ε, x)``.
 
-    A `LocationScaleNet` gives the frame. Trained first, by itself, it is an amortized Gaussian posterior; the sampler
-    inside then adds the shape, in coordinates where every context looks alike.
+    A `LocationScaleNet` gives the frame. Trained first, alone, it is an amortized Gaussian posterior; the inner
+    sampler then adds the shape, in coordinates that are alike for every context.
 
     Args:
         inner: Sampler with a context.
@@ -137,26 +135,30 @@ class ConditionalSampler(Sampler):
         self.encoder = encoder
 
     def frame(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``."""
+        """Return location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``."""
         loc, scale = self.encoder(x)
         return self.loc + loc @ self.scale_tril.mT, self.scale_tril @ scale
 
     def to_latent(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         assert x is not None
-        loc, scale = self.frame(x)
-        return loc + (scale @ h[..., None]).squeeze(-1)
+        return _affine(h, *self.frame(x))
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         return self.inner.transform(eps, x)
 
     def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of ``z`` given ``x [B, C]``, where the sampler inside has them: `NoiseBasisSampler.moments`."""
+        """Return the moments of ``z`` given ``x [B, C]`` if the inner sampler has them: `NoiseBasisSampler.moments`."""
         if not isinstance(self.inner, NoiseBasisSampler):
             raise OptionError(
-                "only the noise basis has closed-form conditional moments",
-                got=type(self.inner).__name__,
-                do="Use sampler='noise_basis', or another contrast.",
+                "Closed-form conditional moments need the noise basis as sampler, "
+                f"got {type(self.inner).__name__}. Use sampler='noise_basis', or another contrast."
             )
         mean, cov = self.inner.moments(num_samples, x)
         loc, scale = self.frame(x)
-        return loc + (scale @ mean[..., None]).squeeze(-1), scale @ cov @ scale.mT
+        return _affine(mean, loc, scale), scale @ cov @ scale.mT
+
+
+def _affine(h: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    """Return ``loc + scale_tril h`` of ``h [..., D]``."""
+    z: Tensor = loc + (scale_tril @ h[..., None]).squeeze(-1)
+    return z

@@ -1,12 +1,12 @@
-"""Contrasts: the explicit distributions ``r(z | x)`` that an implicit ``q`` is compared with.
+"""Contrasts: explicit distributions ``r(z | x)`` against which the adversary compares an implicit ``q``.
 
-``contrast(z, x)`` looks at draws ``z [S, (B,) D]`` of ``q`` and returns an ordinary
-`torch.distributions.Distribution` with batch shape ``[(B,)]`` and event shape ``[D]`` that is easy to draw
-from and to score. It is a constant for the sampler: its statistics are detached, because ``E_q[∇ log r]`` is
-what the objective needs and the moments' own gradient is not part of it (Mescheder et al. 2017, section 4).
+``contrast(z, x)`` takes draws ``z [S, (B,) D]`` of ``q`` and returns an ordinary `torch.distributions.Distribution`
+with batch shape ``[(B,)]`` and event shape ``[D]`` that is easy to draw from and to score. It is a constant for the
+sampler: its statistics are detached, because the objective needs ``E_q[∇ log r]`` without the gradient of the moments
+(Mescheder et al. 2017, section 4).
 
 The closer ``r`` is to ``q``, the less is left for the adversary to learn. ``KL(q‖r)`` does not change under a
-common bijection of both, so the adversary may look at standardised draws, ``contrast.standardise(z, r)``.
+common bijection of both, so the adversary sees standardised draws, ``contrast.standardise(z, r)``.
 
 Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, ``loss`` where it has
 parameters that are fitted to the draws, ``observe`` where it remembers them; then join the list in
@@ -16,8 +16,6 @@ parameters that are fitted to the draws, ``observe`` where it remembers them; th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 
 from implicitvi import distributed
 from implicitvi.errors import ModelError, OptionError, check_at_least, check_positive
+from implicitvi.nn import zuko_imported
 from implicitvi.numerics.gaussian import Gaussian, GaussianMixture, gather_draws, moments, whiten
 
 
@@ -36,23 +35,23 @@ class Contrast(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
-        """``r(· | x)`` for draws ``z [S, (B,) D]``: batch shape ``[(B,)]``, event shape ``[D]``."""
+        """Return ``r(· | x)`` for draws ``z [S, (B,) D]``: batch shape ``[(B,)]``, event shape ``[D]``."""
 
     @abstractmethod
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
-        """``z [S, (B,) D]`` in coordinates fit for a network, one to one and fixed by ``r``, and `extra_dim` more."""
+        """Map ``z [S, (B,) D]`` to a network's coordinates, by a bijection fixed by ``r``, and add `extra_dim` more."""
 
     def observe(self, z: Tensor, r: Distribution) -> None:
-        """Learn from draws ``z [S, (B,) D]`` that have been compared with ``r``; for contrasts that remember."""
+        """Learn from draws ``z [S, (B,) D]`` that have been compared with ``r``; for contrasts with a memory."""
 
     def loss(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """What the contrast's own parameters minimise, where it has any: ``-mean log r(z | x)`` in nats."""
+        """Return ``-mean log r(z | x)`` in nats, the loss of the contrast's own parameters if it has any."""
         loss: Tensor = -self(z, x).log_prob(z).mean()
         return loss
 
 
 class PriorContrast(Contrast):
-    """The prior of the model: plain AVB (Mescheder et al. 2017, section 3).
+    """The prior of the model as contrast: plain AVB (Mescheder et al. 2017, section 3).
 
     Args:
         prior: Distribution with event shape ``[D]``; only its ``sample`` and ``log_prob`` are used.
@@ -93,8 +92,8 @@ class DiagonalGaussianContrast(Contrast):
 class GaussianContrast(Contrast):
     """A Gaussian with the mean and full covariance of the current draws.
 
-    A linear dependence between latents costs the adversary nothing here; with fewer draws than
-    dimensions the covariance is completed by a small multiple of its diagonal.
+    The adversary does not have to learn linear dependence between latents; with fewer draws than dimensions a small
+    multiple of the covariance's diagonal completes it.
     """
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
@@ -109,13 +108,13 @@ class GaussianContrast(Contrast):
 class MixtureContrast(Contrast):
     """A mixture of Gaussians that follows the draws by expectation maximisation.
 
-    A few components take in most of the shape that defeats one Gaussian: modes, bends, the neck and the mouth of a
-    funnel. What is left for the adversary is small, at little more than the price of one Gaussian. Each batch moves
-    the mixture a little, after it has been used, so that after the first batch, which starts the mixture, no draw is
-    scored by one that has already seen it.
+    A few components capture most of the shape that one Gaussian misses: modes, bends, the neck and the mouth of a
+    funnel. This leaves little to the adversary, at little more than the cost of one Gaussian. Each batch updates the
+    mixture after its use, so that, except for the first batch, which starts the mixture, no draw is scored by a mixture
+    that has already seen it.
 
-    In the coordinates of the whole the neck of a funnel is a spike that no network resolves. So ``standardise`` gives
-    ``[S, D + D + K]``: the draw as the whole sees it, as its own component does, and to which it belongs.
+    In the coordinates of the whole mixture the neck of a funnel is a spike that no network resolves. So ``standardise``
+    gives ``[S, D + D + K]``: the draw standardised by the whole, by its components, and its shares in them.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -139,7 +138,7 @@ class MixtureContrast(Contrast):
         super().__init__()
         check_at_least("components", components, 1)
         if not 0 < rate <= 1:
-            raise OptionError("rate is out of range", got=rate, expected="above 0, to 1")
+            raise OptionError.must_be("rate", "above 0 and at most 1", rate)
         check_positive("ridge", ridge)
         self.components = components
         self.extra_dim = latent_dim + components
@@ -170,11 +169,11 @@ class MixtureContrast(Contrast):
 
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:
-        """Spread the components over the draws, then take a few large steps on the batch."""
+        """Spread the components over the draws, then take ten large steps on the batch."""
         loc, scale_tril = moments(z)
         z = gather_draws(z)
         chosen = _spread(whiten(z, loc, scale_tril), self.components)
-        distributed.share([chosen])
+        distributed.broadcast([chosen])
         self.locs.copy_(z[chosen])
         self.covs.copy_(scale_tril @ scale_tril.mT / self.components)
         self.fitted.fill_(True)
@@ -183,7 +182,7 @@ class MixtureContrast(Contrast):
             self._step(z, 0.5)
 
     def _step(self, z: Tensor, rate: float) -> None:
-        """One step of expectation maximisation, in updates that do not cancel far from the origin."""
+        """Take one step of expectation maximisation, in updates that do not cancel far from the origin."""
         now = GaussianMixture(self.weights, self.locs, self.scale_trils)
         shares = now.log_joint(z).softmax(-1)
         found = shares.mean(0)
@@ -197,12 +196,12 @@ class MixtureContrast(Contrast):
         self.locs.add_(gain * shift)
         gain = gain[..., None]
         self.covs.copy_((1 - gain) * self.covs + gain * spread + gain * (1 - gain) * outer)
-        # no component may die: it could not be called back when a mode appears
+        # a component of weight 0 could not return when a mode appears
         self.weights.copy_((weights + 1e-3 / self.components) / (1 + 1e-3))
         self._factorise()
 
     def _factorise(self) -> None:
-        """Bring the factors, and the moments of the whole mixture, up to date with the components."""
+        """Update the factors, and the moments of the whole mixture, from the components."""
         loc = self.weights @ self.locs
         off = self.locs - loc
         cov = (self.weights[:, None] * off).mT @ off + torch.einsum("k,kde", self.weights, self.covs)
@@ -216,9 +215,9 @@ class MixtureContrast(Contrast):
 class FlowContrast(Contrast):
     """A coupling flow around the Gaussian of the draws, fitted to them by maximum likelihood.
 
-    Needs zuko. It takes the shape out of a funnel or a banana before the adversary looks at it, and follows
-    the sampler by one step of `loss` beside each step of the adversary. Coupling layers cost one pass for
-    scoring and two for drawing.
+    Needs zuko. It captures the shape of a funnel or a banana, so that the adversary does not have to, and follows the
+    sampler by one step of `loss` for each step of the adversary. Coupling layers cost one pass for scoring and two for
+    drawing.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -247,7 +246,7 @@ class FlowContrast(Contrast):
 
 
 def _spread(z: Tensor, count: int) -> Tensor:
-    """Indices ``[count]`` of draws far from each other, by the rule of k-means++ (Arthur & Vassilvitskii 2007)."""
+    """Return indices ``[count]`` of draws far apart, by the rule of k-means++ (Arthur & Vassilvitskii 2007)."""
     chosen = torch.randint(len(z), (1,), device=z.device)
     for _ in range(count - 1):
         nearest = torch.cdist(z, z[chosen]).min(1).values
@@ -256,20 +255,6 @@ def _spread(z: Tensor, count: int) -> Tensor:
 
 
 def refuse_context(x: Tensor | None) -> None:
-    """Raise `ModelError` where a contrast without context is given one."""
+    """Raise `ModelError` if a contrast without context is given one."""
     if x is not None:
-        raise ModelError("this contrast does not take a context", do="Use contrast='gaussian'.")
-
-
-@contextmanager
-def zuko_imported() -> Iterator[Any]:
-    """Import zuko, and keep to its own classes what the import does to every distribution of the process."""
-    validate, checked = Distribution._validate_args, Distribution.arg_constraints
-    try:
-        import zuko
-
-        zuko.distributions.NormalizingFlow._validate_args = False  # it names no constraints
-        yield zuko
-    finally:
-        Distribution._validate_args = validate
-        setattr(Distribution, "arg_constraints", checked)  # noqa: B010
+        raise ModelError("This contrast does not take a context. Use contrast='gaussian'.")

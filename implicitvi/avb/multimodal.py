@@ -11,14 +11,14 @@ from torch.nn.functional import one_hot, pad
 
 from implicitvi.avb.contrasts import Contrast, refuse_context
 from implicitvi.avb.samplers import Sampler
-from implicitvi.numerics.gaussian import GaussianMixture, Mixture, gather_draws
+from implicitvi.numerics.gaussian import GaussianMixture, Mixture, gather_draws, whiten
 
 
 class MixtureSampler(Sampler):
-    """Samplers with frames of their own, one of which makes each draw: for modes that lie far apart.
+    """A mixture of samplers with frames of their own, for modes that lie far apart; one of them makes each draw.
 
-    One more noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to within one
-    draw. Between modes nothing can move mass but the weights, whose natural gradient is known without a score function:
+    One additional noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to
+    within one draw. Between far modes only the weights can move mass. Their natural gradient needs no score function:
 
         ∂ELBO / ∂log w_k, in the metric of the simplex = E_{q_k}[elbo] - E_q[elbo]
 
@@ -26,9 +26,10 @@ class MixtureSampler(Sampler):
 
     Args:
         samplers: Samplers without context of one latent dimension ``D``, as many as there are modes.
-        weights: Where their weights ``[K]`` start.
-        rate: Step size of the logarithms of the weights; 0 leaves them alone.
+        weights: Their weights ``[K]`` at the start.
+        rate: Step size of the logarithms of the weights; 0 keeps them.
 
+    >>> from implicitvi.avb.samplers import DenseSampler
     >>> MixtureSampler([DenseSampler(3), DenseSampler(3)], torch.tensor([0.3, 0.7]))(5).shape
     torch.Size([5, 3])
     """
@@ -52,8 +53,8 @@ class MixtureSampler(Sampler):
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         share = torch.special.ndtr(eps[:, -1])
-        inner = self.weights.cumsum(0)[:-1].to(eps)
-        chosen = self._chosen = torch.searchsorted(inner, share)
+        bounds = self.weights.cumsum(0)[:-1].to(eps)
+        chosen = self._chosen = torch.searchsorted(bounds, share)
         order = chosen.argsort()
         counts = chosen.bincount(minlength=len(self.samplers)).tolist()
         parts = [
@@ -64,28 +65,27 @@ class MixtureSampler(Sampler):
 
     @torch.no_grad()
     def observe(self, elbo: Tensor) -> None:
-        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN: dropped."""
+        """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN if dropped."""
         assert self._chosen is not None
         whole = elbo.nanmean()
         each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])
         gain = (each - whole).nan_to_num(0.0).clamp(-5.0, 5.0)
-        # a weight of 0 could not come back: its sampler would not be asked
+        # a sampler of weight 0 would make no draws, so that its weight could not grow again
         weights = (self.weights.log() + self.rate * gain.to(self.weights)).softmax(0).clamp(min=1e-3)
         self.weights.copy_(weights / weights.sum())
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
+        """Return locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
         samplers = self._samplers()
         return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
 
-    def owners(self, z: Tensor) -> Tensor:
-        """The sampler in whose frame each of ``z [..., D]`` is densest, as a Gaussian's: ``[...]``."""
-        scores = []
-        for sampler in self._samplers():
-            off = torch.linalg.solve_triangular(
-                sampler.scale_tril.mT, (z - sampler.loc).flatten(0, -2), upper=True, left=False
-            )
-            scores.append(-0.5 * off.square().sum(-1) - sampler.scale_tril.diagonal().log().sum())
+    def modes(self, z: Tensor) -> Tensor:
+        """Return the sampler whose frame, as a Gaussian, is densest at each of ``z [..., D]``: ``[...]``."""
+        scores = [
+            -0.5 * whiten(z.flatten(0, -2), sampler.loc, sampler.scale_tril).square().sum(-1)
+            - sampler.scale_tril.diagonal().log().sum()
+            for sampler in self._samplers()
+        ]
         return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
 
     def _samplers(self) -> list[Sampler]:
@@ -93,11 +93,11 @@ class MixtureSampler(Sampler):
 
 
 class PerModeContrast(Contrast):
-    """A contrast for each of several far modes, and coordinates in which each mode has its own place and scale.
+    """A contrast for each of several far modes, and coordinates in which each mode has its own location and scale.
 
     In the units of the whole, modes that lie ``d`` standard deviations apart are spikes of width ``2 / d``, which no
-    network resolves. Here a draw belongs to the mode whose Gaussian is densest at it, stands in the coordinates of that
-    mode's contrast, and is marked with the mode: ``standardise`` gives what that contrast does, and ``K`` marks.
+    network resolves. Here a draw belongs to the mode whose Gaussian is densest at it: ``standardise`` gives the
+    coordinates of that mode's contrast, and the mode one-hot, ``[K]``.
 
     Args:
         contrasts: Contrasts without context, one for each of ``K`` modes.
@@ -124,13 +124,13 @@ class PerModeContrast(Contrast):
         self.register_buffer("scale_trils", scale_trils.clone())
 
     def modes(self, z: Tensor) -> Tensor:
-        """The mode that each of ``z [..., D]`` belongs to: ``[...]``."""
+        """Return the mode of each of ``z [..., D]``: ``[...]``."""
         return GaussianMixture(self.weights, self.locs, self.scale_trils).log_joint(z).argmax(-1)
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         refuse_context(x)
         modes = self.modes(z.detach())
-        parts = [part(self._share(z, modes, k)) for k, part in enumerate(self._parts())]
+        parts = [part(self._draws_of(k, z, modes)) for k, part in enumerate(self._parts())]
         return Mixture(self.weights.clone(), parts)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
@@ -146,13 +146,13 @@ class PerModeContrast(Contrast):
         assert isinstance(r, Mixture)
         modes = self.modes(z)
         for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
-            contrast.observe(self._share(z, modes, k), part)
+            contrast.observe(self._draws_of(k, z, modes), part)
         found = one_hot(gather_draws(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
         weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
         self.weights.copy_(weights / weights.sum())
 
-    def _share(self, z: Tensor, modes: Tensor, k: int) -> Tensor:
-        """The draws of mode ``k``; too few to show its shape get ``2 D`` points with its Gaussian's moments."""
+    def _draws_of(self, k: int, z: Tensor, modes: Tensor) -> Tensor:
+        """Return the draws of mode ``k``; if they are too few, with ``2 D`` points that have its Gaussian's moments."""
         own, dim = z[modes == k], z.shape[-1]
         if len(own) >= 4 * dim:
             return own

@@ -2,9 +2,9 @@
 
     elbo(z, x) = log p(x, z) - log r(z | x) - T(z, x)            T ≈ log q - log r
 
-With the prior as contrast this is adversarial variational Bayes (Mescheder et al. 2017, eq. 3.6), with a
-Gaussian of q's own moments adaptive contrast (eq. 4.2). Because ``E_q[∇_φ T*] = 0`` at the optimal
-adversary (proposition 2), ``T`` is held fixed while the sampler learns.
+With the prior as contrast this is adversarial variational Bayes (Mescheder et al. 2017, eq. 3.6), with a Gaussian of
+q's own moments adaptive contrast (eq. 4.2). Because ``E_q[∇_φ T*] = 0`` at the optimal adversary (proposition 2),
+``T`` is held fixed while the sampler learns.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from implicitvi.numerics.types import LogDensity
 
 
 def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
-    """``log p(x, z) - log r(z | x) - T(z, x)`` in nats, each of shape ``[S, (B,)]``; higher is better.
+    """Return ``log p(x, z) - log r(z | x) - T(z, x)`` in nats, each of shape ``[S, (B,)]``; higher is better.
 
-    An evidence lower bound in expectation where ``log_ratio`` is exactly ``log q - log r``; with a learned
-    adversary it is an estimate and no bound.
+    In expectation this is an evidence lower bound if ``log_ratio`` is exactly ``log q - log r``; with a learned
+    adversary it is an estimate, not a bound.
     """
     return log_joint - log_contrast - log_ratio
 
 
 def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
-    """Importance-weighted bound ``log mean_k exp elbo`` over ``K`` draws: ``elbo [S, (B,)]`` to ``[S / K, (B,)]``.
+    """Return the bound ``log mean_k exp elbo`` over ``K`` draws: ``elbo [S, (B,)]`` to ``[S / K, (B,)]``.
 
-    The draws ``z [S, (B,) D]`` get the doubly reparameterised gradient: ``q`` is held fixed in the ELBO, which leaves
-    its mean gradient alone only while all draws weigh the same; squaring the weights on the way through ``z``
-    (and only there) makes it right again. With ``K = 1`` nothing changes.
+    The draws ``z [S, (B,) D]`` get the doubly reparameterised gradient: holding ``q`` fixed in the ELBO leaves its mean
+    gradient unchanged only while all draws weigh the same; squaring the weights on the way through ``z`` (and only
+    there) corrects it. With ``K = 1`` nothing changes.
 
     References:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016, eq. 8.
@@ -57,18 +57,18 @@ def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
 
 
 class AVBObjective:
-    """Adversarial variational Bayes of a sampler, a contrast and an adversary.
+    """An objective of adversarial variational Bayes: a sampler, a contrast and an adversary.
 
-    The sampler is shown a running average of the adversary's recent weights: a steadier opponent. A context ``x`` is
-    ``[B, C]``, or ``[S, B, C]`` with one for each draw; the log joint of draws ``z [S, (B,) D]`` is ``[S, (B,)]``.
-    Only the networks look into a context, so it may have more axes than ``C``, as images do.
+    The sampler plays against a running average of the adversary's recent weights: a steadier opponent. A context ``x``
+    is ``[B, C]``, or ``[S, B, C]`` with one for each draw; the log joint of draws ``z [S, (B,) D]`` is ``[S, (B,)]``.
+    Only the networks read a context, so it may have more axes than ``C``, as images do.
 
     Args:
         sampler: The implicit distribution ``q``.
         contrast: The explicit ``r`` beside it.
-        adversary: Network that scores standardised draws; an `InformedAdversary` is shown ``log p - log r`` too.
+        adversary: Network that scores standardised draws; an `InformedAdversary` also gets ``log p - log r``.
         ratio: Ratio loss of the adversary.
-        averaging: Share of the average that outlives a step of the adversary; 0 for its current weights.
+        averaging: Share of the average that remains after a step of the adversary; 0 for its current weights.
         num_importance: Draws ``K`` in each importance-weighted bound; 1 for the ELBO.
         context_dims: Axes of the context of one datum.
     """
@@ -93,23 +93,23 @@ class AVBObjective:
         self.context_dims = context_dims
         self.average = deepcopy(adversary) if averaging else None
         self._slope: _Slope | None = None
-        # looked up once: walking through a network takes longer than moving its average
+        # listed once: walking through a network takes longer than updating its average
         both = [] if self.average is None else [self.average, adversary]
         self._weights: list[list[Tensor]] = [list(module.parameters()) for module in both]
         self._buffers = [list(module.buffers()) for module in both]
 
     @property
     def opponent(self) -> nn.Module:
-        """The network that the sampler is shown: the running average of the adversary, or the adversary itself."""
+        """The network that the sampler plays against: the running average of the adversary, or the adversary itself."""
         return self.adversary if self.average is None else self.average
 
     @property
     def informed(self) -> bool:
-        """Whether the adversary is shown ``log p - log r``."""
+        """True if the adversary gets ``log p - log r``."""
         return isinstance(self.adversary, InformedAdversary)
 
     def contrast_loss(self, num_samples: int, x: Tensor | None = None) -> Tensor:
-        """``-mean log r`` of fresh draws: a step of it lets a fitted contrast follow the sampler."""
+        """Return ``-mean log r`` of fresh draws: a step of it lets a fitted contrast follow the sampler."""
         with torch.no_grad():
             z = self.sampler(num_samples, x)
         return self.contrast.loss(z, x)
@@ -117,57 +117,55 @@ class AVBObjective:
     def adversary_losses(
         self, num_samples: int, num_steps: int, log_joint: LogDensity | None = None, x: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """The ratio loss on fresh draws of ``q`` and as many of the contrast, for each of the adversary's steps.
+        """Yield the ratio loss on fresh draws of ``q`` and as many of the contrast, for each of the adversary's steps.
 
-        The log joint is asked for by an adversary that is informed, and by no other.
-
-        Neither ``q`` nor ``r`` moves meanwhile, so the draws of all steps are made and scored at once; an ``x`` that
-        differs from draw to draw has ``num_samples * num_steps`` rows.
+        Only an informed adversary uses the log joint. Neither ``q`` nor ``r`` moves meanwhile, so the draws of all
+        steps are made and scored at once; an ``x`` that differs from draw to draw has ``num_samples * num_steps`` rows.
         """
         if not num_steps:
             return
         with torch.no_grad():
             z_q = self.sampler(num_samples * num_steps, x)
-        shown = self.adversary_batch(z_q, num_samples, log_joint, x)
+        inputs = self.adversary_batch(z_q, num_samples, log_joint, x)
         for i in range(0, len(z_q), num_samples):
             step = slice(i, i + num_samples)
-            own = x is not None and x.dim() == self.context_dims + 2
-            context = x[step] if x is not None and own else x
-            yield self.ratio.loss(*_scores(self.adversary, [s[:, step] for s in shown], context))
+            per_draw = x is not None and x.dim() == self.context_dims + 2
+            context = x[step] if x is not None and per_draw else x
+            yield self.ratio.loss(*_scores(self.adversary, [each[:, step] for each in inputs], context))
 
     @torch.no_grad()
     def adversary_batch(
         self, z_q: Tensor, num_samples: int, log_joint: LogDensity | None = None, x: Tensor | None = None
     ) -> list[Tensor]:
-        """What the adversary is shown of draws ``z_q [S, (B,) D]`` and as many of the contrast, which then learns.
+        """Return the adversary's inputs for draws ``z_q [S, (B,) D]`` and as many of the contrast, which then learns.
 
-        Standardised draws ``[2, S, (B,) D']``, and for one that is informed ``log p - log r [2, S, (B,)]``, relative to
-        the others of the context where a step has several, ``num_samples``, as in `score`.
+        These are standardised draws ``[2, S, (B,) D']`` and, for an informed adversary, ``log p - log r [2, S, (B,)]``,
+        relative to the other draws of the context if a step has several, ``num_samples``, as in `score`.
         """
         r = self.contrast(z_q, x)
         z_r = r.sample(z_q.shape[: z_q.dim() - 1 - len(r.batch_shape)])
         z = torch.stack([z_q, z_r])
-        shown = [self.contrast.standardise(z, r)]
+        inputs = [self.contrast.standardise(z, r)]
         if isinstance(self.adversary, InformedAdversary):
             assert log_joint is not None
             gap = log_joint(z.flatten(0, 1)).unflatten(0, (2, -1)) - r.log_prob(z)
             if x is not None and num_samples > 1:
-                gap = torch.stack([_relative(gap[0]), gap[1] - _evidence(gap[0])])
+                gap = torch.stack([_relative(gap[0]), gap[1] - _context_mean(gap[0])])
             self.adversary.recentre(gap[0])
-            shown.append(gap)
+            inputs.append(gap)
         self.contrast.observe(z_q, r)
-        return shown
+        return inputs
 
     def elbo(self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
-        """Per-draw `elbo` ``[S', (B,)]`` of fresh draws, tightened, and how many of the ``S`` were dropped.
+        """Return the bound of each of ``S`` fresh draws, ``[S / K, (B,)]``, and the number of dropped draws.
 
-        A draw is dropped where the model gives it no finite log density, with all that share its importance
-        weights; its gradient would be lost in any case, and would take the others' with it.
+        A draw without a finite log density is dropped, with all that share its importance weights; its gradient would
+        be lost in any case, and those of the others with it.
         """
         return self.bound(self.sampler(num_samples, x), log_joint, x)
 
     def bound(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
-        """`elbo` of draws ``z [S, (B,) D]`` that have been made."""
+        """Return the same as `elbo` for given draws ``z [S, (B,) D]``."""
         num_samples = len(z)
         r = self.contrast(z, x)
         log_p = log_joint(self.without_hint_gradient(z))
@@ -183,31 +181,34 @@ class AVBObjective:
         return importance_weighted(scores, z, self.num_importance), num_samples - len(z)
 
     def without_hint_gradient(self, z: Tensor) -> Tensor:
-        """The draws ``z [S, (B,) D]`` as the log joint must be given them, before `score`.
+        """Wrap ``z [S, (B,) D]`` so that gradients of the log joint exclude the adversary's hint; call before `score`.
 
-        An informed adversary's hint contains the log joint, as a function of ``z`` alone: parameters of the model,
-        and whatever else the log joint depends on, are held fixed in ``T``. So the hint's gradient is taken out of
+        An informed adversary's hint contains the log joint as a function of ``z`` alone: in ``T`` the parameters of the
+        model, and all else that the log joint depends on, are held fixed. So the hint's gradient is subtracted from
         that of the log joint on its way to ``z``, and only there.
         """
         self._slope = None
         if not (self.informed and z.requires_grad):
             return z
-        heard, cell = z.view_as(z), _Slope()
-        heard.register_hook(lambda gradient: gradient * (1 - cell.value[..., None]))
+        wrapped, cell = z.view_as(z), _Slope()
+        wrapped.register_hook(lambda gradient: gradient * (1 - cell.value[..., None]))
         self._slope = cell
-        return heard
+        return wrapped
 
     def score(self, z: Tensor, r: Distribution, log_p: Tensor, x: Tensor | None = None) -> Tensor:
-        """`elbo` of draws ``z [S, (B,) D]`` whose log joint at `without_hint_gradient` is ``log_p [S, (B,)]``, with ``T`` held fixed."""
-        log_r, shown = self.adversary_inputs(z, r, log_p.detach(), x)
-        return elbo(log_p, log_r, self._log_ratio(shown, x))
+        """Return the ELBO of draws ``z [S, (B,) D]`` with ``T`` held fixed.
+
+        ``log_p [S, (B,)]`` is the log joint at `without_hint_gradient` of ``z``.
+        """
+        log_r, inputs = self.adversary_inputs(z, r, log_p.detach(), x)
+        return elbo(log_p, log_r, self._log_ratio(inputs, x))
 
     def adversary_inputs(
         self, z: Tensor, r: Distribution, log_p: Tensor | None, x: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``log r [S, (B,)]`` of draws ``z [S, (B,) D]``, and what the `opponent` is shown of them; as in `score`."""
+        """Return ``log r [S, (B,)]`` of draws ``z [S, (B,) D]``, and the inputs of the `opponent`; as in `score`."""
         log_r: Tensor = r.log_prob(z)
-        shown = [self.contrast.standardise(z, r)]
+        inputs = [self.contrast.standardise(z, r)]
         if isinstance(self.opponent, InformedAdversary):
             assert log_p is not None
             gap = log_p - log_r
@@ -215,59 +216,60 @@ class AVBObjective:
                 gap = _relative(gap)
             if self._slope is not None:
                 self._slope.value = self.opponent.slope(gap.detach())
-            shown.append(gap)
-        return log_r, shown
+            inputs.append(gap)
+        return log_r, inputs
 
     def log_q(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> Tensor:
-        """The learned ``log q(z | x) = log r + T`` of draws ``z [S, (B,) D]``: ``[S, (B,)]`` in nats.
+        """Return the learned ``log q(z | x) = log r + T`` of draws ``z [S, (B,) D]``: ``[S, (B,)]`` in nats.
 
-        The statistics of the contrast are those of ``z``, so hand in many draws of the sampler.
+        The statistics of the contrast are those of ``z``, so pass many draws of the sampler.
         """
         log_r, log_ratio = self.log_r_and_ratio(z, log_joint, x)
         return log_r + log_ratio
 
     def log_r_and_ratio(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The two parts of `log_q` of ``z [S, (B,) D]``: ``log r`` and the learned ``T``, each ``[S, (B,)]``."""
+        """Return the two parts of `log_q`: ``log r`` and the learned ``T`` of ``z [S, (B,) D]``, each ``[S, (B,)]``."""
         log_p = log_joint(z) if self.informed else None
-        log_r, shown = self.adversary_inputs(z, self.contrast(z, x), log_p, x)
-        return log_r, self._log_ratio(shown, x)
+        log_r, inputs = self.adversary_inputs(z, self.contrast(z, x), log_p, x)
+        return log_r, self._log_ratio(inputs, x)
 
-    def keep_average(self) -> None:
-        """Let the average follow; called after each step of the adversary."""
+    def update_average(self) -> None:
+        """Update the average of the adversary; called after each of its steps."""
         if self.average is None:
             return
         with torch.no_grad():
             average, latest = self._weights
             torch._foreach_lerp_(average, latest, 1 - self.averaging)
-            for mine, current in zip(*self._buffers, strict=True):
-                mine.copy_(current)
+            for old, new in zip(*self._buffers, strict=True):
+                old.copy_(new)
 
-    def _log_ratio(self, shown: Sequence[Tensor], x: Tensor | None) -> Tensor:
-        context = None if x is None else x.detach()  # q is held fixed, what it is given too
-        return self.ratio.log_ratio(_scores(self.opponent, shown, context))
+    def _log_ratio(self, inputs: Sequence[Tensor], x: Tensor | None) -> Tensor:
+        context = None if x is None else x.detach()  # q is held fixed, and so is its context
+        return self.ratio.log_ratio(_scores(self.opponent, inputs, context))
 
 
-def _scores(adversary: nn.Module, shown: Sequence[Tensor], x: Tensor | None) -> Tensor:
-    scores: Tensor = adversary(*shown) if x is None else adversary(*shown, x)
+def _scores(adversary: nn.Module, inputs: Sequence[Tensor], x: Tensor | None) -> Tensor:
+    scores: Tensor = adversary(*inputs) if x is None else adversary(*inputs, x)
     return scores
 
 
 class _Slope:
-    """The derivative of an adversary's score in the log joint: known after the draws have been scored."""
+    """A cell for the derivative of an adversary's score in the log joint, known after the draws have been scored."""
 
     value: Tensor
 
 
-def _evidence(gap: Tensor) -> Tensor:
-    """Mean over the draws of ``q`` of ``log p - log r [S, B]``, for each context ``[B]``: its log evidence and more.
+def _context_mean(gap: Tensor) -> Tensor:
+    """Return the mean over draws of ``q`` of ``log p - log r [S, B]`` for each context ``[B]``.
 
-    A context's own constant says nothing about its draws; left in, it would drown what does.
+    It contains the context's log evidence, a constant that says nothing about the draws and would hide their
+    differences.
     """
     return torch.where(gap.isfinite(), gap, torch.nan).nanmean(0).nan_to_num().detach()
 
 
 def _relative(gap: Tensor) -> Tensor:
-    """``gap [S, B]`` of draws of ``q`` less the mean of the other draws of the same context."""
+    """Return ``gap [S, B]`` of draws of ``q`` less the mean of the other draws of the same context."""
     known = torch.where(gap.isfinite(), gap, 0.0).detach()
     others = gap.isfinite().sum(0) - gap.isfinite().long()
     return gap - (known.sum(0) - known) / others.clamp(min=1)

@@ -1,4 +1,4 @@
-"""The opponents of a sampler in adversarial variational Bayes, as players."""
+"""Adversary and fitted contrast as players."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ Turn = Iterator[tuple[Tensor | None, Metrics]]
 Losses = Callable[[Stage], Turn]
 
 
-def follow_contrast(name: str, avb: AVBObjective, contrast_losses: Losses, adversary_losses: Losses) -> list[Player]:
-    """The adversary of an objective as a player, after its contrast where that has parameters of its own."""
+def adversary_players(name: str, avb: AVBObjective, contrast_losses: Losses, adversary_losses: Losses) -> list[Player]:
+    """Return the adversary of an objective as a player, after the contrast if that has parameters of its own."""
 
     def rate(stage: Stage) -> float:
         return stage.adversary_lr
 
-    averaged_modules = (avb.contrast, *([] if avb.average is None else [avb.average]))
-    adversary = Player(
-        name, avb.adversary, adversary_losses, rate, after_step=avb.keep_average, averaged_modules=averaged_modules
-    )
+    averaged = (avb.contrast, *([] if avb.average is None else [avb.average]))
+    adversary = Player(name, avb.adversary, adversary_losses, rate, avb.update_average, averaged)
     if not list(avb.contrast.parameters()):
         return [adversary]
     contrast = "contrast" if name == "adversary" else f"{name} contrast"

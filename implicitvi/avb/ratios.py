@@ -1,8 +1,8 @@
 """Ratio losses: how an adversary learns the log density ratio of two distributions from their draws.
 
-Each is a frozen dataclass: ``loss(t_q, t_r)`` is minimised by the adversary, whose output ``t``
-then gives ``log q - log r`` through ``log_ratio(t)``. Shapes: ``t_q [S, ...]`` are scores of draws of
-``q``, ``t_r [R, ...]`` scores of draws of the contrast ``r``.
+Each is a frozen dataclass: the adversary minimises ``loss(t_q, t_r)``, and its output ``t`` then gives
+``log q - log r`` through ``log_ratio(t)``. Scores ``t_q [S, ...]`` are of draws of ``q``, ``t_r [R, ...]`` of draws of
+the contrast ``r``.
 
 Implementing a ratio loss: a frozen dataclass with these two methods, its `log_ratio` taken at the minimum
 of `loss` over all functions; then join `RATIOS` and the list in ``tests/contracts.py``.
@@ -18,18 +18,18 @@ from torch.nn.functional import softplus
 
 
 class RatioLoss(Protocol):
-    """What an adversary minimises, and how its output is read."""
+    """A loss that an adversary minimises, and the map from its output to a log ratio."""
 
     def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:
-        """Scalar loss of scores ``t_q [S, ...]`` on draws of ``q`` and ``t_r [R, ...]`` of ``r``; lower is better."""
+        """Return the loss, a scalar, of scores ``t_q [S, ...]`` and ``t_r [R, ...]``; lower is better."""
 
     def log_ratio(self, t: Tensor) -> Tensor:
-        """``log q - log r`` in nats, same shape as ``t``."""
+        """Return ``log q - log r`` in nats, same shape as ``t``."""
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """Binary cross-entropy (Mescheder et al. 2017, eq. 3.3): ``-E_q log σ(t) - E_r log σ(-t)``.
+    """The binary cross-entropy (Mescheder et al. 2017, eq. 3.3): ``-E_q log σ(t) - E_r log σ(-t)``.
 
     Minimised by ``t = log q - log r``; its value there is ``2 log 2 - 2 JS(q, r)``.
 
@@ -50,9 +50,9 @@ class Logistic:
 class FGanKL:
     """The f-GAN bound of the KL divergence (eq. 6.10; Nguyen et al. 2010): ``-E_q t + E_r exp(t - 1)``.
 
-    Minimised by ``t = 1 + log q - log r``, where its value is ``-KL(q‖r)``. The exponential makes its
-    gradients heavy-tailed far from the minimum; prefer `Logistic` unless this form is the point. It goes on as its
-    tangent above ``exp(limit)`` (`capped_exp`): an adversary that has overshot must have a way back.
+    Minimised by ``t = 1 + log q - log r``, where its value is ``-KL(q‖r)``. The exponential makes its gradients
+    heavy-tailed far from the minimum; prefer `Logistic` unless you need this form. Above ``limit`` the tangent replaces
+    the exponential (`capped_exp`), so that an adversary that has overshot can return.
 
     Args:
         limit: Log ratio in nats up to which the form is exact.
@@ -68,7 +68,7 @@ class FGanKL:
 
 
 def capped_exp(log_ratio: Tensor, limit: float) -> Tensor:
-    """``exp`` up to ``limit`` and its tangent there above: convex, increasing, and never infinite.
+    """Return ``exp`` up to ``limit`` and above it its tangent there: convex, increasing, and never infinite.
 
     >>> import torch
     >>> capped_exp(torch.tensor([0.0, 1.0, 10.0]), limit=0.0)
@@ -80,10 +80,10 @@ def capped_exp(log_ratio: Tensor, limit: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Squared error of the class probability (Mao et al. 2017): ``E_q (1 - σ(t))² + E_r σ(t)²``.
+    """The squared error of the class probability (Mao et al. 2017): ``E_q (1 - σ(t))² + E_r σ(t)²``.
 
-    A proper score (Brier's), so it is minimised by ``t = log q - log r``. Unlike the published least squares
-    GAN the output passes a sigmoid, without which a score below 0 or above 1 would have no log ratio.
+    A proper score (Brier's), so ``t = log q - log r`` minimises it. Unlike in the published least squares GAN the
+    output passes a sigmoid, without which a score below 0 or above 1 would not have a log ratio.
     """
 
     def loss(self, t_q: Tensor, t_r: Tensor) -> Tensor:

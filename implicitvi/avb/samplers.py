@@ -1,9 +1,9 @@
-"""Samplers: networks fed with noise whose outputs are the draws of an implicit distribution.
+"""Samplers: networks that map noise to draws of an implicit distribution.
 
 ``sampler(num_samples, x=None)`` returns reparameterised draws ``z [S, D]``, or ``[S, B, D]`` for a context
-``x [B, C]``, or ``[S, B, C]`` where every draw has its own. Every sampler writes into a *frame*,
-``z = loc + scale_tril · h(ε, x)``: an affine map that a short Gaussian fit sets before training, so that the network
-works in coordinates where the posterior has roughly zero mean and unit covariance, whatever the units of the model.
+``x [B, C]``, or ``[S, B, C]`` for one of every draw. Every sampler ends in an affine map, its *frame*,
+``z = loc + scale_tril · h(ε, x)``, which a short Gaussian fit sets before training: the network works in coordinates
+``h`` in which the posterior has roughly zero mean and unit covariance, whatever the units of the model.
 
 Implementing a sampler: subclass `Sampler`, define ``transform(eps, x) -> h`` in the frame's coordinates,
 start it near ``h = ε[..., :D]``, then join the list in ``tests/contracts.py``.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,16 @@ from torch.nn.functional import elu
 
 from implicitvi import distributed
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.nn import Ensemble, GatedBlock, GatedLayer, ResidualBlock, SkipNet, mlp
+from implicitvi.nn import Ensemble, ResidualBlock, SkipNet, gated_net, mlp
 
 
 class Sampler(nn.Module, ABC):
-    """A distribution that can be drawn from and reparameterised, and whose density is never computed.
+    """A distribution with reparameterised draws whose density is never computed.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
-        noise_dim: Dimension of the standard normal noise, ``None`` for ``latent_dim``. Below ``latent_dim``
-            the draws lie on a surface, which has no density; that is refused.
+        noise_dim: Dimension of the standard normal noise, ``None`` for ``latent_dim``. Below ``latent_dim`` the draws
+            would lie on a surface and have no density; that is refused.
         context_dim: Dimension ``C`` of the context ``x``; 0 for none.
     """
 
@@ -45,33 +46,34 @@ class Sampler(nn.Module, ABC):
         self.noise_dim = latent_dim if noise_dim is None else noise_dim
         self.context_dim = context_dim
         if self.noise_dim < latent_dim:
-            raise OptionError(
-                "noise_dim is smaller than the latent dimension, so the draws would have no density",
-                got=self.noise_dim,
-                expected=f">= {latent_dim}",
-            )
+            least = f"at least the latent dimension {latent_dim}"
+            raise OptionError.must_be("noise_dim", least, self.noise_dim, "With less noise the draws have no density.")
         self.register_buffer("loc", torch.zeros(latent_dim))
         self.register_buffer("scale_tril", torch.eye(latent_dim))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     def set_affine(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Place the sampler: ``loc [D]`` and lower triangular ``scale_tril [D, D]``."""
+        """Set the frame: ``loc [D]`` and lower triangular ``scale_tril [D, D]``."""
         self.loc.copy_(loc)
         self.scale_tril.copy_(scale_tril)
         self.initialised.fill_(True)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Read states of version 0.1.0 too, in which `initialised` was ``placed``."""
+        if f"{prefix}placed" in state_dict:
+            state_dict[f"{prefix}initialised"] = state_dict.pop(f"{prefix}placed")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def frames(self) -> tuple[Tensor, Tensor]:
-        """Location ``[1, D]`` and lower triangular scale ``[1, D, D]``; of several samplers in one, ``K`` of them."""
+        """Return locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the frames, ``K = 1`` for most."""
         return self.loc[None], self.scale_tril[None]
 
     def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
-        """Standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""
+        """Draw standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""
         if (x is None) != (self.context_dim == 0) or (x is not None and x.shape[-1] != self.context_dim):
-            raise ShapeError(
-                "the sampler's context does not fit",
-                got="no context" if x is None else f"shape {tuple(x.shape)}",
-                expected=f"[B, {self.context_dim}]" if self.context_dim else "no context",
-            )
+            expected = f"a context [B, {self.context_dim}]" if self.context_dim else "no context"
+            got = "none" if x is None else f"shape {tuple(x.shape)}"
+            raise ShapeError(f"The sampler needs {expected}, got {got}.")
         batch = () if x is None else x.shape[-2:-1]
         shape = (num_samples, *batch, self.noise_dim)
         return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
@@ -86,10 +88,20 @@ class Sampler(nn.Module, ABC):
 
     @abstractmethod
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        """Noise ``eps [S, (B,) noise_dim]`` to ``h [S, (B,) D]`` in the frame's coordinates."""
+        """Map noise ``eps [S, (B,) noise_dim]`` to ``h [S, (B,) D]`` in the frame's coordinates."""
 
 
-class DenseSampler(Sampler):
+class _NetworkSampler(Sampler):
+    """A sampler that consists of one network beside a linear path."""
+
+    net: SkipNet
+
+    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
+        h: Tensor = self.net(eps, x)
+        return h
+
+
+class DenseSampler(_NetworkSampler):
     """A multilayer perceptron beside a linear path (Mescheder et al. 2017, section 5.1).
 
     Args:
@@ -111,13 +123,9 @@ class DenseSampler(Sampler):
         net = mlp([self.noise_dim + context_dim, *hidden, latent_dim])
         self.net = SkipNet(self.noise_dim, latent_dim, net)
 
-    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        h: Tensor = self.net(eps, x)
-        return h
 
-
-class ResidualSampler(Sampler):
-    """Residual blocks beside a linear path; deeper than `DenseSampler` at the same ease of training.
+class ResidualSampler(_NetworkSampler):
+    """A network of residual blocks beside a linear path; deeper than `DenseSampler` and as easy to train.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -139,16 +147,12 @@ class ResidualSampler(Sampler):
         )
         self.net = SkipNet(self.noise_dim, latent_dim, net)
 
-    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        h: Tensor = self.net(eps, x)
-        return h
 
+class GatedSampler(_NetworkSampler):
+    """A network of gated residual blocks beside a linear path: the default.
 
-class GatedSampler(Sampler):
-    """Gated residual blocks beside a linear path: the default.
-
-    Noise beyond the latent dimension lets a draw choose its mode freely instead of by where it stands, and gates
-    multiply noises with each other as posteriors do.
+    With noise beyond the latent dimension a draw chooses its mode independently of its position, and gates multiply
+    noises with each other as posteriors do.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -163,26 +167,17 @@ class GatedSampler(Sampler):
     ):
         noise_dim = 2 * latent_dim if noise_dim is None else noise_dim
         super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
-        net = nn.Sequential(
-            nn.Linear(self.noise_dim + context_dim, width),
-            *(GatedBlock(width) for _ in range(blocks)),
-            GatedLayer(width, width),
-            nn.Linear(width, latent_dim),
-        )
+        net = gated_net(self.noise_dim + context_dim, latent_dim, width=width, blocks=blocks)
         self.net = SkipNet(self.noise_dim, latent_dim, net)
-
-    def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        h: Tensor = self.net(eps, x)
-        return h
 
 
 class NoiseBasisSampler(Sampler):
-    """Noise through ``M`` basis networks, mixed with coefficients of ``x`` (Mescheder et al. 2017, section 4).
+    """A sampler that mixes ``M`` basis networks of the noise with coefficients of ``x`` (Mescheder 2017, section 4).
 
         h_k(ε, x) = h⁰_k(x) + Σ_m a_mk(x) · v_mk(ε_m)
 
-    Given ``x`` the draws are linear in the basis, so their conditional moments are known in closed form from
-    the moments of the basis, which one batch of noise gives for every ``x`` at once (`moments`).
+    Given ``x`` the draws are linear in the basis, so their conditional moments follow in closed form from the moments
+    of the basis, which one batch of noise gives for every ``x`` at once (`moments`).
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -190,7 +185,7 @@ class NoiseBasisSampler(Sampler):
         context_dim: Dimension ``C`` of the context; 0 for none.
         num_basis: Number ``M`` of basis networks.
         hidden: Widths of the hidden layers, of the basis and of the coefficient networks.
-        mixing: Widths of those of the coefficient network where they are others; ``()`` for a linear one.
+        mixing: Widths of the coefficient network's hidden layers, ``None`` for ``hidden``; ``()`` for a linear one.
     """
 
     def __init__(
@@ -213,14 +208,14 @@ class NoiseBasisSampler(Sampler):
         self.offset = nn.Parameter(torch.zeros(num_basis + 1, latent_dim))
 
     def values(self, eps: Tensor) -> Tensor:
-        """The basis at noise ``eps [S, (B,) M · noise]``: ``v [S, (B,) M, D]``."""
+        """Evaluate the basis at noise ``eps [S, (B,) M · noise]``: ``v [S, (B,) M, D]``."""
         v: Tensor = self.basis(eps.unflatten(-1, (self.num_basis, -1)))
         return v
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``h⁰ [(B,) D]`` and positive ``a [(B,) M, D]``; the ``a²`` sum to 1 at the start.
+        """Return ``h⁰ [(B,) D]`` and positive ``a [(B,) M, D]``; the ``a²`` sum to 1 at the start.
 
-        ``a`` grows linearly in what the network says, as in the paper's code: an exponential runs away.
+        ``a`` grows linearly in the network's output, as in the paper's code; an exponential diverges.
         """
         raw = self.offset
         if self.mix is not None:
@@ -232,12 +227,12 @@ class NoiseBasisSampler(Sampler):
         return base + (a * self.values(eps)).sum(-2)
 
     def moments(self, num_samples: int, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Conditional mean ``[(B,) D]`` and covariance ``[(B,) D, D]`` of ``z`` given ``x``.
+        """Return the conditional mean ``[(B,) D]`` and covariance ``[(B,) D, D]`` of ``z`` given ``x``.
 
         Exact in ``x``; the moments of the basis come from ``num_samples`` noises shared by every row of ``x``. Several
         processes share them too, without gradients.
         """
-        shape = (distributed.part(num_samples), self.noise_dim)
+        shape = (distributed.per_process(num_samples), self.noise_dim)
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         v = self.values(eps)
         base, a = self.coefficients(x)
@@ -254,12 +249,12 @@ class NoiseBasisSampler(Sampler):
 
 
 class SemiImplicitSampler(Sampler):
-    """An implicit mean with a small learned Gaussian around it (Yin & Zhou 2018).
+    """A sampler with an implicit mean and a learned Gaussian around it (Yin & Zhou 2018).
 
         h = f(ε, x) + σ ⊙ η,   η ~ N(0, I)
 
-    Its density is a mixture ``E_ε N(z; f(ε, x), σ²)``, positive everywhere and bounded from both sides by
-    finitely many ``ε``: what certified bounds on the evidence need.
+    Its density is a mixture ``E_ε N(z; f(ε, x), σ²)``, positive everywhere and bounded from both sides by finitely
+    many ``ε``, as certified bounds on the evidence require.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -284,7 +279,7 @@ class SemiImplicitSampler(Sampler):
         self.log_scale = nn.Parameter(torch.full((latent_dim,), init_scale).log())
 
     def mean(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        """``f(ε, x) [S, (B,) D]`` in the frame's coordinates, from ``eps [S, (B,) noise]``."""
+        """Return ``f(ε, x) [S, (B,) D]`` in the frame's coordinates, from ``eps [S, (B,) noise]``."""
         h: Tensor = self.net(eps, x)
         return h
 
@@ -294,7 +289,7 @@ class SemiImplicitSampler(Sampler):
         return h
 
     def conditional(self, eps: Tensor, x: Tensor | None = None) -> Distribution:
-        """``q(h | ε, x)`` of noise ``eps [S, (B,) noise_dim]`` in the frame: a Gaussian, event shape ``[D]``."""
+        """Return ``q(h | ε, x)`` in the frame for ``eps [S, (B,) noise_dim]``: a Gaussian, event shape ``[D]``."""
         return Independent(Normal(self.mean(eps, x), self.log_scale.exp()), 1)
 
 

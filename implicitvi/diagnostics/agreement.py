@@ -86,4 +86,4 @@ def _shares(guides: Sequence[TrainedGuide], u: Tensor) -> Tensor:
     most = max(guides, key=lambda guide: guide.num_modes).sampler
     if not isinstance(most, MixtureSampler):
         return u.new_ones(len(u), 1)
-    return torch.nn.functional.one_hot(most.owners(u), len(most.weights)).to(u).mean(1)
+    return torch.nn.functional.one_hot(most.modes(u), len(most.weights)).to(u).mean(1)

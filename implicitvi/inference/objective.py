@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.avb.objective import AVBObjective, importance_weighted
-from implicitvi.avb.players import Turn, follow_contrast
+from implicitvi.avb.players import Turn, adversary_players
 from implicitvi.inference.minibatches import Minibatch, MinibatchSource
 from implicitvi.numerics.gaussian import GaussianMixture
 from implicitvi.numerics.optimise import finite_draws
@@ -133,7 +133,7 @@ class PosteriorObjective:
             for loss in avb.adversary_losses(stage.num_particles, stage.adversary_steps, scorer):
                 yield loss, {}
 
-        return follow_contrast("adversary" if self.local is None else "shared", avb, contrast, adversary)
+        return adversary_players("adversary" if self.local is None else "shared", avb, contrast, adversary)
 
     def _local_opponents(self, avb: AVBObjective, target: Callable[[], Target]) -> list[Player]:
         assert self.source is not None
@@ -151,7 +151,7 @@ class PosteriorObjective:
             for loss in self._local_losses(avb, source, batch, stage):
                 yield loss, {}
 
-        return follow_contrast("adversary", avb, contrast, adversary)
+        return adversary_players("adversary", avb, contrast, adversary)
 
     def _local_losses(
         self, avb: AVBObjective, source: MinibatchSource, batch: Minibatch, stage: Stage

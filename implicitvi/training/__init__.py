@@ -1,10 +1,10 @@
-"""The one training loop: players that take turns, on a schedule, guarded and watched."""
+"""Train with the one loop: players that take turns on a schedule, guarded and watched."""
 
-from implicitvi.rng import RandomStream, derived_seed, forked
-from implicitvi.training.callbacks import Callback, Checkpoint, EarlyStop, Progress, StopTraining, TensorBoard, Tracker
+from implicitvi.training.callbacks import Checkpoint, EarlyStop, Progress, TensorBoard, Tracker
+from implicitvi.training.history import History
 from implicitvi.training.player import Player
 from implicitvi.training.schedule import Schedule, Stage
-from implicitvi.training.trainer import History, Trainer
+from implicitvi.training.trainer import Callback, StopTraining, Trainer
 
 __all__ = [
     "Callback",
@@ -13,13 +13,10 @@ __all__ = [
     "History",
     "Player",
     "Progress",
-    "RandomStream",
     "Schedule",
     "Stage",
     "StopTraining",
     "TensorBoard",
     "Tracker",
     "Trainer",
-    "derived_seed",
-    "forked",
 ]

@@ -1,4 +1,4 @@
-"""What may watch a fit: any callable that takes the trainer after each step."""
+"""Watch a fit: callbacks are functions that take the trainer after each step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from math import inf, isfinite, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -14,22 +14,9 @@ from torch import Tensor
 from implicitvi.errors import OptionError, SetupError, check_at_least, check_whole
 from implicitvi.rng import RandomStream
 from implicitvi.training.checkpoint import STATE, as_folder, read_state
+from implicitvi.training.trainer import Callback, StopTraining, Trainer
 
 T = TypeVar("T")
-
-if TYPE_CHECKING:
-    from implicitvi.training.trainer import Trainer
-
-
-class StopTraining(Exception):
-    """Raised by a callback to end the fit; its message becomes the stop reason."""
-
-
-class Callback(Protocol):
-    """Called after every step; may read everything, should change nothing, may raise `StopTraining`."""
-
-    def __call__(self, trainer: Trainer) -> None:
-        """Look at ``trainer.step_count``, ``trainer.history`` and ``trainer.players``."""
 
 
 class Progress:
@@ -45,7 +32,7 @@ class Progress:
 
         self.labels = labels
         self.every = max(1, total // 20)
-        # a log file gets a line now and then, a terminal or a notebook a smooth bar
+        # a log file gets a line every ten seconds, a terminal or a notebook a smooth bar
         in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
         quiet = not (in_notebook or getattr(sys.stderr, "isatty", lambda: False)())
         self.bar: Any = tqdm(total=total, mininterval=10.0 if quiet else 0.1, unit="step")
@@ -53,23 +40,22 @@ class Progress:
     def __call__(self, trainer: Trainer) -> None:
         self.bar.update()
         if trainer.step_count % self.every == 0:
-            shown = {
-                caption: f"{trainer.history.last(metric, self.every):.3f}" for metric, caption in self.labels.items()
-            }
-            self.bar.set_postfix(shown, refresh=False)
+            last = {caption: trainer.history.last(metric, self.every) for metric, caption in self.labels.items()}
+            self.bar.set_postfix({caption: f"{value:.3f}" for caption, value in last.items()}, refresh=False)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it visible."""
         self.bar.close()
 
 
 class Tracker:
-    """Records what a function says of the fit every so many steps, and changes nothing.
+    """A callback that records the value of a function of the fit at regular steps, and changes nothing.
 
-    The function draws from random numbers of its own, which depend on the step alone.
+    The function draws from its own random numbers, which depend on the step alone.
 
     Args:
-        function: Of the trainer; a tensor that it returns is copied. The guide and the model come in by closure.
+        function: A function of the trainer; a tensor that it returns is copied. Use a closure to reach the guide or
+            the model.
         every: Steps between two records.
 
     Attributes:
@@ -95,32 +81,34 @@ class Tracker:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step_count % self.every:
             return
-        value = _ask(self.function, trainer)
+        value = _call(self.function, trainer)
         self.steps.append(trainer.step_count)
         self.values.append(value.detach().clone() if isinstance(value, Tensor) else value)
 
 
 class EarlyStop:
-    """Ends a fit whose diagnostic no longer falls: the last looks are compared with those before them.
+    """A callback that ends a fit when its diagnostic no longer falls; it compares the last values with earlier ones.
 
         stop if  mean(before) - mean(recent) < num_se * sqrt(var(before) / window + var(recent) / window)
 
-    The loss is no diagnostic: while the adversary lags it is no bound, and a collapsed fit shows a low one. A fit that
-    stops early has not been through the cool end of its schedule; ``start`` keeps it from stopping too soon.
+    Do not use the loss as the diagnostic: while the adversary lags it is not a bound, and a collapsed fit shows a low
+    one. A fit that stops early has not been through the cool end of its schedule; ``start`` keeps it from stopping too
+    soon.
 
     Args:
-        diagnostic: Of the trainer, a number, lower is better: how far the guide's draws are from the posterior, or how
-            badly they predict. It draws from random numbers of its own. Values that are not finite are left out.
-        every: Steps between two looks.
-        window: Looks in each of the two horizons, at least 2. No fit is ended before twice as many.
-        num_se: By how many standard errors of the difference the recent looks have to be lower. Above 0 a slow fall in
-            noise is given up sooner: where it is as much in a window as the noise's standard deviation, 16 % of fits
-            end in the first half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
-        start: Steps before the first look.
+        diagnostic: A function of the trainer that returns a number, lower is better: the distance of the guide's draws
+            from the posterior, or their prediction error. It draws from its own random numbers. Values that are not
+            finite are left out.
+        every: Steps between two evaluations.
+        window: Evaluations in each of the two windows, at least 2. A fit ends only after twice as many.
+        num_se: Number of standard errors of the difference by which the recent values have to be lower. Above 0 a slow
+            fall in noise is given up sooner: if it is as much in a window as the noise's standard deviation, 16 % of
+            fits end in the first half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
+        start: Steps before the first evaluation.
 
     Attributes:
-        steps: Steps after which there was a look.
-        values: What the diagnostic was.
+        steps: Steps after which the diagnostic was evaluated.
+        values: Values of the diagnostic.
     """
 
     def __init__(
@@ -134,10 +122,8 @@ class EarlyStop:
     ):
         if isinstance(diagnostic, str):
             raise OptionError(
-                "a fit is not stopped by a metric of its own training",
-                got=repr(diagnostic),
-                expected="a function of the trainer that looks at the draws",
-                do="The loss is no bound while the adversary lags; compare draws, as implicitvi.metrics does.",
+                f"diagnostic must be a function of the trainer, not a metric of training, got {diagnostic!r}. "
+                "The loss is not a bound while the adversary lags; compare draws, as implicitvi.metrics does."
             )
         _check_function("diagnostic", diagnostic)
         check_whole("every", every)
@@ -152,7 +138,7 @@ class EarlyStop:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step_count < self.start or trainer.step_count % self.every:
             return
-        value = float(_ask(self.diagnostic, trainer))
+        value = float(_call(self.diagnostic, trainer))
         if not isfinite(value):
             return
         self.steps.append(trainer.step_count)
@@ -166,21 +152,21 @@ class EarlyStop:
         error = sqrt((np.var(before, ddof=1) + np.var(recent, ddof=1)) / self.window)
         if gain <= 0 or gain < self.num_se * error:
             raise StopTraining(
-                f"the diagnostic no longer falls: {mean:.4g} over the last {self.window} looks, "
+                f"the diagnostic no longer falls: {mean:.4g} over the last {self.window} evaluations, "
                 f"{earlier:.4g} before, standard error {error:.2g}"
             )
 
 
 class Checkpoint:
-    """Keeps the last state of a fit in a folder and, by a diagnostic, the best one in its subfolder ``best``.
+    """A callback that keeps the last state of a fit in a folder and, by a diagnostic, the best one in ``best`` inside.
 
-    Both are whole at any time and are read by `AVBSVI.load`. The best is found again when a fit is resumed.
+    Both are complete at any time and are read by `AVBSVI.load`. A resumed fit continues from the best score so far.
 
     Args:
-        folder: Where; made where there is none.
-        every: Steps between two states that are kept.
-        best: Diagnostic of the trainer, lower is better; ``None`` to keep the last state alone. Not the loss: see
-            `EarlyStop`. It draws from random numbers of its own.
+        folder: The folder, created if it does not exist.
+        every: Steps between two saved states.
+        best: Diagnostic of the trainer, lower is better; ``None`` to keep the last state alone. Do not use the loss:
+            see `EarlyStop`. It draws from its own random numbers.
 
     Attributes:
         lowest: The diagnostic of the best state so far.
@@ -194,7 +180,7 @@ class Checkpoint:
         self.every = every
         self.best = best
         self.lowest = inf
-        self._looked = False
+        self._started = False
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step_count % self.every:
@@ -202,31 +188,30 @@ class Checkpoint:
         trainer.save(self.folder)
         if self.best is None:
             return
-        if not self._looked:
-            self.lowest, self._looked = self._lowest_so_far(trainer), True
-        score = float(_ask(self.best, trainer))
+        if not self._started:
+            self.lowest, self._started = self._lowest_so_far(trainer), True
+        score = float(_call(self.best, trainer))
         if score < self.lowest:
             self.lowest = score
-            began = _beginning(trainer)
-            trainer.save(self.folder / "best", score=score, step=trainer.step_count, began=began)
+            trainer.save(self.folder / "best", score=score, step=trainer.step_count, began=_first_losses(trainer))
 
     def _lowest_so_far(self, trainer: Trainer) -> float:
-        """The score of the state in ``best``, if that is of this fit and not of an earlier one in the same folder."""
+        """Return the score of the state in ``best`` if it is of this fit, not of an earlier one in the same folder."""
         folder = self.folder / "best"
         if not (folder / STATE).exists():
             return inf
         notes = read_state(folder)[0]["notes"]
-        return float(notes["score"]) if notes.get("began") == _beginning(trainer) else inf
+        return float(notes["score"]) if notes.get("began") == _first_losses(trainer) else inf
 
 
 class TensorBoard:
-    """Shows the metrics of a fit in TensorBoard: their means since the last look.
+    """A callback that shows the metrics of a fit in TensorBoard: their means since the last record.
 
     Needs ``pip install implicitvi[tensorboard]``.
 
     Args:
-        folder: Where TensorBoard looks, as ``tensorboard --logdir folder``.
-        every: Steps between two looks.
+        folder: The folder that TensorBoard reads, as ``tensorboard --logdir folder``.
+        every: Steps between two records.
 
     Raises:
         SetupError: TensorBoard is not installed.
@@ -239,9 +224,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise SetupError(
-                "TensorBoard is not installed",
-                got=str(error),
-                do="Run pip install 'implicitvi[tensorboard]', or record with Tracker.",
+                f"TensorBoard is not installed ({error}). Run pip install 'implicitvi[tensorboard]', or use Tracker."
             ) from error
         self.every = every
         self.writer: Any = SummaryWriter(str(folder))
@@ -250,8 +233,7 @@ class TensorBoard:
         if trainer.step_count % self.every:
             return
         for name in trainer.history.names():
-            value = trainer.history.last(name, self.every)
-            self.writer.add_scalar(name, value, trainer.step_count)
+            self.writer.add_scalar(name, trainer.history.last(name, self.every), trainer.step_count)
         self.writer.flush()
 
     def close(self) -> None:
@@ -259,32 +241,29 @@ class TensorBoard:
         self.writer.close()
 
 
-def _beginning(trainer: Trainer) -> list[float]:
-    """The losses of the first step, by which a fit is known again."""
+def as_callbacks(callbacks: object) -> tuple[Callback, ...]:
+    """Return the functions of an option ``callbacks``; raise `OptionError` unless all can be called."""
+    if not isinstance(callbacks, Iterable):
+        raise OptionError.must_be(
+            "callbacks", "a list of functions", repr(callbacks), "Put a single one into a list, callbacks=[callback]."
+        )
+    found = tuple(callbacks)
+    for callback in found:
+        _check_function("each of the callbacks", callback)
+    return found
+
+
+def _first_losses(trainer: Trainer) -> list[float]:
+    """Return the losses of the first step, which identify a fit."""
     return [float(trainer.history[player.name][0]) for player in trainer.players]
 
 
-def _ask(function: Callable[[Trainer], T], trainer: Trainer) -> T:
-    """What a user's function says, without a trace in anybody's random numbers."""
+def _call(function: Callable[[Trainer], T], trainer: Trainer) -> T:
+    """Call a user's function without disturbing any other random numbers."""
     with RandomStream(trainer.step_count):
         return function(trainer)
 
 
-def as_callbacks(callbacks: object) -> tuple[Callback, ...]:
-    """The functions of an option ``callbacks``; raise `OptionError` where they are none."""
-    if not isinstance(callbacks, Iterable):
-        raise OptionError(
-            "callbacks is not a list",
-            got=repr(callbacks),
-            expected="functions of the trainer",
-            do="Put a single one into a list, callbacks=[callback].",
-        )
-    found = tuple(callbacks)
-    for callback in found:
-        _check_function("one of the callbacks", callback)
-    return found
-
-
 def _check_function(option: str, value: object) -> None:
     if not callable(value):
-        raise OptionError(f"{option} cannot be called", got=repr(value), expected="a function of the trainer")
+        raise OptionError.must_be(option, "a function of the trainer", repr(value))

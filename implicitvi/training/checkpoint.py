@@ -1,8 +1,8 @@
-"""A state in a folder: written whole or not at all, read without running anything in it.
+"""Keep a state in a folder: written whole or not at all, read without running code from the file.
 
-``state.safetensors`` holds everything: tensors by name, and the rest (nesting, numbers, what it belongs to) as JSON in
-the file's header. ``config.json`` repeats for people what it belongs to. One file, because one renaming is all that a
-file system does at once.
+``state.safetensors`` holds everything: tensors by name, and the rest (nesting, numbers, the description of the fit) as
+JSON in the file's header. ``config.json`` repeats the description for people. There is one file, because a file system
+replaces only one at a time atomically.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitvi.errors import CheckpointError, OptionError
 
-FORMAT = 1
+FORMAT = 2
 STATE, CONFIG = "state.safetensors", "config.json"
-TENSOR, DICT, TUPLE = "tensor", "dict", "tuple"  # what a JSON object stands for
+TENSOR, DICT, TUPLE = "tensor", "dict", "tuple"  # the kinds of JSON objects in the header
 
 
 def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
-    """Write nested containers of tensors and numbers, and a description of what they belong to.
+    """Write nested containers of tensors and numbers, and a description of the fit that they belong to.
 
-    Each file is written under another name, brought to the disk and then renamed, so that a folder that held a
+    Each file is written under another name, flushed to the disk and then renamed, so that a folder that held a
     checkpoint always holds one.
     """
     from safetensors.torch import save
@@ -36,17 +37,15 @@ def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
     document = _flatten({"config": config, "state": state}, tensors)
     header = {"format": str(FORMAT), "document": json.dumps(document), "digest": _digest(tensors)}
     folder.mkdir(parents=True, exist_ok=True)
-    content = save(tensors, metadata=header)
-    _replace(folder / STATE, lambda file: file.write(content))
-    text = json.dumps({"format": FORMAT, **config}, indent=1).encode()
-    _replace(folder / CONFIG, lambda file: file.write(text))
+    _replace(folder / STATE, save(tensors, metadata=header))
+    _replace(folder / CONFIG, json.dumps({"format": FORMAT, **config}, indent=1).encode())
 
 
 def load_state(folder: Path, *, like: Mapping[str, Any]) -> Any:
-    """What `save_state` wrote, on the CPU.
+    """Read a state that `save_state` wrote, on the CPU.
 
     Raises:
-        CheckpointError: The file is damaged, of a newer format, or belongs to something other than ``like``.
+        CheckpointError: The file is damaged, of a newer format, or its description differs from ``like``.
     """
     config, state = read_state(folder)
     check_same(config, like)
@@ -54,24 +53,23 @@ def load_state(folder: Path, *, like: Mapping[str, Any]) -> Any:
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
-    """What `save_state` wrote, on the CPU: the description, and the state.
+    """Read the description and the state that `save_state` wrote, on the CPU; older formats are migrated.
 
     Raises:
-        CheckpointError: There is none, it is damaged, or of a newer format.
+        CheckpointError: The file is missing, damaged, or of a newer format.
     """
     from safetensors.torch import load
 
     path = folder / STATE
     if not path.exists():
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        found = ", ".join(there) or ("an empty folder" if folder.is_dir() else "no such folder")
         raise CheckpointError(
-            f"{folder} holds no checkpoint",
-            got=", ".join(there) or ("an empty folder" if folder.is_dir() else "no such folder"),
-            expected=STATE,
-            do="Give the folder that was saved to, its files under the names that they were saved with.",
+            f"{folder} must hold the checkpoint {STATE}, got {found}. "
+            "Give the folder that was saved to, with its files under their original names."
         )
     try:
-        content = path.read_bytes()  # at once: whoever trains may rename a newer one into its place
+        content = path.read_bytes()  # at once: a running fit may rename a newer file into its place
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])["__metadata__"]
         version = int(header["format"])
@@ -82,26 +80,49 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
             document = _unflatten(json.loads(header["document"]), tensors)
             config, state = dict(document["config"]), document["state"]
     except Exception as error:  # a file may be damaged in more ways than there are names for
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            "the checkpoint cannot be read",
-            got=f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            do="Take an older copy, or start again in an empty folder.",
+            f"The checkpoint {path} cannot be read: {reason}. Use an older copy, or start again in an empty folder."
         ) from error
     if version > FORMAT:
         raise CheckpointError(
-            "the checkpoint was written by a newer version",
-            got=f"format {version}",
-            expected=f"up to {FORMAT}",
-            do="Upgrade implicitvi.",
+            f"The checkpoint's format must be at most {FORMAT}, got {version}, of a newer version. Upgrade implicitvi."
         )
-    return config, state
+    return migrate(config, state) if version == 1 else (config, state)
+
+
+def migrate(config: dict[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
+    """Bring the description and the state of a checkpoint of format 1 (version 0.1.0) to format 2.
+
+    Format 2 renames entries of state dicts, and of the list of their shapes in the description: the buffer ``placed``
+    of a sampler is ``initialised``, and a player's ``followers`` are ``averaged_modules``.
+
+    >>> migrate({}, {"followers.0.loc": 1, "module.placed": 2})[1]
+    {'averaged_modules.0.loc': 1, 'module.initialised': 2}
+    """
+    return _renamed(config), _renamed(state)
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_new_name(key): _renamed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_renamed, value))
+    return value
+
+
+def _new_name(name: Any) -> Any:
+    if not isinstance(name, str):  # the optimisers' states are numbered
+        return name
+    name = re.sub(r"^((?:.*: )?)followers\.", r"\1averaged_modules.", name)
+    return re.sub(r"(^|[. ])placed$", r"\1initialised", name)
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether there is something to take up; a folder that has lost its state is refused.
+    """Return whether ``folder`` holds a state.
 
     Raises:
-        CheckpointError: There is a description without the state that it describes.
+        CheckpointError: The folder has a description without the state that it describes.
     """
     if (folder / CONFIG).exists() and not (folder / STATE).exists():
         read_state(folder)
@@ -109,15 +130,13 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def as_folder(folder: object) -> Path:
-    """The path of an option ``folder``; raise `OptionError` where it is none."""
+    """Return the path of an option ``folder``; raise `OptionError` unless it can be a folder."""
     if not isinstance(folder, str | os.PathLike):
-        raise OptionError("folder is not a path", got=repr(folder), expected="a str or Path")
+        raise OptionError.must_be("folder", "a str or Path", repr(folder))
     path = Path(folder)
     file = next((each for each in (path, *path.parents) if each.is_file()), None)
     if file is not None:
-        raise OptionError(
-            "folder is a file, or stands in one", got=str(file), do="Give another path, or move the file away."
-        )
+        raise OptionError.must_be("folder", "a folder", f"the file {file}", "Give another path, or move the file away.")
     return path
 
 
@@ -127,15 +146,13 @@ def check_same(config: Mapping[str, Any], like: Mapping[str, Any]) -> None:
         if config.get(name) != expected:
             got, wanted = _difference(config.get(name), expected)
             raise CheckpointError(
-                f"the checkpoint belongs to another fit, which differs in its {name}",
-                got=got,
-                expected=wanted,
-                do="Use the same model, data and options, or another folder.",
+                f"The checkpoint belongs to another fit: its {name} must be {wanted}, got {got}. "
+                "Use the same model, data and options, or another folder."
             )
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """A JSON document of nested containers, each tensor replaced by its name among ``tensors``."""
+    """Return a JSON document of nested containers, each tensor moved to ``tensors`` and replaced by its name there."""
     if isinstance(value, Tensor):
         name = path.removeprefix("/state/") or "tensor"
         while name in tensors:
@@ -154,7 +171,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def _unflatten(document: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_flatten`."""
+    """Invert `_flatten`."""
     if isinstance(document, list):
         return [_unflatten(item, tensors) for item in document]
     if not isinstance(document, dict):
@@ -168,22 +185,23 @@ def _unflatten(document: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """A fingerprint of tensors and their names; the format itself would not notice a flipped bit."""
-    seen = hashlib.sha256()
+    """Return a hash of tensors and their names: safetensors itself does not detect a flipped bit."""
+    digest = hashlib.sha256()
     for name in sorted(tensors):
-        seen.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        seen.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return seen.hexdigest()
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file's content atomically."""
     new = path.with_name(f".{path.name}.new")
     with open(new, "wb") as file:
-        write(file)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    if os.name == "posix":  # the renaming itself is on the disk once the folder is
+    if os.name == "posix":  # the renaming is on the disk only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -192,7 +210,7 @@ def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def _difference(got: Any, expected: Any) -> tuple[Any, Any]:
-    """The first entry that differs, where both are dictionaries."""
+    """Return the first entry that differs, or the values themselves unless both are dictionaries."""
     if not (isinstance(got, dict) and isinstance(expected, dict)):
         return got, expected
     for name in [*expected, *got]:

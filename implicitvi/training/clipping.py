@@ -1,4 +1,4 @@
-"""How large a gradient may be."""
+"""Bound the norm of gradients."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from math import inf
 import torch
 from torch import Tensor
 
-SURGE = 4.0  # a gradient this many times the usual one is cut to it
-RATE = 0.02  # share of the present norm in what is usual
+SURGE = 4.0  # a gradient is cut to this many times the usual norm
+RATE = 0.02  # share of the present norm in the usual one
 
 
 class Clip:
-    """A bound of the norm of one player's gradients: a number, or a multiple of what the norm has been lately.
+    """A bound on the norm of one player's gradients: a number, or a multiple of the recent norms.
 
-    A sampler that comes to where its adversary knows nothing gets a gradient far above all before. Adam's second
-    moments have not seen its like and let it through as a step some sixteen times the rate, in every weight at once:
-    enough to throw the sampler out of sight for good. A bound by what is usual stops that, and nothing else, whatever
-    the units of the loss.
+    When the sampler reaches a region that the adversary has not seen, its gradient can be orders of magnitude too
+    large. Adam's second moments then let it through as a step of about sixteen times the rate in every weight at once,
+    enough to lose the sampler for good. A bound relative to recent norms prevents this, whatever the units of the loss.
 
     Args:
-        norm: The bound; ``None`` for `SURGE` times the running mean of the norms, each counted as it was cut.
+        norm: The bound; ``None`` for `SURGE` times the running mean of the norms, each counted after it was cut.
 
     >>> clip = Clip(None)
     >>> [round(clip.shrink(torch.tensor(norm)).item(), 3) for norm in (1.0, 1.0, 400.0, 1.0)]
@@ -37,7 +36,7 @@ class Clip:
         self.count = 0
 
     def shrink(self, norm: Tensor) -> Tensor:
-        """What a gradient of this norm, a scalar, is to be multiplied by, at most 1; a finite one is remembered."""
+        """Return the factor, at most 1, for a gradient of this norm, a scalar; a finite norm is remembered."""
         if self.norm is not None:
             return (self.norm / norm).clamp(max=1.0)
         usual = torch.full_like(norm, inf) if self.usual is None else self.usual
@@ -45,17 +44,16 @@ class Clip:
         factor = (SURGE * usual / norm).clamp(max=1.0)
         self.count += 1
         seen = torch.where(norm.isfinite(), norm * factor, usual)
-        known = usual.isfinite()
         mean = usual.lerp(seen, max(RATE, 1 / self.count))
-        self.usual = torch.where(known, mean, seen)
+        self.usual = torch.where(usual.isfinite(), mean, seen)
         return factor
 
     def state_dict(self) -> dict[str, Tensor | int | None]:
-        """What is usual, copied."""
+        """Return a copy of the running mean and the number of norms in it."""
         return {"usual": None if self.usual is None else self.usual.clone(), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Tensor | int | None], like: Tensor) -> None:
-        """Take over what `state_dict` gave, on the device of ``like``."""
+        """Take over a state that `state_dict` returned, on the device of ``like``."""
         usual, count = state["usual"], state["count"]
         self.usual = usual.to(like) if isinstance(usual, Tensor) else None
         self.count = int(count or 0)

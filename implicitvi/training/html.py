@@ -1,4 +1,4 @@
-"""A table for a notebook."""
+"""Write a table for a notebook."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from html import escape
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A title above a table in HTML; the first cell of each row names it, the others are numbers.
+    """Return a title above a table in HTML; the first cell of each row names it, the others are numbers.
 
     Args:
-        title: One line; what is special in HTML is escaped, here and in all cells.
-        header: Captions of the columns; none for a title by itself.
+        title: One line; special characters of HTML are escaped, here and in all cells.
+        header: Captions of the columns; empty for a title by itself.
         rows: Cells of each row, as many as the header has.
 
     >>> table("a < b", ["", "mean"], [["mu", "1.0"]])[:50]

@@ -1,4 +1,4 @@
-"""A player: parameters, the loss that they minimise, and how often."""
+"""Define a player: parameters, the loss that they minimise, and how often."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ Metrics = dict[str, float | Tensor]
 
 @dataclass(frozen=True)
 class Player:
-    """One of the networks that take turns.
+    """A network that takes turns with others in training.
 
     Args:
         name: Its name in the history and in errors.
-        module: What it trains. Gradients of its losses reach these parameters, its tensors, and no others.
-        losses: The losses of its turn at a stage, one for each step that it takes, each with metrics for the
-            history. A scalar, lower is better, or ``None`` where there is nothing to learn from. The next loss is
-            asked for after the step on the last.
-        lr: Its rate at a stage.
-        after_step: Called after each of its turns that had a loss.
-        averaged_modules: Modules that change in its turn without gradients, part of the state of a fit.
+        module: The module that it trains. Gradients of its losses reach these parameters and ``tensors`` only.
+        losses: The losses of its turn at a stage, one for each of its steps, each with metrics for the history. A
+            scalar, lower is better, or ``None`` to skip a step. The trainer asks for the next loss after the step.
+        lr: Its learning rate at a stage.
+        after_step: Called after each step that had a loss.
+        averaged_modules: Modules that change in its turn without gradients; part of the state of a fit.
         tensors: Leaves outside any module that it trains too, by name: the parameters of a Pyro model.
     """
 
@@ -39,15 +38,15 @@ class Player:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parameters(self) -> list[Tensor]:
-        """What its steps change."""
+        """Return the tensors that its steps change."""
         return [*self.module.parameters(), *self.tensors.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Its modules and tensors, not copied."""
+        """Return the state of its modules and tensors, not copied."""
         return {"modules": dict(self._modules().state_dict()), "tensors": dict(self.tensors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over a state that `state_dict` returned."""
         self._modules().load_state_dict(state["modules"])
         with torch.no_grad():
             for name, leaf in self.tensors.items():

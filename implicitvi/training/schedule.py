@@ -1,4 +1,4 @@
-"""What changes in the course of a fit, as a value."""
+"""Define the settings that change in the course of a fit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from implicitvi.errors import OptionError, check_positive, check_whole
 
 @dataclass(frozen=True)
 class Stage:
-    """The settings of one step.
+    """The settings of one step, named as in `Schedule`; ``beta`` is the factor of the log joint.
 
-    Attributes:
-        num_particles: Draws in the sampler's step, and of each class in the adversary's.
-        adversary_steps: Steps of the adversary before the sampler's.
-        lr: Rate of the sampler.
-        adversary_lr: Rate of the adversary and of a fitted contrast.
-        beta: Share of the log joint in what is fitted.
+    The adversary gets ``num_particles`` draws of each class, and its steps precede the sampler's.
     """
 
     num_particles: int
@@ -28,7 +23,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Explore with small batches at high rates, then cool with larger ones.
+    """A schedule that explores with small batches at high rates, then cools with larger ones.
 
     A pair means (while exploring, at the end): the first holds while exploring, then the batch grows and the rates
     fall geometrically to the second. A single number never changes.
@@ -37,10 +32,10 @@ class Schedule:
         num_steps: Steps of the sampler.
         num_particles: Draws a step.
         adversary_steps: Steps of the adversary for each of the sampler.
-        lr: Rate of the sampler (Adam).
-        adversary_lr: Rate of the adversary and of a fitted contrast (Adam).
-        tempering: Share ``β`` of the log joint at the first step; it rises geometrically to 1 over ``tempered`` of the
-            fit. ``None`` or 1 for the log joint throughout.
+        lr: Learning rate of the sampler (Adam).
+        adversary_lr: Learning rate of the adversary and of a fitted contrast (Adam).
+        tempering: Factor ``β`` of the log joint at the first step; it rises geometrically to 1 over ``tempered`` of
+            the fit. ``None`` or 1 for the log joint throughout.
         tempered: Share of the steps over which ``β`` rises.
         cool: Share of the steps that make up the cool end.
         warm_up: Share of the steps over which both rates rise from 0, linearly; 0 for none. Adam's first steps are as
@@ -71,21 +66,14 @@ class Schedule:
             for rate in _pair(option, getattr(self, option)):
                 check_positive(option, rate)
         if isinstance(self.tempering, str):
-            raise OptionError(
-                "tempering is not a number", got=repr(self.tempering), expected="a share of the log joint, or None"
-            )
-        shares = {
-            "tempered": self.tempered,
-            "cool": self.cool,
-            "warm_up": self.warm_up,
-            "tempering": self.tempering or 1,
-        }
-        for option, share in shares.items():
+            raise OptionError.must_be("tempering", "a share of the log joint, or None", repr(self.tempering))
+        for option in ("tempered", "cool", "warm_up", "tempering"):
+            share = getattr(self, option) or 0
             if not 0 <= share <= 1:
-                raise OptionError(f"{option} is out of range", got=share, expected="0 to 1")
+                raise OptionError.must_be(option, "between 0 and 1", share)
 
     def at(self, step: int) -> Stage:
-        """The settings of step ``step``, counted from 0; beyond the horizon those of the last step."""
+        """Return the settings of step ``step``, counted from 0; beyond the horizon those of the last step."""
         done = min(step / self.num_steps, 1.0)
         cooled = max(0.0, (done - (1 - self.cool)) / self.cool) if self.cool else 0.0
         risen = min(1.0, (step + 1) / (self.warm_up * self.num_steps)) if self.warm_up else 1.0
@@ -108,7 +96,7 @@ def _pair(option: str, value: float | tuple[float, float]) -> tuple[float, float
     if not isinstance(value, tuple | list):
         return value, value
     if len(value) != 2:
-        raise OptionError(f"{option} is neither a number nor a pair", got=value)
+        raise OptionError.must_be(option, "a number or a pair", value)
     return value[0], value[1]
 
 

@@ -169,7 +169,7 @@ class _Run:
         several = distributed.count() > 1
         with RandomStream(options.seed):
             seed = torch.randint(2**62, (), device="cpu").to(model.device)
-        distributed.share([seed])
+        distributed.broadcast([seed])
         self.seed = int(seed)
         self.train = batches_of(train, options.batch_size, model.like)
         self.held_out = (
@@ -190,7 +190,7 @@ class _Run:
             agree=distributed.agree if several else None,
         )
         self.trainer.write = self._write
-        distributed.share(list(self._tensors().values()))
+        distributed.broadcast(list(self._tensors().values()))
         self.average = options.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
         self.normalised = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         if several and any(not isinstance(m, nn.SyncBatchNorm) for m in self.normalised):

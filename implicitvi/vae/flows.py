@@ -15,8 +15,8 @@ from torch.distributions import Distribution, TransformedDistribution, constrain
 from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
-from implicitvi.avb.contrasts import zuko_imported
 from implicitvi.errors import check_at_least
+from implicitvi.nn import zuko_imported
 from implicitvi.vae.encoders import gaussian_of
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from implicitvi import AVBSVI, Fit, ImplicitGuide
-from implicitvi.avb.contrasts import MixtureContrast, zuko_imported
+from implicitvi.avb.contrasts import MixtureContrast
+from implicitvi.nn import zuko_imported
 from implicitvi.pyro_model.log_joint import LogJoint
 from suite.denoising import denoised
 from suite.target import Sites, Target

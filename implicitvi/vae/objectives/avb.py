@@ -12,7 +12,7 @@ from implicitvi.avb import objective as objectives
 from implicitvi.avb.adversaries import InformedAdversary
 from implicitvi.avb.conditional import MomentContrast
 from implicitvi.avb.contrasts import Contrast, DiagonalGaussianContrast, PriorContrast
-from implicitvi.avb.players import Turn, follow_contrast
+from implicitvi.avb.players import Turn, adversary_players
 from implicitvi.avb.ratios import RATIOS, RatioLoss
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.numerics.types import LogDensity
@@ -155,7 +155,7 @@ class AVB(ReadyMade, LatentModel):
                 yield loss, {}
 
         arrows = [self.encoder, self.decoder, self.prior]
-        opponents = follow_contrast("adversary", objective, contrast_losses, adversary_losses)
+        opponents = adversary_players("adversary", objective, contrast_losses, adversary_losses)
         return [*opponents, self.player("model", arrows, self._loss, batch)]
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
