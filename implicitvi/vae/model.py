@@ -1,13 +1,12 @@
-"""What all systems share: the arrows of a latent variable model, and what one asks of it."""
+"""A latent variable model: encoder, decoder and prior, how they are trained, and what can be asked of them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,14 @@ from implicitvi.errors import ModelError, ShapeError, check_choice, check_whole
 from implicitvi.metrics.ais import ais
 from implicitvi.metrics.evidence import importance_sampling, quadrature
 from implicitvi.rng import forked
-from implicitvi.training import Callback, Player, Stage
-from implicitvi.training.callbacks import as_callbacks
+from implicitvi.training import Player, Stage
+from implicitvi.training.options import from_options, with_options
 from implicitvi.training.player import Metrics
-from implicitvi.vae.data import Transform
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.encoders import moments_of
-from implicitvi.vae.fitting import Fitting, VAEFit
+from implicitvi.vae.fitting import Trainable, VAEFit, run_fit
 from implicitvi.vae.priors import prior_of
+from implicitvi.vae.settings import FitOptions, FitSettings
 
 Batch = Callable[[], Tensor]
 Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
@@ -33,11 +32,11 @@ EVIDENCE: dict[str, Callable[..., Tensor]] = {"ais": ais, "iwae": importance_sam
 STARTS = ("encoder", "prior")
 
 
-class LatentModel(nn.Module, ABC):
-    """An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)``, trained by one system or another.
+class LatentModel(Trainable):
+    """An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)``, trained by an objective.
 
-    Every arrow is a module that returns a distribution. Implementing a system: subclass this, say in ``needs`` what the
-    three must be able to do, and return its `Player` s from ``players``; then join the list in
+    Each of the three is a module that returns a distribution. Implementing an objective: subclass this, say in
+    ``needs`` what the three must be able to do, and return its `Player` s from ``players``; then join the list in
     ``tests/vae_contracts.py``.
 
     Args:
@@ -47,7 +46,8 @@ class LatentModel(nn.Module, ABC):
             draws, or the number ``D`` for ``N(0, I)``.
 
     Attributes:
-        needs: What each arrow must be able to do: ``"draws"``, ``"gradients"`` (draws with gradients), ``"density"``.
+        needs: Abilities that encoder, decoder and prior must have: ``"draws"``, ``"gradients"`` (draws with
+            gradients), ``"density"``.
         x_shape: Shape of one datum.
         latent_dim: Dimension ``D`` of a code.
     """
@@ -61,107 +61,52 @@ class LatentModel(nn.Module, ABC):
         self.prior = prior_of(prior)
         self.x_shape, self.latent_dim = self._probe()
 
-    # what a system says
-
     @abstractmethod
     def players(self, batch: Batch) -> list[Player]:
-        """Who takes turns, and the loss of each on the present batch ``x [B, *x_shape]``."""
+        """Return the players in the order of their turns; ``batch()`` is the present batch ``x [B, *x_shape]``."""
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
-        """Figures of data ``x [B, *x_shape]`` that were not trained on: means over them, logs in nats."""
+        """Return figures of held-out data ``x [B, *x_shape]``: means over the rows, logs in nats."""
         z = self.encode(x)
         p = self.decoder(z)
         if has_density(p):
             return {"log_likelihood": p.log_prob(x).mean()}
         return {"squared_error": (p.sample() - x).square().mean()}
 
-    # what one asks of a model
-
+    @with_options(FitSettings)
     def fit(
         self,
         train: Any,
         *,
         validation: Any = None,
-        epochs: int = 50,
-        batch_size: int = 128,
-        transform: Transform | None = None,
-        num_particles: int = 1,
-        adversary_steps: int | tuple[int, int] = 1,
-        lr: float | tuple[float, float] = (3e-3, 2e-4),
-        adversary_lr: float | tuple[float, float] = (4e-3, 2e-3),
-        device: str | torch.device = "auto",
-        precision: str = "float32",
-        compile: bool | str = False,
-        ema: float | None = None,
-        clip_norm: float | None = None,
-        max_skips: int = 20,
-        checkpoint: str | Path | None = None,
-        seed: int | None = None,
-        progress: bool = True,
-        callbacks: Iterable[Callback] = (),
-    ) -> VAEFit:
-        """Train on data; an interrupt keeps what has been learned.
+        settings: FitSettings | None = None,
+        **options: Unpack[FitOptions],
+    ) -> VAEFit[Self]:
+        """Train on data; an interrupt keeps the weights learned so far.
 
         Under ``torchrun``, or in a group of `torch.distributed` that has been started, every process takes its share of
         each batch, and all of them have the same weights at every step (docs/decisions/0004-several-processes.md).
 
         Args:
             train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of batches that are
-                tuples the first part. What does not fill a last batch is left out of an epoch, other than by a
-                ``DataLoader``, which is taken at its word.
+                tuples the first part. An epoch leaves out rows that do not fill a last batch; all batches of a
+                ``DataLoader`` are used.
             validation: As ``train``; the figures of ``validate`` over all of it are kept after every epoch.
-            epochs: Passes through the data, and the horizon of every schedule.
-            batch_size: Rows of a batch, over all processes; a ``DataLoader`` has its own.
-            transform: Applied to every batch on the device, such as `torch.bernoulli` for dynamic binarisation.
-            num_particles: Codes drawn for each datum of a step.
-            adversary_steps: Steps of each adversary before one of the others.
-            lr: Rate of encoder and decoder, or a pair (first, last).
-            adversary_lr: Rate of the adversaries, or a pair.
-            device: ``"auto"`` for a GPU where there is one, or a device.
-            precision: ``"float32"``; ``"bfloat16"`` for networks that compute in it, while weights, densities and
-                losses stay as they are.
-            compile: Whether torch compiles encoder, decoder and adversaries for this fit, or the mode in which.
-            ema: Share of a running average of all weights that outlives each step; `VAEFit.averaged` has it.
-            clip_norm: Bound of the norm of each player's gradient; ``None`` for four times what is usual (`Clip`).
-            max_skips: Turns in a row without a finite loss and gradient that end the fit.
-            checkpoint: Folder that keeps the state after every epoch. Where it holds one already, the fit goes on from
-                it, with the numbers that an uninterrupted fit would have had. A loader's own randomness must come
-                from torch's generators for that.
-            seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
-            progress: Whether to show a bar.
-            callbacks: Called after every step with the trainer, in every process; may raise `StopTraining`.
+            settings: Options as a value; the following ones, where they are given, replace its fields.
 
         Returns:
             The trained model, which is this one, with the record of its training.
 
         Raises:
-            OptionError: An option or the data cannot work; all of this before the first step.
+            TypeError: An option is unknown.
+            OptionError: An option or the data cannot work; raised before the first step.
             ShapeError: The data do not have the model's shape.
             ModelError: The data are not finite.
             CheckpointError: The checkpoint is damaged, or of another model, data or options.
             NonFiniteError: Too many turns in a row were skipped; the last good state has been restored.
         """
-        fitting = Fitting(
-            epochs=epochs,
-            batch_size=batch_size,
-            transform=transform,
-            num_particles=num_particles,
-            adversary_steps=adversary_steps,
-            lr=lr,
-            adversary_lr=adversary_lr,
-            device=device,
-            precision=precision,
-            compile=compile,
-            ema=ema,
-            clip_norm=clip_norm,
-            max_skips=max_skips,
-            checkpoint=checkpoint,
-            seed=seed,
-            progress=progress,
-            callbacks=as_callbacks(callbacks),
-        )
-        return fitting.run(self, train, validation)
+        return run_fit(self, train, validation, from_options(FitSettings, options, settings, of=self.fit))
 
     @torch.no_grad()
     def encode(self, x: Tensor, num_samples: int | None = None) -> Tensor:
