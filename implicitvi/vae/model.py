@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -61,10 +60,6 @@ class LatentModel(Trainable):
         self.prior = prior_of(prior)
         self.x_shape, self.latent_dim = self._probe()
 
-    @abstractmethod
-    def players(self, batch: Batch) -> list[Player]:
-        """Return the players in the order of their turns; ``batch()`` is the present batch ``x [B, *x_shape]``."""
-
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
         """Return figures of held-out data ``x [B, *x_shape]``: means over the rows, logs in nats."""
@@ -76,12 +71,7 @@ class LatentModel(Trainable):
 
     @with_options(FitSettings)
     def fit(
-        self,
-        train: Any,
-        *,
-        validation: Any = None,
-        settings: FitSettings | None = None,
-        **options: Unpack[FitOptions],
+        self, train: Any, *, validation: Any = None, settings: FitSettings | None = None, **options: Unpack[FitOptions]
     ) -> VAEFit[Self]:
         """Train on data; an interrupt keeps the weights learned so far.
 
@@ -110,18 +100,18 @@ class LatentModel(Trainable):
 
     @torch.no_grad()
     def encode(self, x: Tensor, num_samples: int | None = None) -> Tensor:
-        """Draws of ``q(z | x)`` for ``x [B, *x_shape]``: ``[num_samples, B, D]``, or one each, ``[B, D]``."""
+        """Draw codes of ``q(z | x)`` for ``x [B, *x_shape]``: ``[num_samples, B, D]``, or one each, ``[B, D]``."""
         z: Tensor = self.encoder(self._input(x)).sample(_shape(num_samples))
         return z
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw where it has no mean."""
+        """Return the mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw if it has no mean."""
         if z.shape[-1:] != (self.latent_dim,):
-            raise ShapeError(
-                "the codes do not have the dimension of the model's",
-                got=f"[{', '.join(map(str, z.shape))}]",
-                expected=f"[..., {self.latent_dim}]",
+            raise ShapeError.must_be(
+                "codes",
+                f"of shape [..., {self.latent_dim}]",
+                f"[{', '.join(map(str, z.shape))}]",
                 do="model.encode(x) and model.prior().sample([n]) give codes.",
             )
         p = self.decoder(z)
@@ -132,18 +122,18 @@ class LatentModel(Trainable):
         return mean
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """``x [B, *x_shape]`` through a code drawn for it and back, as `decode` has it."""
+        """Encode ``x [B, *x_shape]`` to a random code each, and `decode` the codes."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
-        """New data ``[num_samples, *x_shape]``: draws of ``p(x | z)`` at draws of the prior."""
+        """Draw new data ``[num_samples, *x_shape]`` from ``p(x | z)`` at draws of the prior."""
         check_whole("num_samples", num_samples)
         x: Tensor = self.decoder(self.prior().sample(_shape(num_samples))).sample()
         return x
 
     def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
-        """``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
+        """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
 
         Raises:
             ModelError: The decoder or the prior has no density.
@@ -161,17 +151,17 @@ class LatentModel(Trainable):
         seed: int | None = 0,
         **options: Any,
     ) -> Tensor:
-        """Estimated ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
+        """Estimate ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
 
         Args:
             x: Data.
             method: ``"ais"``, annealed importance sampling by Hamiltonian Monte Carlo (`ais`); ``"iwae"``, importance
                 sampling from a widened Gaussian at the moments of the start (`importance_sampling`);
                 ``"quadrature"``, a grid over one or two latent dimensions (`quadrature`).
-            start: Where the method looks first: at the moments of ``q(z | x)`` by the ``"encoder"``, or at those of the
-                ``"prior"``, which owes nothing to the encoder and needs more steps.
+            start: The moments at which the method starts: of ``q(z | x)`` by the ``"encoder"``, or of the ``"prior"``,
+                which does not depend on the encoder and needs more steps.
             batch_size: Rows of data at a time; memory grows with it.
-            seed: Seed of the method's own random numbers.
+            seed: Random seed of the method.
             options: Options of the method; those of ``"ais"`` are in `Annealing`.
 
         Raises:
@@ -193,12 +183,10 @@ class LatentModel(Trainable):
                 estimates.append(EVIDENCE[method](log_joint, loc, scale, **options))
         return torch.cat(estimates)
 
-    # what systems are built with
-
     def player(
         self, name: str, modules: Iterable[nn.Module], loss: Loss, batch: Batch, *, adversary: bool = False
     ) -> Player:
-        """A player with one loss of the batch a step, or, as an adversary, one for each of the adversary's steps."""
+        """Return a player with one loss of the batch per step, or with one per adversary step as an adversary."""
 
         def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
             for _ in range(stage.adversary_steps if adversary else 1):
@@ -208,33 +196,24 @@ class LatentModel(Trainable):
             name, nn.ModuleList(modules), losses, lr=lambda stage: stage.adversary_lr if adversary else stage.lr
         )
 
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor on the model's device and in its dtype."""
-        weights = (p for p in self.parameters() if p.is_floating_point())
-        return next((p.new_empty(0) for p in weights), torch.empty(0))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.like.device
-
     def check_data(self, x: Tensor) -> None:
-        """Raise an error that names what is wrong with data ``x [N, *x_shape]``, if anything is."""
+        """Raise an error unless the model can take the data ``x [N, *x_shape]``.
+
+        Raises:
+            ShapeError: They do not have the model's shape.
+            ModelError: They are not finite.
+            OptionError: The decoder cannot give them.
+        """
         if x.shape[1:] != self.x_shape:
-            raise ShapeError(
-                "the data do not have the shape of the model's",
-                got=f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
-                expected=f"[N, {', '.join(map(str, self.x_shape))}]",
+            raise ShapeError.must_be(
+                "data",
+                f"of shape [N, {', '.join(map(str, self.x_shape))}]",
+                f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
                 do="Images need their channel axis: x[:, None]; rows are x.flatten(1).",
             )
         if not x.isfinite().all():
             rows = (~x.isfinite()).flatten(1).any(1).sum().item()
-            raise ModelError(
-                "the data have entries that are not finite",
-                got=f"{rows} such rows of {len(x)}",
-                do="Drop them or fill them in.",
-            )
+            raise ModelError(f"Data must be finite, got {rows} rows of {len(x)} that are not. Drop or impute them.")
         check = getattr(self.decoder, "check", None)
         if check is not None:
             check(x)
@@ -246,7 +225,7 @@ class LatentModel(Trainable):
 
     @torch.no_grad()
     def _moments(self, x: Tensor, start: str) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation ``[B, D]`` of ``q(z | x)``, or of the prior for every datum."""
+        """Return mean and standard deviation ``[B, D]`` of ``q(z | x)``, or of the prior for every datum."""
         if start == "encoder":
             return moments_of(self.encoder(x), 256)
         loc, scale = moments_of(self.prior(), 10_000)
@@ -258,21 +237,21 @@ class LatentModel(Trainable):
         with torch.no_grad(), forked():
             prior = self.prior()
             decoded = self.decoder(prior.sample([2]))
-            for name, arrow in (("decoder", decoded), ("prior", prior)):
-                if not has_density(arrow):
+            for name, p in (("decoder", decoded), ("prior", prior)):
+                if not has_density(p):
                     raise ModelError(
-                        f"the evidence needs a density of the {name}, and it has none",
-                        do="Use one of the divergences between draws instead.",
+                        f"The evidence needs a density of the {name}, and the {name} has none. Use one of the "
+                        "divergences between draws instead."
                     )
         if prior.support.is_discrete:
             raise ModelError(
-                "the evidence is an integral over codes, and those of this model are discrete",
-                do="Sum over the codes where they can be listed.",
+                "The evidence is an integral over codes, and the codes of this model are discrete. Sum over the codes "
+                "if they can be listed."
             )
 
     @contextmanager
     def _as_is(self) -> Iterator[None]:
-        """Without dropout, batch statistics and gradients of the weights, which all come back."""
+        """Turn dropout, batch statistics and gradients of the weights off, and restore them afterwards."""
         modes = {module: module.training for module in self.modules()}
         wanted = {p: p.requires_grad for p in self.parameters()}
         self.eval().requires_grad_(False)
@@ -285,7 +264,7 @@ class LatentModel(Trainable):
                 parameter.requires_grad_(flag)
 
     def _probe(self) -> tuple[torch.Size, int]:
-        """Shapes of a datum and of a code, and whether every arrow does what is needed of it."""
+        """Return the shapes of a datum and of a code; check that encoder, decoder and prior do what is needed."""
         with self._as_is(), torch.no_grad(), forked():
             prior = _distribution("prior", self.prior)
             _check_shapes("prior", prior, (), 1, "p(z) over codes [D]")
@@ -296,30 +275,26 @@ class LatentModel(Trainable):
             encoded = _distribution("encoder", self.encoder, blank)
             _check_shapes("encoder", encoded, (2,), 1, f"q(z | x) for data {tuple(blank.shape)}")
             if encoded.event_shape != prior.event_shape:
-                raise ShapeError(
-                    "encoder and prior disagree on the dimension of a code",
-                    got=f"{encoded.event_shape[0]} and {prior.event_shape[0]}",
-                    expected="the same",
-                )
-            arrows = {"prior": prior, "decoder": decoded, "encoder": encoded}
-            for name, arrow in arrows.items():
-                self._check_needs(name, arrow)
+                dims = f"{encoded.event_shape[0]} and {prior.event_shape[0]}"
+                raise ShapeError.must_be("dimensions of the codes of encoder and prior", "equal", dims)
+            for name, p in (("prior", prior), ("decoder", decoded), ("encoder", encoded)):
+                self._check_needs(name, p)
         return torch.Size(decoded.event_shape), prior.event_shape[0]
 
-    def _check_needs(self, name: str, arrow: Distribution) -> None:
+    def _check_needs(self, name: str, p: Distribution) -> None:
+        """Raise `ModelError` unless ``p``, of the encoder, decoder or prior, has the abilities in ``needs``."""
         needed = self.needs.get(name, set())
         lacks = []
-        if "gradients" in needed and not arrow.has_rsample:
+        if "gradients" in needed and not p.has_rsample:
             lacks.append("gradients through its draws (rsample)")
-        if "density" in needed and not has_density(arrow):
+        if "density" in needed and not has_density(p):
             lacks.append("a density (log_prob)")
         if lacks:
-            binary = name == "decoder" and not arrow.has_rsample
+            binary = name == "decoder" and not p.has_rsample
             raise ModelError(
-                f"{type(self).__name__} needs of its {name} {' and '.join(lacks)}",
-                got=type(arrow).__name__,
-                do="docs/vae.md has the table of what each system needs."
-                + (" Binary data have likelihood='straight_through'." if binary else ""),
+                f"The {name} of {type(self).__name__} must have {' and '.join(lacks)}, got {type(p).__name__}. "
+                "docs/vae.md has the table of the needs of each objective."
+                + (" Binary data have likelihood='straight_through'." if binary else "")
             )
 
 
@@ -327,32 +302,31 @@ def _shape(num_samples: int | None) -> torch.Size:
     return torch.Size([] if num_samples is None else [num_samples])
 
 
-def _distribution(name: str, arrow: nn.Module, *args: Tensor) -> Distribution:
+def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
+    """Return the distribution that the encoder, decoder or prior gives; raise an error if it gives none."""
     try:
-        value = arrow(*args)
+        value = part(*args)
     except RuntimeError as error:
+        got = f" of shape {tuple(args[0].shape)}" if args else ""
         raise ShapeError(
-            f"the {name} does not take what it is given",
-            got=f"shape {tuple(args[0].shape)}" if args else None,
-            do=f"torch says: {str(error).splitlines()[0]}. A decoder takes codes of the prior's dimension, an encoder "
-            "data of the decoder's shape.",
+            f"The {name} does not accept its input{got}: {str(error).splitlines()[0]}. A decoder takes codes of the "
+            "prior's dimension, an encoder data of the decoder's shape."
         ) from error
     if isinstance(value, Distribution):
         return value
-    raise ModelError(
-        f"the {name} does not return a distribution",
-        got=type(value).__name__,
-        expected="a torch.distributions.Distribution",
+    raise ModelError.must_be(
+        f"the value of the {name}",
+        "a torch.distributions.Distribution",
+        type(value).__name__,
         do="Decoder, GaussianEncoder and ImplicitEncoder make one of a network's output.",
     )
 
 
-def _check_shapes(name: str, given: Distribution, batch: tuple[int, ...], event_dims: int | None, what: str) -> None:
-    if given.batch_shape == batch and event_dims in (None, len(given.event_shape)):
-        return
-    raise ShapeError(
-        f"the {name} has the wrong shape as {what}",
-        got=f"batch shape {tuple(given.batch_shape)}, event shape {tuple(given.event_shape)}",
-        expected=f"batch shape {batch}" + (", an event of one axis" if event_dims == 1 else ""),
-        do="torch.distributions.Independent moves axes from the batch to the event.",
-    )
+def _check_shapes(name: str, p: Distribution, batch: tuple[int, ...], event_dims: int | None, role: str) -> None:
+    if p.batch_shape != batch or event_dims not in (None, len(p.event_shape)):
+        raise ShapeError.must_be(
+            f"the shape of the {name}, {role},",
+            f"batch shape {batch}" + (" and one event axis" if event_dims == 1 else ""),
+            f"batch shape {tuple(p.batch_shape)} and event shape {tuple(p.event_shape)}",
+            do="torch.distributions.Independent moves axes from the batch to the event.",
+        )
