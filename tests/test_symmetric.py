@@ -421,7 +421,7 @@ X, Z = or_bars(24, generator=torch.Generator().manual_seed(0))
         ((X, Z[:20]), ShapeError, r"\[20, 8\] for 24 data, expected \[24, 8\]"),
         ((X, Z[:, :7]), ShapeError, r"\[24, 7\] for 24 data, expected \[24, 8\]"),
         ((X, Z.argmax(1)), ShapeError, r"\[24\] for 24 data"),
-        ((X[:, 0], Z), ShapeError, "do not have the shape of the model's"),
+        ((X[:, 0], Z), ShapeError, "Data must be of shape"),
         ((X, 2 * Z - 1), OptionError, "the encoder cannot score the codes of 24 of 24 pairs"),
         ((X, Z.where(Z == 0, math.nan)), OptionError, "the encoder cannot score"),
         ((X.where(X == 0, math.nan), Z), ModelError, "not finite"),

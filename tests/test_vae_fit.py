@@ -53,7 +53,7 @@ def avb(seed: int = 0, **options: Any) -> AVB:
     return AVB(encoder, decoder(), Z, adversary, **options)
 
 
-SYSTEMS: dict[str, Callable[[], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[], LatentModel]] = {
     "VAE": vae,
     "AVB": avb,
     "AVB, Gaussian contrast": partial(avb, contrast="gaussian"),
@@ -177,11 +177,11 @@ def test_a_transform_sees_every_batch_and_changes_with_the_epoch() -> None:
 # numbers
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generators_alone(system: str) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generators_alone(objective: str) -> None:
     fits = []
     for outside in (1, 2):
-        model = SYSTEMS[system]()
+        model = OBJECTIVES[objective]()
         torch.manual_seed(outside)
         expected = torch.rand(3)
         torch.manual_seed(outside)
@@ -189,7 +189,7 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generators_alone(sy
         assert torch.equal(torch.rand(3), expected)
     one, two = fits
     assert same(one.model, two.model) and one.validation == two.validation
-    assert not same(one.model, fit(SYSTEMS[system](), seed=1).model)
+    assert not same(one.model, fit(OBJECTIVES[objective](), seed=1).model)
 
 
 def test_without_a_seed_torchs_generator_decides() -> None:
@@ -261,10 +261,10 @@ def test_the_running_average_is_that_of_the_weights() -> None:
     fit(model, ema=0.75)  # a second time: nothing of the first is left in the way
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_networks_in_bfloat16_train_as_in_float32(system: str) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_networks_in_bfloat16_train_as_in_float32(objective: str) -> None:
     """Within 0.05 nats; weights and losses stay in float32, and the networks are as before afterwards."""
-    full, half = (fit(SYSTEMS[system](), precision=p, epochs=10) for p in ("float32", "bfloat16"))
+    full, half = (fit(OBJECTIVES[objective](), precision=p, epochs=10) for p in ("float32", "bfloat16"))
     ours = [f.history["model"][-4:].mean() for f in (full, half)]
     assert ours[0] != ours[1] and abs(ours[0] - ours[1]) < 0.05
     assert all(w.dtype == torch.float32 for w in half.model.parameters())
@@ -371,9 +371,9 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "images without a channel": (lambda: torch.rand(4, 2, 3), ShapeError, r"x.flatten\(1\)"),
     "range": (lambda: 255 * data(), OptionError, "values from 0 to 255, expected 0 to 1.*by 255"),
     "negative": (lambda: -data(), OptionError, "values from -1 to"),
-    "NaN pixels": (holed, ModelError, "must be finite, got 1 rows of 20.*impute them"),
-    "no rows": (lambda: data(0), ShapeError, r"data must be at least one row, got shape \(0, 6\)"),
-    "a number": (lambda: torch.tensor(1.0), ShapeError, "data must be rows of real numbers"),
+    "NaN pixels": (holed, ModelError, "must be finite, got 1 of 20 rows.*impute them"),
+    "no rows": (lambda: data(0), ShapeError, r"Data must be at least one row, got shape \(0, 6\)"),
+    "a number": (lambda: torch.tensor(1.0), ShapeError, "Data must be rows of real numbers"),
     "complex": (lambda: torch.zeros(4, X) * 1j, ShapeError, "complex64 of shape"),
     "words": (lambda: np.array(["a", "b"]), OptionError, "Data must be numbers"),
     "data and labels": (lambda: (data(), torch.arange(20)), OptionError, "pass the data alone"),
@@ -389,7 +389,7 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "empty batches": (lambda: [()], OptionError, "an empty tuple"),
     "shape in a loader": (lambda: DataLoader(data(20, 5), 8), ShapeError, r"of shape \[N, 6\]"),
     "range in a loader": (lambda: DataLoader(255 * data(), 8), OptionError, "by 255"),
-    "NaN in a loader": (lambda: DataLoader(holed(), 8), ModelError, "got 1 rows of 8"),
+    "NaN in a loader": (lambda: DataLoader(holed(), 8), ModelError, "got 1 of 8 rows"),
 }
 
 
@@ -497,7 +497,7 @@ def test_settings_are_options_as_a_value() -> None:
         "VAE's encoder",
     ],
 )
-def test_arrows_that_do_not_fit_are_refused(make: Callable[[], Any], words: str) -> None:
+def test_parts_that_do_not_fit_are_refused(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(ImplicitVIError, match=words):
         make()
 

@@ -468,7 +468,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
     "codes": (
         lambda: VAE.dense(4, 2).decode(torch.randn(3, 5)),
         ShapeError,
-        r"the codes do not have the dimension .* got \[3, 5\], expected \[\.\.\., 2\]",
+        r"Codes must be of shape \[\.\.\., 2\], got \[3, 5\]",
     ),
     "width": (lambda: VAE.mnist(2, width=0), OptionError, "width must be"),
 }

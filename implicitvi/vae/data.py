@@ -157,8 +157,7 @@ def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True
     """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own.
 
     Raises:
-        OptionError: The data cannot be read.
-        ShapeError: The data have no rows.
+        OptionError, ShapeError: The data cannot be read, or have no rows.
     """
     check_at_least("batch_size", batch_size, 1)
     if isinstance(data, TensorDataset):
@@ -173,44 +172,35 @@ def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True
     if isinstance(data, tuple | dict | str) or not isinstance(data, Iterable):
         hint = "Labels are not needed: pass the data alone." if isinstance(data, tuple | dict) else ""
         kinds = "a tensor or an array [N, *x_shape], a Dataset or a DataLoader"
-        raise OptionError.must_be("data", kinds, type(data).__name__, hint)
+        raise OptionError.must_be("Data", kinds, type(data).__name__, hint)
     return LoaderBatches(data, like)
 
 
 def tensor_of(data: Any) -> Tensor:
-    """Return data ``[N, *x_shape]`` as a tensor.
-
-    Raises:
-        OptionError: They are not numbers.
-        ShapeError: They have no rows, or complex entries.
-    """
+    """Return data ``[N, *x_shape]`` as a tensor."""
     try:
         tensor = torch.as_tensor(data)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"Data must be numbers. torch says: {str(error).splitlines()[0]}") from error
     if not tensor.numel():
-        raise ShapeError.must_be("data", "at least one row", f"shape {tuple(tensor.shape)}")
+        raise ShapeError.must_be("Data", "at least one row", f"shape {tuple(tensor.shape)}")
     if tensor.is_complex() or not tensor.dim():
         raise ShapeError.must_be(
-            "data", "rows of real numbers [N, *x_shape]", f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            "Data", "rows of real numbers [N, *x_shape]", f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     return tensor
 
 
 def first_of(batch: Any) -> Tensor:
-    """Return the data of a loader's batch: the first part of a tuple.
-
-    Raises:
-        OptionError: It is an empty tuple or a dictionary.
-    """
+    """Return the data of a loader's batch: the first part of a tuple."""
     kinds = "tensors, or tuples whose first part is the data"
     if isinstance(batch, list | tuple):
         if not batch:
-            raise OptionError.must_be("the loader's batches", kinds, "an empty tuple")
+            raise OptionError.must_be("The loader's batches", kinds, "an empty tuple")
         batch = batch[0]
     if isinstance(batch, dict):
         keys = f"a dictionary with keys {sorted(map(str, batch))}"
-        raise OptionError.must_be("the loader's batches", kinds, keys, "Pass collate_fn=… to the loader, or wrap it.")
+        raise OptionError.must_be("The loader's batches", kinds, keys, "Pass collate_fn=… to the loader, or wrap it.")
     return tensor_of(batch)
 
 
@@ -224,7 +214,7 @@ def _own(rows: Tensor) -> Tensor:
 def _check_share(rows: int) -> None:
     if rows < distributed.count():
         raise OptionError.must_be(
-            "rows of a batch",
+            "Rows of a batch",
             f"at least as many as processes, {distributed.count()}",
             rows,
             "Raise batch_size, set drop_last on the loader, or start fewer processes.",

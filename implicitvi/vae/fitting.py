@@ -170,7 +170,11 @@ class _Run(Generic[M]):
         """Take all epochs, or those that are left after a resume."""
         began = time.perf_counter()
         first = epoch = self._resume()
-        bar = self._bar((self.settings.epochs - first) * self.batches.steps)
+        bar = None
+        if self.settings.progress and not distributed.rank():
+            bar = Progress(
+                (self.settings.epochs - first) * self.batches.steps, {p.name: p.name for p in self.trainer.players}
+            )
         callbacks = tuple(c for c in (bar, self._update_average, *self.settings.callbacks) if c is not None)
         reason = "finished"
         self.model.train()
@@ -180,7 +184,8 @@ class _Run(Generic[M]):
                 if reason == "finished":
                     epoch += 1
                     self._validate(epoch)
-                    self._save(epoch)
+                    if self.settings.checkpoint is not None:
+                        self._write(Path(self.settings.checkpoint), {}, epoch)
         except KeyboardInterrupt:  # between two epochs
             reason = "interrupted"
         finally:
@@ -263,7 +268,7 @@ class _Run(Generic[M]):
             state = load_state(Path(folder), like=self._config())
             if state["epoch"] is None:
                 raise CheckpointError(
-                    f"A fit cannot resume from the middle of an epoch, where {folder} was written. Resume from the "
+                    f"A fit cannot resume from {folder}, which was written in the middle of an epoch. Resume from the "
                     "folder of fit(checkpoint=...); this one holds weights only."
                 )
             self.model.load_state_dict(state["model"])
@@ -279,10 +284,6 @@ class _Run(Generic[M]):
                 "that they share."
             )
         return epoch
-
-    def _save(self, epoch: int) -> None:
-        if self.settings.checkpoint is not None:
-            self._write(Path(self.settings.checkpoint), {}, epoch)
 
     def _write(self, folder: Path, notes: dict[str, Any], epoch: int | None = None) -> None:
         """Write the state after an epoch, or in the middle of one (``None``), from which a fit cannot resume."""
@@ -317,11 +318,6 @@ class _Run(Generic[M]):
             for name, tensor in player.state_dict()["modules"].items()
         }
         return {**self.model.state_dict(), **players}
-
-    def _bar(self, total: int) -> Progress | None:
-        if not self.settings.progress or distributed.rank():
-            return None
-        return Progress(total, {p.name: p.name for p in self.trainer.players})
 
     @torch.no_grad()
     def _explain(self) -> str:

@@ -109,7 +109,7 @@ class LatentModel(Trainable):
         """Return the mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw if it has no mean."""
         if z.shape[-1:] != (self.latent_dim,):
             raise ShapeError.must_be(
-                "codes",
+                "Codes",
                 f"of shape [..., {self.latent_dim}]",
                 f"[{', '.join(map(str, z.shape))}]",
                 do="model.encode(x) and model.prior().sample([n]) give codes.",
@@ -197,23 +197,19 @@ class LatentModel(Trainable):
         )
 
     def check_data(self, x: Tensor) -> None:
-        """Raise an error unless the model can take the data ``x [N, *x_shape]``.
-
-        Raises:
-            ShapeError: They do not have the model's shape.
-            ModelError: They are not finite.
-            OptionError: The decoder cannot give them.
-        """
+        """Raise an error unless the model can take the data ``x [N, *x_shape]``."""
         if x.shape[1:] != self.x_shape:
             raise ShapeError.must_be(
-                "data",
+                "Data",
                 f"of shape [N, {', '.join(map(str, self.x_shape))}]",
                 f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
                 do="Images need their channel axis: x[:, None]; rows are x.flatten(1).",
             )
         if not x.isfinite().all():
-            rows = (~x.isfinite()).flatten(1).any(1).sum().item()
-            raise ModelError(f"Data must be finite, got {rows} rows of {len(x)} that are not. Drop or impute them.")
+            bad = (~x.isfinite()).flatten(1).any(1).sum().item()
+            raise ModelError(
+                f"Data must be finite, got {bad} of {len(x)} rows that are not finite. Drop or impute them."
+            )
         check = getattr(self.decoder, "check", None)
         if check is not None:
             check(x)
@@ -276,7 +272,7 @@ class LatentModel(Trainable):
             _check_shapes("encoder", encoded, (2,), 1, f"q(z | x) for data {tuple(blank.shape)}")
             if encoded.event_shape != prior.event_shape:
                 dims = f"{encoded.event_shape[0]} and {prior.event_shape[0]}"
-                raise ShapeError.must_be("dimensions of the codes of encoder and prior", "equal", dims)
+                raise ShapeError.must_be("Dimensions of the codes of encoder and prior", "equal", dims)
             for name, p in (("prior", prior), ("decoder", decoded), ("encoder", encoded)):
                 self._check_needs(name, p)
         return torch.Size(decoded.event_shape), prior.event_shape[0]
@@ -315,7 +311,7 @@ def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
     if isinstance(value, Distribution):
         return value
     raise ModelError.must_be(
-        f"the value of the {name}",
+        f"The value of the {name}",
         "a torch.distributions.Distribution",
         type(value).__name__,
         do="Decoder, GaussianEncoder and ImplicitEncoder make one of a network's output.",
@@ -325,7 +321,7 @@ def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
 def _check_shapes(name: str, p: Distribution, batch: tuple[int, ...], event_dims: int | None, role: str) -> None:
     if p.batch_shape != batch or event_dims not in (None, len(p.event_shape)):
         raise ShapeError.must_be(
-            f"the shape of the {name}, {role},",
+            f"The shape of the {name}, {role},",
             f"batch shape {batch}" + (" and one event axis" if event_dims == 1 else ""),
             f"batch shape {tuple(p.batch_shape)} and event shape {tuple(p.event_shape)}",
             do="torch.distributions.Independent moves axes from the batch to the event.",

@@ -41,81 +41,57 @@ def _check_compile(name: str, value: Any) -> None:
 class FitSettings:
     """The options of `LatentModel.fit` as a value."""
 
-    epochs: int = option(
-        50, "Passes through the data, and the horizon of every schedule.", group="schedule", check=check_whole
-    )
+    epochs: int = option(50, "Passes through the data, and the horizon of every schedule.", check=check_whole)
     batch_size: int = option(
-        128, "Rows of a batch, over all processes; a ``DataLoader`` has its own.", group="schedule", check=check_whole
+        128, "Rows of a batch, over all processes; a ``DataLoader`` has its own.", check=check_whole
     )
-    num_particles: int = option(1, "Codes drawn for each datum of a step.", group="schedule", check=check_whole)
-    adversary_steps: int | tuple[int, int] = option(
-        1, "Steps of each adversary before each step of the other players.", group="schedule"
-    )
+    num_particles: int = option(1, "Codes drawn for each datum of a step.", check=check_whole)
+    adversary_steps: int | tuple[int, int] = option(1, "Steps of each adversary before each step of the other players.")
     lr: float | tuple[float, float] = option(
-        (3e-3, 2e-4), "Learning rate of encoder and decoder, or a pair (first, last).", group="schedule"
+        (3e-3, 2e-4), "Learning rate of encoder and decoder, or a pair (first, last)."
     )
-    adversary_lr: float | tuple[float, float] = option(
-        (4e-3, 2e-3), "Learning rate of the adversaries, or a pair.", group="schedule"
-    )
+    adversary_lr: float | tuple[float, float] = option((4e-3, 2e-3), "Learning rate of the adversaries, or a pair.")
     transform: Transform | None = option(
         None,
         "Applied to every batch on the device, such as `torch.bernoulli` for dynamic binarisation.",
-        group="run",
         check=optional(_check_transform),
         decisive=False,
     )
-    device: str | torch.device = option(
-        "auto", '``"auto"`` for a GPU where there is one, or a device.', group="run", decisive=False
-    )
+    device: str | torch.device = option("auto", '``"auto"`` for a GPU where there is one, or a device.', decisive=False)
     precision: str = option(
         "float32",
-        '``"float32"``; ``"bfloat16"`` lets the networks compute in it, while weights, densities and losses stay in '
-        "float32.",
-        group="run",
+        '``"float32"``; ``"bfloat16"`` for networks that compute in it, while weights, densities and losses do not.',
         check=partial(check_choice, choices=PRECISIONS),
     )
     compile: bool | str = option(
         False,
         "Whether torch compiles encoder, decoder and adversaries for this fit, or the compiler's mode.",
-        group="run",
         check=_check_compile,
         decisive=False,
     )
     ema: float | None = option(
         None,
         "Decay of a running average of all weights, per step; `VAEFit.averaged` is the model with them.",
-        group="run",
         check=optional(_check_ema),
     )
     clip_norm: float | None = option(
         None,
-        "Bound of the norm of each player's gradient; ``None`` for four times the usual norm (`Clip`).",
-        group="run",
+        "Bound of the norm of each player's gradient; ``None``: four times the usual norm (`Clip`).",
         check=optional(check_positive),
     )
     max_skips: int = option(
-        20,
-        "Turns in a row without a finite loss and gradient that end the fit.",
-        group="run",
-        check=check_whole,
-        decisive=False,
+        20, "Turns in a row without a finite loss and gradient that end the fit.", check=check_whole, decisive=False
     )
     checkpoint: str | Path | None = option(
         None,
         "Folder for the state after every epoch. If it holds a state already, the fit continues from there, with the "
         "numbers of an uninterrupted fit; a loader must then draw its own randomness from torch's generators.",
-        group="run",
         decisive=False,
     )
-    seed: int | None = option(
-        None, "Random seed of the fit; ``None`` takes one from torch's default generator.", group="run"
-    )
-    progress: bool = option(True, "Whether to show a progress bar.", group="run", decisive=False)
+    seed: int | None = option(None, "Random seed of the fit; ``None`` takes one from torch's default generator.")
+    progress: bool = option(True, "Whether to show a progress bar.", decisive=False)
     callbacks: Iterable[Callback] = option(
-        (),
-        "Called after every step with the trainer, in every process; may raise `StopTraining`.",
-        group="run",
-        decisive=False,
+        (), "Called after every step with the trainer, in every process; may raise `StopTraining`.", decisive=False
     )
 
     def __post_init__(self) -> None:
