@@ -491,9 +491,9 @@ def test_a_misspelt_option_is_a_type_error() -> None:
 @pytest.mark.parametrize(
     ("x", "complaint"),
     [
-        (torch.zeros(8, 3, 8, 8), r"got \[8, 3, 8, 8\], expected \[N, 1, 8, 8\]"),
+        (torch.zeros(8, 3, 8, 8), r"of shape \[N, 1, 8, 8\], got \[8, 3, 8, 8\]"),
         (torch.zeros(8, 64), "their channel axis"),
-        (torch.full((8, 1, 8, 8), torch.nan), "not finite; got 8 such rows of 8"),
+        (torch.full((8, 1, 8, 8), torch.nan), "finite, got 8 of 8 rows"),
         (torch.full((8, 1, 8, 8), 255.0), "Divide pixels by 255"),
     ],
 )
