@@ -52,7 +52,10 @@ def compiled(model: nn.Module, mode: str | None) -> Iterator[None]:
     """
     networks = [network for network in _networks(model) if network._compiled_call_impl is None]
     checks = Distribution._validate_args
-    settings: dict[str, Any] = {"cache_size_limit": GRAPHS * len(networks)}
+    settings: dict[str, Any] = {
+        "cache_size_limit": GRAPHS * len(networks),
+        "accumulated_cache_size_limit": 10**6,  # networks of earlier fits count, too
+    }
     if hasattr(torch._dynamo.config, "wrap_top_frame"):  # without it, from torch 2.8, `nn.Sequential` stays as it is
         settings["wrap_top_frame"] = True
     with torch._dynamo.config.patch(settings):
