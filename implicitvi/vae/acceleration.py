@@ -56,7 +56,7 @@ def compiled(model: nn.Module, mode: str | None) -> Iterator[None]:
         "cache_size_limit": GRAPHS * len(networks),
         "accumulated_cache_size_limit": 10**6,  # networks of earlier fits count, too
     }
-    if hasattr(torch._dynamo.config, "wrap_top_frame"):  # without it, from torch 2.8, `nn.Sequential` stays as it is
+    if hasattr(torch._dynamo.config, "wrap_top_frame"):  # older torch leaves `nn.Sequential` uncompiled
         settings["wrap_top_frame"] = True
     with torch._dynamo.config.patch(settings):
         try:
