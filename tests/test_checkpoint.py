@@ -25,7 +25,7 @@ from implicitvi.training import Trainer
 from implicitvi.training.checkpoint import CONFIG, STATE, holds_checkpoint, load_state, save_state
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
-from test_vae_fit import SYSTEMS, Rows, avb, data, fit, same, same_weights, shuffled, vae, weights
+from test_vae_fit import OBJECTIVES, Rows, avb, data, fit, same, same_weights, shuffled, vae, weights
 
 GOLDEN = Path(__file__).parent / "golden" / "v1_vae"
 STATE_OF_A_FIT = {"weights": torch.arange(3.0), "step": 3, "names": ["a", "b"], "pair": (1, None)}
@@ -187,19 +187,19 @@ def check_equal(one: VAEFit, other: VAEFit) -> None:
         assert torch.equal(values, other.history.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kind", LOADERS)
-def test_stop_and_resume_is_never_stopped(system: str, kind: str, tmp_path: Path) -> None:
+def test_stop_and_resume_is_never_stopped(objective: str, kind: str, tmp_path: Path) -> None:
     """Stopped in the middle of the third epoch: the rest of it is forgotten, and taken again."""
-    whole = resumable(SYSTEMS[system](), None, LOADERS[kind])
+    whole = resumable(OBJECTIVES[objective](), None, LOADERS[kind])
     steps = len(whole.history["model"]) // 4
     stop = partial(stop_at, 2 * steps + 1)
-    stopped = resumable(SYSTEMS[system](), tmp_path, LOADERS[kind], callbacks=[stop])
+    stopped = resumable(OBJECTIVES[objective](), tmp_path, LOADERS[kind], callbacks=[stop])
     assert (stopped.stop_reason, stopped.epochs) == ("enough", 2)
-    resumed = resumable(SYSTEMS[system](seed=9), tmp_path, LOADERS[kind])  # type: ignore[call-arg]
+    resumed = resumable(OBJECTIVES[objective](seed=9), tmp_path, LOADERS[kind])  # type: ignore[call-arg]
     assert (resumed.resumed, resumed.epochs) == (2, 4) and "(from epoch 2)" in str(resumed)
     check_equal(whole, resumed)
-    again = resumable(SYSTEMS[system](seed=8), tmp_path, LOADERS[kind])  # type: ignore[call-arg]
+    again = resumable(OBJECTIVES[objective](seed=8), tmp_path, LOADERS[kind])  # type: ignore[call-arg]
     assert again.resumed == 4 and again.rows_per_second == 0
     check_equal(whole, again)
 

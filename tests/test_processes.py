@@ -63,7 +63,7 @@ class NoiseOfAll(TorchFunctionMode):
         return noise.narrow(-2, rows * distributed.rank(), rows)
 
 
-SYSTEMS: dict[str, Callable[[], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[], LatentModel]] = {
     "VAE": vae,
     "AVB": avb,
     "AVB, Gaussian contrast": partial(avb, contrast="gaussian"),
@@ -71,9 +71,9 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
 }
 
 
-def gradients(system: str) -> list[Tensor]:
+def gradients(objective: str) -> list[Tensor]:
     """Loss and gradients of every turn of a step on this process's rows, averaged; in double precision."""
-    model = SYSTEMS[system]().double()
+    model = OBJECTIVES[objective]().double()
     torch.manual_seed(5)
     with torch.no_grad():
         for weight in model.parameters():  # the hint's weight, which starts at 0, too
@@ -91,10 +91,10 @@ def gradients(system: str) -> list[Tensor]:
     return found
 
 
-def gradients_together(system: str, folder: Path) -> tuple[list[Tensor], list[Tensor]]:
-    alone = gradients(system)
+def gradients_together(objective: str, folder: Path) -> tuple[list[Tensor], list[Tensor]]:
+    alone = gradients(objective)
     with distributed.join(CPU):
-        return alone, gradients(system)
+        return alone, gradients(objective)
 
 
 def gradients_of_own_statistics(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
@@ -143,9 +143,9 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def trained(system: str, folder: Path) -> dict[str, Any]:
+def trained(objective: str, folder: Path) -> dict[str, Any]:
     """The processes begin with other weights, data in the same order, noise of their own; 21 rows to validate."""
-    made = SYSTEMS[system]().requires_grad_(True)
+    made = OBJECTIVES[objective]().requires_grad_(True)
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.01 * rank())
@@ -257,10 +257,10 @@ def shaded() -> Tensor:
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
-    **{f"gradients of {name}": partial(gradients_together, name) for name in SYSTEMS},
+    **{f"gradients of {name}": partial(gradients_together, name) for name in OBJECTIVES},
     "planted": gradients_of_own_statistics,
     "statistics": statistics_together,
-    **{f"{name} trained": partial(trained, name) for name in SYSTEMS},
+    **{f"{name} trained": partial(trained, name) for name in OBJECTIVES},
     "stopped": stopped_by_one,
     "interrupted": interrupted,
     "poisoned": poisoned_in_one,
@@ -303,10 +303,10 @@ def identical(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_half_batches_give_the_gradients_of_the_whole(system: str, written: Written) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_half_batches_give_the_gradients_of_the_whole(objective: str, written: Written) -> None:
     for process in written:
-        alone, together = process[f"gradients of {system}"]
+        alone, together = process[f"gradients of {objective}"]
         assert len(alone) == len(together) > 8
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=1e-10)
@@ -326,14 +326,14 @@ def test_contrasts_without_context_are_of_all_draws(written: Written) -> None:
     assert identical(one["mixture"], other["mixture"])
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_a_training_run_ends_with_the_same_weights_everywhere(system: str, written: Written) -> None:
-    one, other = (process[f"{system} trained"] for process in written)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_training_run_ends_with_the_same_weights_everywhere(objective: str, written: Written) -> None:
+    one, other = (process[f"{objective} trained"] for process in written)
     assert (one["reason"], one["epochs"], len(one["history"]["model"])) == ("finished", 3, 15)
     for part in ("weights", "averaged", "validation"):
         assert identical(one[part], other[part]), part
     assert identical(one["history"]["model"], other["history"]["model"])
-    assert not identical(one["weights"], weights(SYSTEMS[system]()))
+    assert not identical(one["weights"], weights(OBJECTIVES[objective]()))
 
 
 def test_both_stop_where_one_has_enough(written: Written) -> None:
@@ -350,9 +350,9 @@ def test_both_stop_at_the_step_in_which_one_is_interrupted(written: Written) -> 
     assert identical(written[0]["interrupted"]["weights"], written[1]["interrupted"]["weights"])
 
 
-@pytest.mark.parametrize("system", ["VAE", "AVB"])
-def test_both_skip_what_one_cannot_take(system: str, written: Written) -> None:
-    one, other = (process["poisoned"][system] for process in written)
+@pytest.mark.parametrize("objective", ["VAE", "AVB"])
+def test_both_skip_what_one_cannot_take(objective: str, written: Written) -> None:
+    one, other = (process["poisoned"][objective] for process in written)
     assert one["skipped"] == other["skipped"] == 1 and one["reason"] == "finished"
     assert identical(one["weights"], other["weights"])
 
@@ -386,7 +386,7 @@ def test_validation_weighs_every_row_the_same(written: Written) -> None:
 
 def test_fewer_rows_than_processes_are_refused(written: Written) -> None:
     for process in written:
-        assert "fewer rows than there are processes; got 1, expected >= 2" in process["batches"]["refused"]
+        assert "must be at least as many as processes, 2, got 1." in process["batches"]["refused"]
         assert process["batches"]["count outside"] == 1
 
 

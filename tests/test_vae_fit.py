@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from implicitvi.vae.distributions import Implicit
 from implicitvi.vae.encoders import GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
+from implicitvi.vae.settings import FitOptions, FitSettings
 
 X, Z, H = 6, 2, 8
 
@@ -50,7 +53,7 @@ def avb(seed: int = 0, **options: Any) -> AVB:
     return AVB(encoder, decoder(), Z, adversary, **options)
 
 
-SYSTEMS: dict[str, Callable[[], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[], LatentModel]] = {
     "VAE": vae,
     "AVB": avb,
     "AVB, Gaussian contrast": partial(avb, contrast="gaussian"),
@@ -174,11 +177,11 @@ def test_a_transform_sees_every_batch_and_changes_with_the_epoch() -> None:
 # numbers
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generators_alone(system: str) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generators_alone(objective: str) -> None:
     fits = []
     for outside in (1, 2):
-        model = SYSTEMS[system]()
+        model = OBJECTIVES[objective]()
         torch.manual_seed(outside)
         expected = torch.rand(3)
         torch.manual_seed(outside)
@@ -186,7 +189,7 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generators_alone(sy
         assert torch.equal(torch.rand(3), expected)
     one, two = fits
     assert same(one.model, two.model) and one.validation == two.validation
-    assert not same(one.model, fit(SYSTEMS[system](), seed=1).model)
+    assert not same(one.model, fit(OBJECTIVES[objective](), seed=1).model)
 
 
 def test_without_a_seed_torchs_generator_decides() -> None:
@@ -258,10 +261,10 @@ def test_the_running_average_is_that_of_the_weights() -> None:
     fit(model, ema=0.75)  # a second time: nothing of the first is left in the way
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_networks_in_bfloat16_train_as_in_float32(system: str) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_networks_in_bfloat16_train_as_in_float32(objective: str) -> None:
     """Within 0.05 nats; weights and losses stay in float32, and the networks are as before afterwards."""
-    full, half = (fit(SYSTEMS[system](), precision=p, epochs=10) for p in ("float32", "bfloat16"))
+    full, half = (fit(OBJECTIVES[objective](), precision=p, epochs=10) for p in ("float32", "bfloat16"))
     ours = [f.history["model"][-4:].mean() for f in (full, half)]
     assert ours[0] != ours[1] and abs(ours[0] - ours[1]) < 0.05
     assert all(w.dtype == torch.float32 for w in half.model.parameters())
@@ -364,29 +367,29 @@ def holed() -> Tensor:
 
 
 BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
-    "shape": (lambda: data(20, 5), ShapeError, r"got \[20, 5\], expected \[N, 6\]"),
+    "shape": (lambda: data(20, 5), ShapeError, r"must be of shape \[N, 6\], got \[20, 5\]"),
     "images without a channel": (lambda: torch.rand(4, 2, 3), ShapeError, r"x.flatten\(1\)"),
     "range": (lambda: 255 * data(), OptionError, "values from 0 to 255, expected 0 to 1.*by 255"),
     "negative": (lambda: -data(), OptionError, "values from -1 to"),
-    "NaN pixels": (holed, ModelError, "1 such rows of 20.*fill them in"),
-    "no rows": (lambda: data(0), ShapeError, r"there are no data; got shape \(0, 6\)"),
-    "a number": (lambda: torch.tensor(1.0), ShapeError, "no rows of real numbers"),
+    "NaN pixels": (holed, ModelError, "must be finite, got 1 of 20 rows.*impute them"),
+    "no rows": (lambda: data(0), ShapeError, r"Data must be at least one row, got shape \(0, 6\)"),
+    "a number": (lambda: torch.tensor(1.0), ShapeError, "Data must be rows of real numbers"),
     "complex": (lambda: torch.zeros(4, X) * 1j, ShapeError, "complex64 of shape"),
-    "words": (lambda: np.array(["a", "b"]), OptionError, "the data are no numbers"),
-    "data and labels": (lambda: (data(), torch.arange(20)), OptionError, "hand in the data alone"),
-    "dictionary": (lambda: {"x": data()}, OptionError, "got dict"),
-    "None": (lambda: None, OptionError, "got NoneType, expected a tensor or an array"),
+    "words": (lambda: np.array(["a", "b"]), OptionError, "Data must be numbers"),
+    "data and labels": (lambda: (data(), torch.arange(20)), OptionError, "pass the data alone"),
+    "dictionary": (lambda: {"x": data()}, OptionError, "got dict\\."),
+    "None": (lambda: None, OptionError, "must be a tensor or an array .*, got NoneType"),
     "empty loader": (lambda: DataLoader(data(5), 8, drop_last=True), OptionError, "Lower its batch_size"),
-    "empty list": (lambda: [], OptionError, "the loader is empty"),
-    "loader without length": (lambda: DataLoader(Endless(), 8), OptionError, "no length.*__len__"),
-    "dataset without length": (Endless, OptionError, "no length.*__len__"),
-    "iterator": (lambda: iter(data().split(8)), OptionError, "no length.*__len__"),
-    "short loader": (Short, OptionError, "got 1 batches, expected 3.*is it an iterator"),
-    "dict batches": (lambda: [{"x": data()}], OptionError, r"got keys \['x'\].*collate_fn"),
+    "empty list": (lambda: [], OptionError, "The loader is empty"),
+    "loader without length": (lambda: DataLoader(Endless(), 8), OptionError, "must have a length.*__len__"),
+    "dataset without length": (Endless, OptionError, "must have a length.*__len__"),
+    "iterator": (lambda: iter(data().split(8)), OptionError, "must have a length.*__len__"),
+    "short loader": (Short, OptionError, "must give 3 batches.*, got 1. Is it an iterator"),
+    "dict batches": (lambda: [{"x": data()}], OptionError, r"got a dictionary with keys \['x'\].*collate_fn"),
     "empty batches": (lambda: [()], OptionError, "an empty tuple"),
-    "shape in a loader": (lambda: DataLoader(data(20, 5), 8), ShapeError, r"expected \[N, 6\]"),
+    "shape in a loader": (lambda: DataLoader(data(20, 5), 8), ShapeError, r"of shape \[N, 6\]"),
     "range in a loader": (lambda: DataLoader(255 * data(), 8), OptionError, "by 255"),
-    "NaN in a loader": (lambda: DataLoader(holed(), 8), ModelError, "1 such rows of 8"),
+    "NaN in a loader": (lambda: DataLoader(holed(), 8), ModelError, "got 1 of 8 rows"),
 }
 
 
@@ -420,13 +423,13 @@ def test_data_that_cannot_be_are_refused(role: str, case: str) -> None:
         ({"ema": 1.0}, "ema must be between 0 and 1, got 1.0"),
         ({"clip_norm": 0.0}, "clip_norm must be"),
         ({"max_skips": 0}, "max_skips must be"),
-        ({"device": "gpu"}, "device cannot be used; got 'gpu', expected 'auto', 'cpu'"),
-        ({"device": "meta"}, "device cannot be used; got 'meta'"),
-        ({"device": "cuda:99"}, "device cannot be used; got 'cuda:99'"),
+        ({"device": "gpu"}, "device must be 'auto', 'cpu' or a GPU that is present, got 'gpu'"),
+        ({"device": "meta"}, "device must be .*, got 'meta'"),
+        ({"device": "cuda:99"}, "device must be .*, got 'cuda:99'"),
         ({"callbacks": print}, r"callbacks must be a list of functions, got .*callbacks=\[callback\]"),
         ({"callbacks": [3]}, "callbacks must be a function of the trainer, got 3"),
-        ({"transform": "bernoulli"}, "transform cannot be called; got 'bernoulli'"),
-        ({"transform": lambda x: x[:, :3]}, r"got \[8, 3\], expected \[N, 6\]"),
+        ({"transform": "bernoulli"}, "transform must be a function of a batch, got 'bernoulli'"),
+        ({"transform": lambda x: x[:, :3]}, r"of shape \[N, 6\], got \[8, 3\]"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
@@ -435,39 +438,53 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str)
 
 
 def test_a_misspelt_option_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="epoch"):
+    with pytest.raises(TypeError, match=r"LatentModel.fit\(\) got .* argument 'epoch'. Did you mean 'epochs'\?"):
         fit(vae(), epoch=3)
+    with pytest.raises(TypeError, match="Did you mean 'validation'"):
+        fit(vae(), validaton=data())
+
+
+def test_every_option_has_one_type_and_is_shown_by_fit() -> None:
+    """The dictionary for type checkers is that of the declaration, and so are signature and docstring."""
+    assert get_type_hints(FitOptions) == get_type_hints(FitSettings)
+    parameters = inspect.signature(LatentModel.fit).parameters
+    assert {f.name: f.default for f in fields(FitSettings)}.items() <= {
+        p.name: p.default for p in parameters.values()
+    }.items()
+    for text in (inspect.getdoc(LatentModel.fit), inspect.getdoc(FitSettings)):
+        assert text is not None and all(f"    {f.name}: {f.metadata['doc'][:30]}" in text for f in fields(FitSettings))
+
+
+def test_settings_are_options_as_a_value() -> None:
+    settings = FitSettings(epochs=2, batch_size=8, seed=0, progress=False, device="cpu")
+    given, whole = vae(), vae()
+    given.fit(data(), settings=settings, epochs=3)
+    fit(whole)
+    assert same(given, whole)
+    with pytest.raises(OptionError, match="ema must be between 0 and 1, got 2"):
+        FitSettings(ema=2)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: likelihood_of("bernouli", [X]), "likelihood is not known.*Did you mean 'bernoulli'"),
+        (lambda: likelihood_of("bernouli", [X]), "likelihood must be one of .*Did you mean 'bernoulli'"),
         (
             lambda: AVB(avb().encoder, decoder(), lambda n: torch.randn(n, Z), nn.Identity(), contrast="gaussian"),
             "Adaptive Contrast needs a density of the prior.*contrast='prior'",
         ),
         (
             lambda: VAE(vae().encoder, decoder(), lambda n: torch.randn(n, Z)),
-            r"VAE needs of its prior a density \(log_prob\); got Implicit",
+            r"prior of VAE must have a density \(log_prob\), got Implicit",
         ),
         (
             lambda: VAE(vae().encoder, Numbers(), Z),
-            "the decoder does not return a distribution; got Tensor.*Decoder, GaussianEncoder",
+            "value of the decoder must be a torch.distributions.Distribution, got Tensor.*Decoder, GaussianEncoder",
         ),
-        (
-            lambda: VAE(vae().encoder, decoder(z_dim=3), 3),
-            "encoder and prior disagree on the dimension of a code; got 2 and 3",
-        ),
-        (
-            lambda: VAE(vae().encoder, decoder(z_dim=3), Z),
-            r"the decoder does not take what it is given; got shape \(2, 2\)",
-        ),
-        (
-            lambda: VAE(vae().encoder, decoder(x_dim=5), Z),
-            r"the encoder does not take what it is given; got shape \(2, 5\)",
-        ),
-        (lambda: VAE(avb().encoder, decoder(), Z), "VAE needs of its encoder a density"),
+        (lambda: VAE(vae().encoder, decoder(z_dim=3), 3), "codes of encoder and prior must be equal, got 2 and 3"),
+        (lambda: VAE(vae().encoder, decoder(z_dim=3), Z), r"The decoder does not accept its input of shape \(2, 2\)"),
+        (lambda: VAE(vae().encoder, decoder(x_dim=5), Z), r"The encoder does not accept its input of shape \(2, 5\)"),
+        (lambda: VAE(avb().encoder, decoder(), Z), "encoder of VAE must have a density"),
     ],
     ids=[
         "likelihood",
@@ -480,7 +497,7 @@ def test_a_misspelt_option_is_a_type_error() -> None:
         "VAE's encoder",
     ],
 )
-def test_arrows_that_do_not_fit_are_refused(make: Callable[[], Any], words: str) -> None:
+def test_parts_that_do_not_fit_are_refused(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(ImplicitVIError, match=words):
         make()
 

@@ -540,11 +540,11 @@ class DrawsOnly(nn.Module):
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "AAE without reconstruction": (
         lambda: AAE(explicit_encoder(), implicit_decoder(), Z, of_codes()),
-        "AAE needs of its decoder a density",
+        "decoder of AAE must have a density",
     ),
     "ALI of binary data": (
         lambda: ALI(explicit_encoder(), bernoulli_decoder(), Z, of_pairs()),
-        r"ALI needs of its decoder gradients .*likelihood='straight_through'",
+        r"decoder of ALI must have gradients .*likelihood='straight_through'",
     ),
     "ALI, weight": (
         lambda: ALI(explicit_encoder(), decoder(), Z, of_pairs(), cycle=-1.0),
@@ -552,27 +552,27 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "ASVAE, encoder": (
         lambda: ASVAE(implicit_encoder(), decoder(), Z, of_pairs(), of_pairs()),
-        "ASVAE needs of its encoder a density",
+        "encoder of ASVAE must have a density",
     ),
     "ASVAE, decoder": (
         lambda: ASVAE(explicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs()),
-        "ASVAE needs of its decoder a density",
+        "decoder of ASVAE must have a density",
     ),
     "ASVAE of binary data": (
         lambda: ASVAE(explicit_encoder(), bernoulli_decoder(), Z, of_pairs(), of_pairs()),
-        "ASVAE needs of its decoder gradients .*likelihood='straight_through'",
+        "decoder of ASVAE must have gradients .*likelihood='straight_through'",
     ),
     "MarginalASVAE, prior": (
         lambda: MarginalASVAE(explicit_encoder(), decoder(), prior_draws, of_data()),
-        "MarginalASVAE needs of its prior a density",
+        "prior of MarginalASVAE must have a density",
     ),
     "MarginalASVAE, encoder": (
         lambda: MarginalASVAE(deterministic_encoder(), decoder(), Z, of_data()),
-        "MarginalASVAE needs of its encoder a density",
+        "encoder of MarginalASVAE must have a density",
     ),
     "BiadversarialVAE of binary data": (
         lambda: BiadversarialVAE(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), of_pairs()),
-        "BiadversarialVAE needs of its decoder gradients .*likelihood='straight_through'",
+        "decoder of BiadversarialVAE must have gradients .*likelihood='straight_through'",
     ),
     "BiadversarialVAE, ratio": (
         lambda: BiadversarialVAE(implicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs(), ratio="fgan"),
@@ -580,11 +580,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "AuxiliaryVAE, first": (
         lambda: auxiliary(encoder=DeterministicEncoder(nn.Linear(X, A))),
-        r"needs of its first encoder q\(a \| x\) a density",
+        r"first encoder q\(a \| x\) of AuxiliaryVAE must have a density",
     ),
     "AuxiliaryVAE, last": (
         lambda: auxiliary(auxiliary=DrawsOnly()),
-        r"needs of its auxiliary p\(a \| x, z\) a density",
+        r"auxiliary p\(a \| x, z\) of AuxiliaryVAE must have a density",
     ),
     "AuxiliaryVAE, dimensions": (
         lambda: auxiliary(auxiliary=ConditionalGaussian(nn.Linear(Z + X, 4))),
@@ -592,7 +592,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "VAE without a density": (
         lambda: VAE(implicit_encoder(), bernoulli_decoder(), Z),
-        "VAE needs of its encoder a density",
+        "encoder of VAE must have a density",
     ),
     "a single datum": (lambda: parted(torch.zeros(3, 1, Z)), "a batch of 1 row"),
 }

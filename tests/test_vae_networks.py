@@ -468,7 +468,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
     "codes": (
         lambda: VAE.dense(4, 2).decode(torch.randn(3, 5)),
         ShapeError,
-        r"the codes do not have the dimension .* got \[3, 5\], expected \[\.\.\., 2\]",
+        r"Codes must be of shape \[\.\.\., 2\], got \[3, 5\]",
     ),
     "width": (lambda: VAE.mnist(2, width=0), OptionError, "width must be"),
 }
@@ -491,9 +491,9 @@ def test_a_misspelt_option_is_a_type_error() -> None:
 @pytest.mark.parametrize(
     ("x", "complaint"),
     [
-        (torch.zeros(8, 3, 8, 8), r"got \[8, 3, 8, 8\], expected \[N, 1, 8, 8\]"),
+        (torch.zeros(8, 3, 8, 8), r"of shape \[N, 1, 8, 8\], got \[8, 3, 8, 8\]"),
         (torch.zeros(8, 64), "their channel axis"),
-        (torch.full((8, 1, 8, 8), torch.nan), "not finite; got 8 such rows of 8"),
+        (torch.full((8, 1, 8, 8), torch.nan), "finite, got 8 of 8 rows"),
         (torch.full((8, 1, 8, 8), 255.0), "Divide pixels by 255"),
     ],
 )

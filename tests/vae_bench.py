@@ -160,7 +160,7 @@ class AVBByHand(ByHand):
         return normal(standard) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-SYSTEMS: dict[str, tuple[Callable[[], LatentModel], type[ByHand]]] = {
+OBJECTIVES: dict[str, tuple[Callable[[], LatentModel], type[ByHand]]] = {
     "VAE": (vae, VAEByHand),
     "AVB, noise basis, Gaussian contrast": (avb, AVBByHand),
 }
@@ -168,7 +168,7 @@ SYSTEMS: dict[str, tuple[Callable[[], LatentModel], type[ByHand]]] = {
 
 def measure(name: str, epochs: int, size: int) -> Row:
     """Images a second of both and their ratio, from the medians of their steps, and quartiles of the paired ratios."""
-    make, by_hand = SYSTEMS[name]
+    make, by_hand = OBJECTIVES[name]
     torch.manual_seed(0)
     x = torch.rand(size, X).round()
     model = make()
@@ -244,7 +244,7 @@ def main() -> None:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {platform.system()}",
         "versions": {name: version(name) for name in ("implicitvi", "torch")},
-        "rows": [measure(name, options.epochs, options.size) for name in SYSTEMS],
+        "rows": [measure(name, options.epochs, options.size) for name in OBJECTIVES],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""From what a user hands in to batches on the device, the same ones after a resume."""
+"""Batches on the device from a user's data, the same ones after a resume."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Batches(ABC):
-    """Data in batches ``[B, *x_shape]``, on the model's device and in its dtype.
+    """A source of batches ``[B, *x_shape]``, on the model's device and in its dtype.
 
     Args:
-        like: A tensor of the model's: its device and dtype are those of the batches.
+        like: A tensor of the model: its device and dtype are those of the batches.
 
     Attributes:
         steps: Batches of an epoch.
@@ -36,38 +36,38 @@ class Batches(ABC):
 
     @abstractmethod
     def epoch(self, seed: int) -> Iterator[Tensor]:
-        """The batches of an epoch in the order of ``seed``, and of each this process's own rows."""
+        """Yield the batches of an epoch in the order of ``seed``: of each the rows of this process."""
 
     @abstractmethod
     def all(self) -> Iterator[Tensor]:
-        """All data once, and of each batch all rows."""
+        """Yield all data once, in batches with all their rows."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next epochs depend on besides their seeds."""
+        """Return the state on which the next epochs depend besides their seeds."""
         return {"generators": [generator.get_state() for generator in self.generators()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        for generator, place in zip(self.generators(), state["generators"], strict=True):
-            generator.set_state(place)
+        """Restore the state that `state_dict` returned."""
+        for generator, saved in zip(self.generators(), state["generators"], strict=True):
+            generator.set_state(saved)
 
     def generators(self) -> list[torch.Generator]:
-        """Generators of the user's that decide the order."""
+        """Return the user's generators that decide the order."""
         return []
 
     def fingerprint(self) -> str | None:
-        """By what the data are known again; ``None`` where that would take a pass through them."""
+        """Return a text that identifies the data; ``None`` if that would take a pass through them."""
         return None
 
-    def _placed(self, rows: Tensor) -> Tensor:
+    def _to_device(self, rows: Tensor) -> Tensor:
         return rows.to(self.like, non_blocking=True)
 
 
 class TensorBatches(Batches):
-    """Rows of one tensor that lies on the device, shuffled anew for every epoch.
+    """A tensor on the device, whose rows are shuffled for every epoch.
 
-    Rows that do not fill a last batch are left out of an epoch. Whole numbers, such as the bytes of images, become
-    floats batch by batch.
+    An epoch leaves out rows that do not fill a last batch. Integers, such as the bytes of images, become floats batch
+    by batch.
 
     Args:
         data: All data ``[N, *x_shape]``.
@@ -86,10 +86,10 @@ class TensorBatches(Batches):
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
         batches = order[: self.steps * self.batch_size].view(self.steps, distributed.count(), -1)
         for rows in batches[:, distributed.rank()].to(self.data.device):
-            yield self._placed(self.data[rows])
+            yield self._to_device(self.data[rows])
 
     def all(self) -> Iterator[Tensor]:
-        return map(self._placed, self.data.split(self.batch_size))
+        return map(self._to_device, self.data.split(self.batch_size))
 
     def fingerprint(self) -> str:
         some = self.data[:: max(1, len(self.data) // 1000)].contiguous().cpu()
@@ -98,14 +98,14 @@ class TensorBatches(Batches):
 
 
 class LoaderBatches(Batches):
-    """Batches of a `torch.utils.data.DataLoader`, or of anything with a length that can be iterated again and again.
+    """A `torch.utils.data.DataLoader`, or any object with a length that can be iterated repeatedly.
 
-    Of a batch that is a tuple the first part is taken: labels are not needed. A last batch that is not full is taken as
-    it comes. The order, and whatever else the loader draws from torch's generators, is decided by the seed; a generator
-    of the loader's own goes on as it would alone, and is part of the state.
+    Of batches that are tuples the first part is used: labels are not needed. A last batch that is not full is used as
+    it is. The seed decides the order, and all other numbers that the loader draws from torch's generators; a generator
+    of the loader's own continues as it would without a seed, and is part of the state.
 
     Several processes read the same batches, and each takes its part of the rows; a loader with a
-    `torch.utils.data.DistributedSampler` has parted them already.
+    `torch.utils.data.DistributedSampler` has divided them already.
 
     Args:
         loader: The loader.
@@ -119,22 +119,16 @@ class LoaderBatches(Batches):
             self.steps = len(loader)
         except TypeError as error:
             raise OptionError(
-                "the loader has no length, so an epoch has no end",
-                got=type(loader).__name__,
-                do="Give it (or its dataset) a __len__: the number of its batches (of its rows).",
+                f"A loader must have a length, which says where an epoch ends, got {type(loader).__name__} without. "
+                "Give it (or its dataset) a __len__: the number of its batches (of its rows)."
             ) from error
         if not self.steps:
-            raise OptionError(
-                "the loader is empty",
-                got="0 batches",
-                expected="at least one",
-                do="Lower its batch_size, or leave out drop_last.",
-            )
+            raise OptionError("The loader is empty. Lower its batch_size, or leave out drop_last.")
         self._sampler: Any = getattr(loader, "sampler", None)
 
     def epoch(self, seed: int) -> Iterator[Tensor]:
-        parted = isinstance(self._sampler, DistributedSampler)
-        if parted:
+        divided = isinstance(self._sampler, DistributedSampler)
+        if divided:
             self._sampler.set_epoch(seed % 2**32)
         stream = RandomStream(seed)
         with stream:
@@ -144,16 +138,14 @@ class LoaderBatches(Batches):
                 batch = next(batches, None)
             if batch is None:
                 raise OptionError(
-                    "the loader ended before its length",
-                    got=f"{step} batches",
-                    expected=self.steps,
-                    do="It must give as many batches in every epoch: is it an iterator?",
+                    f"The loader must give {self.steps} batches, its length, in every epoch, got {step}. Is it an "
+                    "iterator?"
                 )
             rows = first_of(batch)
-            yield self._placed(rows if parted else _own(rows))
+            yield self._to_device(rows if divided else _own(rows))
 
     def all(self) -> Iterator[Tensor]:
-        return (self._placed(first_of(batch)) for batch in self.loader)
+        return (self._to_device(first_of(batch)) for batch in self.loader)
 
     def generators(self) -> list[torch.Generator]:
         owners = (self.loader, self._sampler)
@@ -162,10 +154,10 @@ class LoaderBatches(Batches):
 
 
 def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True) -> Batches:
-    """Batches of a tensor, an array, a dataset or a loader, which has a ``batch_size`` of its own.
+    """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own.
 
     Raises:
-        OptionError, ShapeError: The data cannot be read, or there are none.
+        OptionError, ShapeError: The data cannot be read, or have no rows.
     """
     check_at_least("batch_size", batch_size, 1)
     if isinstance(data, TensorDataset):
@@ -178,50 +170,42 @@ def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True
         size = min(batch_size, len(data))  # type: ignore[arg-type]
         data = DataLoader(data, max(size, 1), shuffle=shuffle and size > 0, drop_last=shuffle)
     if isinstance(data, tuple | dict | str) or not isinstance(data, Iterable):
-        raise OptionError(
-            "the data cannot be read",
-            got=type(data).__name__,
-            expected="a tensor or an array [N, *x_shape], a Dataset, or a DataLoader",
-            do="Labels are not needed: hand in the data alone." if isinstance(data, tuple | dict) else "",
-        )
+        hint = "Labels are not needed: pass the data alone." if isinstance(data, tuple | dict) else ""
+        kinds = "a tensor or an array [N, *x_shape], a Dataset or a DataLoader"
+        raise OptionError.must_be("Data", kinds, type(data).__name__, hint)
     return LoaderBatches(data, like)
 
 
 def tensor_of(data: Any) -> Tensor:
-    """Data ``[N, *x_shape]`` as a tensor."""
+    """Return data ``[N, *x_shape]`` as a tensor."""
     try:
         tensor = torch.as_tensor(data)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError("the data are no numbers", got=str(error).splitlines()[0]) from error
+        raise OptionError(f"Data must be numbers. torch says: {str(error).splitlines()[0]}") from error
     if not tensor.numel():
-        raise ShapeError("there are no data", got=f"shape {tuple(tensor.shape)}")
+        raise ShapeError.must_be("Data", "at least one row", f"shape {tuple(tensor.shape)}")
     if tensor.is_complex() or not tensor.dim():
-        raise ShapeError(
-            "the data are no rows of real numbers",
-            got=f"{tensor.dtype} of shape {tuple(tensor.shape)}",
-            expected="[N, *x_shape]",
+        raise ShapeError.must_be(
+            "Data", "rows of real numbers [N, *x_shape]", f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     return tensor
 
 
 def first_of(batch: Any) -> Tensor:
-    """The data of a loader's batch."""
+    """Return the data of a loader's batch: the first part of a tuple."""
+    kinds = "tensors, or tuples whose first part is the data"
     if isinstance(batch, list | tuple):
         if not batch:
-            raise OptionError("the loader's batch is an empty tuple")
+            raise OptionError.must_be("The loader's batches", kinds, "an empty tuple")
         batch = batch[0]
     if isinstance(batch, dict):
-        raise OptionError(
-            "the loader's batches are dictionaries",
-            got=f"keys {sorted(map(str, batch))}",
-            expected="tensors, or tuples whose first part is the data",
-            do="Pass collate_fn=… to the loader, or wrap it.",
-        )
+        keys = f"a dictionary with keys {sorted(map(str, batch))}"
+        raise OptionError.must_be("The loader's batches", kinds, keys, "Pass collate_fn=… to the loader, or wrap it.")
     return tensor_of(batch)
 
 
 def _own(rows: Tensor) -> Tensor:
-    """This process's rows of a batch; a remainder that does not divide among the processes is left out."""
+    """Return this process's rows of a batch, without the remainder of the division among processes."""
     _check_share(len(rows))
     each = len(rows) // distributed.count()
     return rows[distributed.rank() * each :][:each]
@@ -229,9 +213,9 @@ def _own(rows: Tensor) -> Tensor:
 
 def _check_share(rows: int) -> None:
     if rows < distributed.count():
-        raise OptionError(
-            "a batch has fewer rows than there are processes",
-            got=rows,
-            expected=f">= {distributed.count()}",
-            do="Raise batch_size, set drop_last on the loader, or start fewer processes.",
+        raise OptionError.must_be(
+            "Rows of a batch",
+            f"at least as many as processes, {distributed.count()}",
+            rows,
+            "Raise batch_size, set drop_last on the loader, or start fewer processes.",
         )

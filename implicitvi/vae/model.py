@@ -1,13 +1,11 @@
-"""What all systems share: the arrows of a latent variable model, and what one asks of it."""
+"""A latent variable model: encoder, decoder and prior, how they are trained, and what can be asked of them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +15,14 @@ from implicitvi.errors import ModelError, ShapeError, check_choice, check_whole
 from implicitvi.metrics.ais import ais
 from implicitvi.metrics.evidence import importance_sampling, quadrature
 from implicitvi.rng import forked
-from implicitvi.training import Callback, Player, Stage
-from implicitvi.training.callbacks import as_callbacks
+from implicitvi.training import Player, Stage
+from implicitvi.training.options import from_options, with_options
 from implicitvi.training.player import Metrics
-from implicitvi.vae.data import Transform
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.encoders import moments_of
-from implicitvi.vae.fitting import Fitting, VAEFit
+from implicitvi.vae.fitting import Trainable, VAEFit, run_fit
 from implicitvi.vae.priors import prior_of
+from implicitvi.vae.settings import FitOptions, FitSettings
 
 Batch = Callable[[], Tensor]
 Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
@@ -33,11 +31,11 @@ EVIDENCE: dict[str, Callable[..., Tensor]] = {"ais": ais, "iwae": importance_sam
 STARTS = ("encoder", "prior")
 
 
-class LatentModel(nn.Module, ABC):
-    """An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)``, trained by one system or another.
+class LatentModel(Trainable):
+    """An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)``, trained by an objective.
 
-    Every arrow is a module that returns a distribution. Implementing a system: subclass this, say in ``needs`` what the
-    three must be able to do, and return its `Player` s from ``players``; then join the list in
+    Each of the three is a module that returns a distribution. Implementing an objective: subclass this, say in
+    ``needs`` what the three must be able to do, and return its `Player` s from ``players``; then join the list in
     ``tests/vae_contracts.py``.
 
     Args:
@@ -47,7 +45,8 @@ class LatentModel(nn.Module, ABC):
             draws, or the number ``D`` for ``N(0, I)``.
 
     Attributes:
-        needs: What each arrow must be able to do: ``"draws"``, ``"gradients"`` (draws with gradients), ``"density"``.
+        needs: Abilities that encoder, decoder and prior must have: ``"draws"``, ``"gradients"`` (draws with
+            gradients), ``"density"``.
         x_shape: Shape of one datum.
         latent_dim: Dimension ``D`` of a code.
     """
@@ -61,122 +60,58 @@ class LatentModel(nn.Module, ABC):
         self.prior = prior_of(prior)
         self.x_shape, self.latent_dim = self._probe()
 
-    # what a system says
-
-    @abstractmethod
-    def players(self, batch: Batch) -> list[Player]:
-        """Who takes turns, and the loss of each on the present batch ``x [B, *x_shape]``."""
-
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
-        """Figures of data ``x [B, *x_shape]`` that were not trained on: means over them, logs in nats."""
+        """Return figures of held-out data ``x [B, *x_shape]``: means over the rows, logs in nats."""
         z = self.encode(x)
         p = self.decoder(z)
         if has_density(p):
             return {"log_likelihood": p.log_prob(x).mean()}
         return {"squared_error": (p.sample() - x).square().mean()}
 
-    # what one asks of a model
-
+    @with_options(FitSettings)
     def fit(
-        self,
-        train: Any,
-        *,
-        validation: Any = None,
-        epochs: int = 50,
-        batch_size: int = 128,
-        transform: Transform | None = None,
-        num_particles: int = 1,
-        adversary_steps: int | tuple[int, int] = 1,
-        lr: float | tuple[float, float] = (3e-3, 2e-4),
-        adversary_lr: float | tuple[float, float] = (4e-3, 2e-3),
-        device: str | torch.device = "auto",
-        precision: str = "float32",
-        compile: bool | str = False,
-        ema: float | None = None,
-        clip_norm: float | None = None,
-        max_skips: int = 20,
-        checkpoint: str | Path | None = None,
-        seed: int | None = None,
-        progress: bool = True,
-        callbacks: Iterable[Callback] = (),
-    ) -> VAEFit:
-        """Train on data; an interrupt keeps what has been learned.
+        self, train: Any, *, validation: Any = None, settings: FitSettings | None = None, **options: Unpack[FitOptions]
+    ) -> VAEFit[Self]:
+        """Train on data; an interrupt keeps the weights learned so far.
 
         Under ``torchrun``, or in a group of `torch.distributed` that has been started, every process takes its share of
         each batch, and all of them have the same weights at every step (docs/decisions/0004-several-processes.md).
 
         Args:
             train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of batches that are
-                tuples the first part. What does not fill a last batch is left out of an epoch, other than by a
-                ``DataLoader``, which is taken at its word.
+                tuples the first part. An epoch leaves out rows that do not fill a last batch; all batches of a
+                ``DataLoader`` are used.
             validation: As ``train``; the figures of ``validate`` over all of it are kept after every epoch.
-            epochs: Passes through the data, and the horizon of every schedule.
-            batch_size: Rows of a batch, over all processes; a ``DataLoader`` has its own.
-            transform: Applied to every batch on the device, such as `torch.bernoulli` for dynamic binarisation.
-            num_particles: Codes drawn for each datum of a step.
-            adversary_steps: Steps of each adversary before one of the others.
-            lr: Rate of encoder and decoder, or a pair (first, last).
-            adversary_lr: Rate of the adversaries, or a pair.
-            device: ``"auto"`` for a GPU where there is one, or a device.
-            precision: ``"float32"``; ``"bfloat16"`` for networks that compute in it, while weights, densities and
-                losses stay as they are.
-            compile: Whether torch compiles encoder, decoder and adversaries for this fit, or the mode in which.
-            ema: Share of a running average of all weights that outlives each step; `VAEFit.averaged` has it.
-            clip_norm: Bound of the norm of each player's gradient; ``None`` for four times what is usual (`Clip`).
-            max_skips: Turns in a row without a finite loss and gradient that end the fit.
-            checkpoint: Folder that keeps the state after every epoch. Where it holds one already, the fit goes on from
-                it, with the numbers that an uninterrupted fit would have had. A loader's own randomness must come
-                from torch's generators for that.
-            seed: Seed of the fit's own random numbers; ``None`` takes one from torch's default generator.
-            progress: Whether to show a bar.
-            callbacks: Called after every step with the trainer, in every process; may raise `StopTraining`.
+            settings: Options as a value; the following ones, where they are given, replace its fields.
 
         Returns:
             The trained model, which is this one, with the record of its training.
 
         Raises:
-            OptionError: An option or the data cannot work; all of this before the first step.
+            TypeError: An option is unknown.
+            OptionError: An option or the data cannot work; raised before the first step.
             ShapeError: The data do not have the model's shape.
             ModelError: The data are not finite.
             CheckpointError: The checkpoint is damaged, or of another model, data or options.
             NonFiniteError: Too many turns in a row were skipped; the last good state has been restored.
         """
-        fitting = Fitting(
-            epochs=epochs,
-            batch_size=batch_size,
-            transform=transform,
-            num_particles=num_particles,
-            adversary_steps=adversary_steps,
-            lr=lr,
-            adversary_lr=adversary_lr,
-            device=device,
-            precision=precision,
-            compile=compile,
-            ema=ema,
-            clip_norm=clip_norm,
-            max_skips=max_skips,
-            checkpoint=checkpoint,
-            seed=seed,
-            progress=progress,
-            callbacks=as_callbacks(callbacks),
-        )
-        return fitting.run(self, train, validation)
+        return run_fit(self, train, validation, from_options(FitSettings, options, settings, of=self.fit))
 
     @torch.no_grad()
     def encode(self, x: Tensor, num_samples: int | None = None) -> Tensor:
-        """Draws of ``q(z | x)`` for ``x [B, *x_shape]``: ``[num_samples, B, D]``, or one each, ``[B, D]``."""
+        """Draw codes of ``q(z | x)`` for ``x [B, *x_shape]``: ``[num_samples, B, D]``, or one each, ``[B, D]``."""
         z: Tensor = self.encoder(self._input(x)).sample(_shape(num_samples))
         return z
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw where it has no mean."""
+        """Return the mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw if it has no mean."""
         if z.shape[-1:] != (self.latent_dim,):
-            raise ShapeError(
-                "the codes do not have the dimension of the model's",
-                got=f"[{', '.join(map(str, z.shape))}]",
-                expected=f"[..., {self.latent_dim}]",
+            raise ShapeError.must_be(
+                "Codes",
+                f"of shape [..., {self.latent_dim}]",
+                f"[{', '.join(map(str, z.shape))}]",
                 do="model.encode(x) and model.prior().sample([n]) give codes.",
             )
         p = self.decoder(z)
@@ -187,18 +122,18 @@ class LatentModel(nn.Module, ABC):
         return mean
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """``x [B, *x_shape]`` through a code drawn for it and back, as `decode` has it."""
+        """Encode ``x [B, *x_shape]`` to a random code each, and `decode` the codes."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
-        """New data ``[num_samples, *x_shape]``: draws of ``p(x | z)`` at draws of the prior."""
+        """Draw new data ``[num_samples, *x_shape]`` from ``p(x | z)`` at draws of the prior."""
         check_whole("num_samples", num_samples)
         x: Tensor = self.decoder(self.prior().sample(_shape(num_samples))).sample()
         return x
 
     def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
-        """``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
+        """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
 
         Raises:
             ModelError: The decoder or the prior has no density.
@@ -216,17 +151,17 @@ class LatentModel(nn.Module, ABC):
         seed: int | None = 0,
         **options: Any,
     ) -> Tensor:
-        """Estimated ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
+        """Estimate ``log p(x)`` of each datum ``x [B, *x_shape]``: ``[B]`` in nats.
 
         Args:
             x: Data.
             method: ``"ais"``, annealed importance sampling by Hamiltonian Monte Carlo (`ais`); ``"iwae"``, importance
                 sampling from a widened Gaussian at the moments of the start (`importance_sampling`);
                 ``"quadrature"``, a grid over one or two latent dimensions (`quadrature`).
-            start: Where the method looks first: at the moments of ``q(z | x)`` by the ``"encoder"``, or at those of the
-                ``"prior"``, which owes nothing to the encoder and needs more steps.
+            start: The moments at which the method starts: of ``q(z | x)`` by the ``"encoder"``, or of the ``"prior"``,
+                which does not depend on the encoder and needs more steps.
             batch_size: Rows of data at a time; memory grows with it.
-            seed: Seed of the method's own random numbers.
+            seed: Random seed of the method.
             options: Options of the method; those of ``"ais"`` are in `Annealing`.
 
         Raises:
@@ -248,12 +183,10 @@ class LatentModel(nn.Module, ABC):
                 estimates.append(EVIDENCE[method](log_joint, loc, scale, **options))
         return torch.cat(estimates)
 
-    # what systems are built with
-
     def player(
         self, name: str, modules: Iterable[nn.Module], loss: Loss, batch: Batch, *, adversary: bool = False
     ) -> Player:
-        """A player with one loss of the batch a step, or, as an adversary, one for each of the adversary's steps."""
+        """Return a player with one loss of the batch per step, or with one per adversary step as an adversary."""
 
         def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
             for _ in range(stage.adversary_steps if adversary else 1):
@@ -263,32 +196,19 @@ class LatentModel(nn.Module, ABC):
             name, nn.ModuleList(modules), losses, lr=lambda stage: stage.adversary_lr if adversary else stage.lr
         )
 
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor on the model's device and in its dtype."""
-        weights = (p for p in self.parameters() if p.is_floating_point())
-        return next((p.new_empty(0) for p in weights), torch.empty(0))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.like.device
-
     def check_data(self, x: Tensor) -> None:
-        """Raise an error that names what is wrong with data ``x [N, *x_shape]``, if anything is."""
+        """Raise an error unless the model can take the data ``x [N, *x_shape]``."""
         if x.shape[1:] != self.x_shape:
-            raise ShapeError(
-                "the data do not have the shape of the model's",
-                got=f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
-                expected=f"[N, {', '.join(map(str, self.x_shape))}]",
+            raise ShapeError.must_be(
+                "Data",
+                f"of shape [N, {', '.join(map(str, self.x_shape))}]",
+                f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
                 do="Images need their channel axis: x[:, None]; rows are x.flatten(1).",
             )
         if not x.isfinite().all():
-            rows = (~x.isfinite()).flatten(1).any(1).sum().item()
+            bad = (~x.isfinite()).flatten(1).any(1).sum().item()
             raise ModelError(
-                "the data have entries that are not finite",
-                got=f"{rows} such rows of {len(x)}",
-                do="Drop them or fill them in.",
+                f"Data must be finite, got {bad} of {len(x)} rows that are not finite. Drop or impute them."
             )
         check = getattr(self.decoder, "check", None)
         if check is not None:
@@ -301,7 +221,7 @@ class LatentModel(nn.Module, ABC):
 
     @torch.no_grad()
     def _moments(self, x: Tensor, start: str) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation ``[B, D]`` of ``q(z | x)``, or of the prior for every datum."""
+        """Return mean and standard deviation ``[B, D]`` of ``q(z | x)``, or of the prior for every datum."""
         if start == "encoder":
             return moments_of(self.encoder(x), 256)
         loc, scale = moments_of(self.prior(), 10_000)
@@ -313,21 +233,21 @@ class LatentModel(nn.Module, ABC):
         with torch.no_grad(), forked():
             prior = self.prior()
             decoded = self.decoder(prior.sample([2]))
-            for name, arrow in (("decoder", decoded), ("prior", prior)):
-                if not has_density(arrow):
+            for name, p in (("decoder", decoded), ("prior", prior)):
+                if not has_density(p):
                     raise ModelError(
-                        f"the evidence needs a density of the {name}, and it has none",
-                        do="Use one of the divergences between draws instead.",
+                        f"The evidence needs a density of the {name}, and the {name} has none. Use one of the "
+                        "divergences between draws instead."
                     )
         if prior.support.is_discrete:
             raise ModelError(
-                "the evidence is an integral over codes, and those of this model are discrete",
-                do="Sum over the codes where they can be listed.",
+                "The evidence is an integral over codes, and the codes of this model are discrete. Sum over the codes "
+                "if they can be listed."
             )
 
     @contextmanager
     def _as_is(self) -> Iterator[None]:
-        """Without dropout, batch statistics and gradients of the weights, which all come back."""
+        """Turn dropout, batch statistics and gradients of the weights off, and restore them afterwards."""
         modes = {module: module.training for module in self.modules()}
         wanted = {p: p.requires_grad for p in self.parameters()}
         self.eval().requires_grad_(False)
@@ -340,7 +260,7 @@ class LatentModel(nn.Module, ABC):
                 parameter.requires_grad_(flag)
 
     def _probe(self) -> tuple[torch.Size, int]:
-        """Shapes of a datum and of a code, and whether every arrow does what is needed of it."""
+        """Return the shapes of a datum and of a code; check that encoder, decoder and prior do what is needed."""
         with self._as_is(), torch.no_grad(), forked():
             prior = _distribution("prior", self.prior)
             _check_shapes("prior", prior, (), 1, "p(z) over codes [D]")
@@ -351,30 +271,26 @@ class LatentModel(nn.Module, ABC):
             encoded = _distribution("encoder", self.encoder, blank)
             _check_shapes("encoder", encoded, (2,), 1, f"q(z | x) for data {tuple(blank.shape)}")
             if encoded.event_shape != prior.event_shape:
-                raise ShapeError(
-                    "encoder and prior disagree on the dimension of a code",
-                    got=f"{encoded.event_shape[0]} and {prior.event_shape[0]}",
-                    expected="the same",
-                )
-            arrows = {"prior": prior, "decoder": decoded, "encoder": encoded}
-            for name, arrow in arrows.items():
-                self._check_needs(name, arrow)
+                dims = f"{encoded.event_shape[0]} and {prior.event_shape[0]}"
+                raise ShapeError.must_be("Dimensions of the codes of encoder and prior", "equal", dims)
+            for name, p in (("prior", prior), ("decoder", decoded), ("encoder", encoded)):
+                self._check_needs(name, p)
         return torch.Size(decoded.event_shape), prior.event_shape[0]
 
-    def _check_needs(self, name: str, arrow: Distribution) -> None:
+    def _check_needs(self, name: str, p: Distribution) -> None:
+        """Raise `ModelError` unless ``p``, of the encoder, decoder or prior, has the abilities in ``needs``."""
         needed = self.needs.get(name, set())
         lacks = []
-        if "gradients" in needed and not arrow.has_rsample:
+        if "gradients" in needed and not p.has_rsample:
             lacks.append("gradients through its draws (rsample)")
-        if "density" in needed and not has_density(arrow):
+        if "density" in needed and not has_density(p):
             lacks.append("a density (log_prob)")
         if lacks:
-            binary = name == "decoder" and not arrow.has_rsample
+            binary = name == "decoder" and not p.has_rsample
             raise ModelError(
-                f"{type(self).__name__} needs of its {name} {' and '.join(lacks)}",
-                got=type(arrow).__name__,
-                do="docs/vae.md has the table of what each system needs."
-                + (" Binary data have likelihood='straight_through'." if binary else ""),
+                f"The {name} of {type(self).__name__} must have {' and '.join(lacks)}, got {type(p).__name__}. "
+                "docs/vae.md has the table of the needs of each objective."
+                + (" Binary data have likelihood='straight_through'." if binary else "")
             )
 
 
@@ -382,32 +298,31 @@ def _shape(num_samples: int | None) -> torch.Size:
     return torch.Size([] if num_samples is None else [num_samples])
 
 
-def _distribution(name: str, arrow: nn.Module, *args: Tensor) -> Distribution:
+def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
+    """Return the distribution that the encoder, decoder or prior gives; raise an error if it gives none."""
     try:
-        value = arrow(*args)
+        value = part(*args)
     except RuntimeError as error:
+        got = f" of shape {tuple(args[0].shape)}" if args else ""
         raise ShapeError(
-            f"the {name} does not take what it is given",
-            got=f"shape {tuple(args[0].shape)}" if args else None,
-            do=f"torch says: {str(error).splitlines()[0]}. A decoder takes codes of the prior's dimension, an encoder "
-            "data of the decoder's shape.",
+            f"The {name} does not accept its input{got}: {str(error).splitlines()[0]}. A decoder takes codes of the "
+            "prior's dimension, an encoder data of the decoder's shape."
         ) from error
     if isinstance(value, Distribution):
         return value
-    raise ModelError(
-        f"the {name} does not return a distribution",
-        got=type(value).__name__,
-        expected="a torch.distributions.Distribution",
+    raise ModelError.must_be(
+        f"The value of the {name}",
+        "a torch.distributions.Distribution",
+        type(value).__name__,
         do="Decoder, GaussianEncoder and ImplicitEncoder make one of a network's output.",
     )
 
 
-def _check_shapes(name: str, given: Distribution, batch: tuple[int, ...], event_dims: int | None, what: str) -> None:
-    if given.batch_shape == batch and event_dims in (None, len(given.event_shape)):
-        return
-    raise ShapeError(
-        f"the {name} has the wrong shape as {what}",
-        got=f"batch shape {tuple(given.batch_shape)}, event shape {tuple(given.event_shape)}",
-        expected=f"batch shape {batch}" + (", an event of one axis" if event_dims == 1 else ""),
-        do="torch.distributions.Independent moves axes from the batch to the event.",
-    )
+def _check_shapes(name: str, p: Distribution, batch: tuple[int, ...], event_dims: int | None, role: str) -> None:
+    if p.batch_shape != batch or event_dims not in (None, len(p.event_shape)):
+        raise ShapeError.must_be(
+            f"The shape of the {name}, {role},",
+            f"batch shape {batch}" + (" and one event axis" if event_dims == 1 else ""),
+            f"batch shape {tuple(p.batch_shape)} and event shape {tuple(p.event_shape)}",
+            do="torch.distributions.Independent moves axes from the batch to the event.",
+        )

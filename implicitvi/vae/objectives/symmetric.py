@@ -120,7 +120,7 @@ class SymmetricVAE(ReadyMade, LatentModel):
         utility: Tensor = self.encoder(x).log_prob(z)
         return utility
 
-    def fit(self, train: Any, *, pairs: tuple[Any, Any] | None = None, **options: Any) -> VAEFit:
+    def fit(self, train: Any, *, pairs: tuple[Any, Any] | None = None, **options: Any) -> VAEFit[Self]:
         """Train on data, and on labelled pairs where there are any.
 
         In every step the pairs stand beside the rows of the batch, for both players, each row with the same weight. Of
