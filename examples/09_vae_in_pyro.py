@@ -25,7 +25,6 @@ from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
 
@@ -137,13 +136,11 @@ fourth = (weights[..., None] * (grid - exact_mean[:, None]) ** 4).sum(1) / exact
 hardest = (fourth - 3).abs().amax(-1).topk(4).indices.tolist()
 
 figure, axes = plt.subplot_mosaic("mmab;mmcd", figsize=(12, 6), layout="constrained", gridspec_kw={"wspace": 0.05})
-plots.decoded_plane(
-    lambda z: pad(model.decoder(z).sigmoid().unflatten(-1, (8, 8)), (2, 2, 2, 2)),  # white around each
-    extent=(-2.35, 2.35, -2.35, 2.35),
-    num=12,
-    ax=axes["m"],
-)
-axes["m"].set_title("What the decoder makes of the latent plane")
+places = torch.linspace(-2.15, 2.15, 12)
+plane = torch.stack(torch.meshgrid(places, places.flip(0), indexing="xy"), -1).flatten(0, 1)
+plots.images(model.decoder(plane).sigmoid().unflatten(-1, (8, 8)), columns=12, ax=axes["m"])
+axes["m"].set(title="Decoded images over the latent plane", xlabel="$z_1$, from -2.15 to 2.15 prior sd")
+axes["m"].set_ylabel("$z_2$, from -2.15 to 2.15 prior sd")
 for name, i in zip("abcd", hardest, strict=True):
     ax = axes[name]
     plots.draws_on_density(

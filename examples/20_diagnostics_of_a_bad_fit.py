@@ -159,13 +159,16 @@ figure.savefig(path, dpi=110)
 # --------
 # R-hat knows that they disagree. Which of them found which side is a matter of chance, and so would a single one be.
 
-shares = [
-    [north, 1 - north]
-    for one in fits["one mode"].fits
-    for north in [(one.guide.sample(draws)["north"] > 0).float().mean().item()]
-]
+shares = [(one.guide.sample(draws)["north"] > 0).float().mean().item() for one in fits["one mode"].fits]
 figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-plots.mode_weights(shares, truth=[north_share, 1 - north_share], names=["north", "south"], ax=ax)
+labels = [*(f"restart {i}" for i in range(1, len(shares) + 1)), "truth"]
+north = np.array([*shares, north_share])
+ax.barh(labels, north, color=plots.BLUE, label="north")
+ax.barh(labels, 1 - north, left=north, color=plots.VERMILION, label="south")
+ax.axvline(north_share, color="black", lw=1)
+ax.set(xlim=(0, 1), xlabel="share of the draws")
+ax.invert_yaxis()
+ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 restarts = options.output / "diagnostics_restarts.png"
 figure.savefig(restarts, dpi=150)
 print(f"wrote {path} and {restarts}")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -134,10 +135,14 @@ figure, axes = plt.subplot_mosaic("lr;ww", figsize=(10, 7), layout="constrained"
 for place, (name, z) in zip("lr", fitted.items(), strict=True):
     ax = plots.draws_on_density(z, log_density, extent=(-6, 6, -6, 6), grid=500, legend=place == "l", ax=axes[place])
     ax.set(title=name, xlabel="factor $a$", ylabel="factor $b$", aspect="equal")
-shares = [[1 - branches(z)[0], branches(z)[0]] for z in fitted.values()]
-bars = plots.mode_weights(shares, truth=[0.5, 0.5], names=["a < 0", "a > 0"], ax=axes["w"])
-bars.set_yticks(range(3), [*fitted, "truth"])
-bars.legend_.set_title("branch")
+labels, ax = [*fitted, "truth"], axes["w"]
+positive = np.array([*(branches(z)[0] for z in fitted.values()), 0.5])
+ax.barh(labels, 1 - positive, color=plots.BLUE, label="a < 0")
+ax.barh(labels, positive, left=1 - positive, color=plots.VERMILION, label="a > 0")
+ax.axvline(0.5, color="black", lw=1)
+ax.set(xlim=(0, 1), xlabel="share of the draws")
+ax.invert_yaxis()
+ax.legend(title="branch", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "custom_sampler.png"
 figure.savefig(path, dpi=130)
