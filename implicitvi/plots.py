@@ -75,7 +75,7 @@ def loss(fit: HasHistory, name: str = "sampler", *, unit: str = "nats", ax: Axes
     if "beta" in history.names() and (history["beta"] < 1).any():
         ax.axvspan(0, (history["beta"] < 1).sum(), color="0.93", lw=0, zorder=0, label="tempered")
     if not finite.all():
-        at = {"transform": ax.get_xaxis_transform(), "marker": "|"}
+        at: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "marker": "|"}
         ax.scatter(steps[~finite], np.full((~finite).sum(), 0.02), color=VERMILION, label="step skipped", **at)
     ax.set_xlim(0, len(steps))
     ax.set_xlabel("step")
