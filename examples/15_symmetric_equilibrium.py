@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
 from implicitvi import plots
-from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.nn import mlp
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
@@ -56,6 +55,33 @@ bar_epochs, wine_epochs, digit_epochs, chain_steps = (1, 2, 1, 3) if options.smo
 # --------------------------------
 # A code switches four rows and four columns on or off; two rows and one column always are on, in 24 combinations. The
 # image is their union, with 15 % of the pixels flipped. `SymmetricVAE` is handed the sampler of codes as its prior.
+# After the bars problem of P. Földiák, Forming sparse representations by local anti-Hebbian learning, 1990.
+
+
+def greatest(scores: Tensor, count: int) -> Tensor:
+    """Return 1 for the ``count`` greatest scores of each row, else 0."""
+    return torch.zeros_like(scores).scatter(1, scores.topk(count, 1).indices, 1.0)
+
+
+def bar_codes(num: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw codes ``[num, 8]``: two of four rows, then one of four columns, uniformly."""
+    rows = torch.rand(num, 4, generator=generator)
+    columns = torch.rand(num, 4, generator=generator)
+    return torch.cat([greatest(rows, 2), greatest(columns, 1)], 1)
+
+
+def bar_images(codes: Tensor) -> Tensor:
+    """Return images ``[N, 1, 8, 8]`` of codes without noise: each row and each column is two pixels wide."""
+    rows, columns = codes.repeat_interleave(2, 1).split([8, 8], 1)
+    return torch.maximum(rows[:, None, :, None], columns[:, None, None, :])
+
+
+def or_bars(num: int, *, flip: float = 0.15, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw images ``[num, 1, 8, 8]``, each pixel flipped with a probability, and their codes ``[num, 8]``."""
+    codes = bar_codes(num, generator=generator)
+    clean = bar_images(codes)
+    flipped = torch.rand(clean.shape, generator=generator) < flip
+    return torch.where(flipped, 1 - clean, clean), codes
 
 
 def networks(straight_through: bool = False) -> tuple[nn.Module, nn.Module]:

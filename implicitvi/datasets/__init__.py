@@ -6,17 +6,7 @@ in torch's default dtype; constants are computed in float64. Draws come from the
 The other functions give data to learn a model of: points, digits, and folders of images, with values in [0, 1].
 """
 
-from implicitvi.datasets.bars import bar_codes, bar_images, or_bars
-from implicitvi.datasets.densities import (
-    Banana,
-    Rosenbrock,
-    Torus,
-    ToyDensity,
-    TwoModes,
-    XShaped,
-    five_gaussians,
-    toy_densities,
-)
+from implicitvi.datasets.densities import Banana, Rosenbrock, Torus, ToyDensity, TwoModes, XShaped, toy_densities
 from implicitvi.datasets.eight_schools import EightSchools, eight_schools
 from implicitvi.datasets.images import (
     ImageFolder,
@@ -41,16 +31,12 @@ __all__ = [
     "ToyDensity",
     "TwoModes",
     "XShaped",
-    "bar_codes",
-    "bar_images",
     "binarise",
     "digits",
     "eight_schools",
-    "five_gaussians",
     "four_points",
     "image_folder",
     "mnist",
-    "or_bars",
     "read_idx",
     "toy_densities",
 ]

@@ -235,26 +235,6 @@ def toy_densities() -> dict[str, ToyDensity]:
     return {density.name: density for density in densities}
 
 
-def five_gaussians(num: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draws of five Gaussians of equal weight in the plane: means (0, 0) and (±2, ±2), variance 0.04 along each axis.
-
-    Args:
-        num: Number ``N`` of draws.
-        generator: Source of randomness; ``None`` for torch's own.
-
-    Returns:
-        Draws ``[N, 2]`` and, for each, its Gaussian 0 to 4 ``[N]``.
-
-    References:
-        ALICE: Towards Understanding Adversarial Learning for Joint Distribution Matching, Chunyuan Li et al., 2017.
-    """
-    check_at_least("num", num, 1)
-    means = 2.0 * torch.tensor([[0, 0], [1, 1], [1, -1], [-1, 1], [-1, -1]])
-    labels = torch.randint(5, (num,), generator=generator)
-    x = means.double()[labels] + 0.2 * noise((num, 2), generator)
-    return x.to(torch.get_default_dtype()), labels
-
-
 def _rosenbrock_log_z2(z2: Tensor) -> Tensor:
     """Marginal of ``z₂``, less a constant: ``z₁ | z₂`` is ``N((1 + z₂²) / 2, 1/4)``."""
     return -0.5 * (1 - z2.square()).square()
