@@ -71,12 +71,12 @@ print(f"{len(grey)} digits of {grey.shape[-2]} x {grey.shape[-1]} pixels, {len(t
 # --------
 
 
-def made(system: type[VAE] | type[AVB]) -> LatentModel:
+def made(objective: type[VAE] | type[AVB]) -> LatentModel:
     """Return a model with initial weights from the seed."""
     torch.manual_seed(options.seed)
     if options.paper:
-        return system.mnist(options.codes)
-    return system.dense(grey.shape[1:], options.codes)
+        return objective.mnist(options.codes)
+    return objective.dense(grey.shape[1:], options.codes)
 
 
 def evidence(model: LatentModel) -> Tensor:
@@ -87,8 +87,8 @@ def evidence(model: LatentModel) -> Tensor:
 
 rows: dict[str, list[float]] = {}
 fitted: dict[str, LatentModel] = {}
-for name, system in (("VAE", VAE), ("AVB + AC", AVB)):
-    model = made(system)
+for name, objective in (("VAE", VAE), ("AVB + AC", AVB)):
+    model = made(objective)
     fit = model.fit(grey, epochs=options.epochs, transform=torch.bernoulli, seed=options.seed)
     print(fit)
     log_px = evidence(model)
@@ -101,7 +101,7 @@ for name, system in (("VAE", VAE), ("AVB + AC", AVB)):
     rows[name] = [n.item() for n in numbers] + [fit.rows_per_second, fit.seconds]
     fitted[name] = model
 
-print(f"\n{'system':10}{'log p(x)':>10}{'+-':>8}{'bound':>10}{'log p(x|z)':>12}{'images/s':>10}{'s':>8}")
+print(f"\n{'objective':10}{'log p(x)':>10}{'+-':>8}{'bound':>10}{'log p(x|z)':>12}{'images/s':>10}{'s':>8}")
 for name, numbers in rows.items():
     head = "".join(f"{n:{w}.2f}" for n, w in zip(numbers[:4], (10, 8, 10, 12), strict=True))
     print(f"{name:10}{head}{numbers[4]:10.0f}{numbers[5]:8.1f}")

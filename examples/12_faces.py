@@ -98,9 +98,9 @@ def compare(folder: ImageFolder, options: argparse.Namespace) -> tuple[Tensor, d
     models: dict[str, AVB | VAE] = {}
     print(f"{len(train)} training pictures, {len(test)} held out\n")
     print(f"{'model':10}{'squared error':>16}{'images/s':>12}{'seconds':>10}")
-    for name, system in (("AVB", AVB), ("VAE", VAE)):
+    for name, objective in (("AVB", AVB), ("VAE", VAE)):
         torch.manual_seed(options.seed)
-        model = models[name] = system.faces(options.codes, **sizes)
+        model = models[name] = objective.faces(options.codes, **sizes)
         fit = model.fit(
             train,
             epochs=options.epochs,

@@ -63,7 +63,7 @@ def mixture(num_rows: int, generator: torch.Generator) -> Tensor:
 # adversary only learns the density of the data.
 
 
-def arrows() -> tuple[nn.Module, nn.Module]:
+def networks() -> tuple[nn.Module, nn.Module]:
     encoder = GaussianEncoder(mlp([2, 128, 128, 4], nn.ReLU))
     decoder = Decoder(mlp([2, 128, 128, 2], nn.ReLU), GaussianLikelihood([2]))
     return encoder, decoder
@@ -73,7 +73,7 @@ def of_pairs() -> nn.Module:
     return GatedAdversary(2, context_dim=2)
 
 
-SYSTEMS: dict[str, Callable[[nn.Module, nn.Module], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[nn.Module, nn.Module], LatentModel]] = {
     "VAE": lambda e, d: VAE(e, d, 2),
     "ASVAE": lambda e, d: ASVAE(e, d, 2, of_pairs(), of_pairs()),
     "MarginalASVAE": lambda e, d: MarginalASVAE(e, d, 2, GatedAdversary(2)),
@@ -94,17 +94,17 @@ def judged(model: LatentModel, test: Tensor) -> list[float]:
     return [float(figure) for figure in figures]
 
 
-results: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS}
+results: dict[str, list[list[float]]] = {name: [] for name in OBJECTIVES}
 fitted: dict[str, LatentModel] = {}
 for seed in seeds:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     train, test = mixture(2048, generator), mixture(1024, generator)
     settings = {"batch_size": 256, "seed": seed, "progress": False}
-    shared = arrows()
+    shared = networks()
     VAE(*shared, 2).fit(train, epochs=start, lr=4e-3, **settings)
-    for name, system in SYSTEMS.items():
-        model = system(*deepcopy(shared))
+    for name, objective in OBJECTIVES.items():
+        model = objective(*deepcopy(shared))
         began = time.perf_counter()
         model.fit(
             train,

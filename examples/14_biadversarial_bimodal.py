@@ -121,7 +121,7 @@ def adversary() -> nn.Module:
     return ResidualAdversary(1, context_dim=2, width=64, blocks=1)
 
 
-SYSTEMS: dict[str, Callable[[], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[], LatentModel]] = {
     "Gaussian decoder": lambda: MaximumLikelihood(ReadOff(), NormalDecoder(), 1),
     "ALI": lambda: ALI(ReadOff(), NoiseDecoder(), 1, adversary()),
     "biadversarial": lambda: BiadversarialVAE(ReadOff(), NoiseDecoder(), 1, None, adversary()),
@@ -143,14 +143,14 @@ def judged(model: LatentModel, test: Tensor) -> list[float]:
     return [float(blur), float(positive), float(wasserstein_distance(drawn, true))]
 
 
-results: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS}
+results: dict[str, list[list[float]]] = {name: [] for name in OBJECTIVES}
 shown: dict[str, Tensor] = {}
 for seed in seeds:
     generator = torch.Generator().manual_seed(seed)
     train, test = pairs(4096, generator), pairs(20_000, generator)
-    for name, system in SYSTEMS.items():
+    for name, objective in OBJECTIVES.items():
         torch.manual_seed(seed)
-        model = system()
+        model = objective()
         began = time.perf_counter()
         model.fit(
             train,
@@ -218,7 +218,7 @@ for telling, words in ((0.0, "tell nothing"), (2.0, "tell something"), (6.0, "te
 # ------------
 
 figure, axes = plt.subplots(1, len(shown), figsize=(14, 3.8), layout="constrained", sharey=True)
-for ax, name in zip(axes, ["data", *SYSTEMS], strict=True):
+for ax, name in zip(axes, ["data", *OBJECTIVES], strict=True):
     ax.scatter(*shown[name].T.numpy(), s=2, alpha=0.5, linewidths=0, color="#D55E00" if name == "data" else "#0072B2")
     ax.set(xlim=(-3, 3), ylim=(-3, 3), xlabel="$s$")
     ax.set_title(name, fontsize=10)

@@ -255,14 +255,14 @@ def frechet(x: Tensor, y: Tensor) -> float:
     return ((m - n).square().sum() + (a + b).trace() - 2 * cross).item()
 
 
-def ladder(system: Callable[..., LatentModel], straight_through: bool) -> LatentModel:
+def ladder(objective: Callable[..., LatentModel], straight_through: bool) -> LatentModel:
     """Return a model of the digits with two levels of bits, fitted by an objective."""
     torch.manual_seed(0)
     prior = LadderPrior(mlp([UPPER, 128, LOWER], nn.Tanh), UPPER)
     says = mlp([64, 256, 128, UPPER + LOWER], nn.Tanh)
     encoder = LadderEncoder(says, prior, straight_through=straight_through)
     network = nn.Sequential(LowerLevel(UPPER), mlp([LOWER, 128, 256, 64], nn.Tanh))
-    model = system(encoder, Decoder(network, BernoulliLikelihood([64])), prior)
+    model = objective(encoder, Decoder(network, BernoulliLikelihood([64])), prior)
     model.fit(digits, epochs=digit_epochs, lr=(1e-3, 1e-4), seed=0, progress=False)
     return model
 
@@ -279,8 +279,8 @@ def chain(model: LatentModel, x: Tensor, num_steps: int) -> list[Tensor]:
 marks = [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200) if n <= chain_steps]
 ends: dict[str, tuple[Tensor, Tensor]] = {}
 curves: dict[str, list[float]] = {}
-for name, system in (("ELBO", VAE), ("SEL", SymmetricVAE)):
-    model = ladder(system, straight_through=system is VAE)
+for name, objective in (("ELBO", VAE), ("SEL", SymmetricVAE)):
+    model = ladder(objective, straight_through=objective is VAE)
     visited = chain(model, model.sample(len(digits)), chain_steps)
     curves[name] = [frechet(visited[n], digits) for n in marks]
     ends[name] = visited[0], visited[-1]

@@ -49,7 +49,7 @@ if options.smoke:
 # --------------
 # Each uses the same constructor, with its own defaults.
 
-SYSTEMS = {
+OBJECTIVES = {
     "VAE": (VAE, {}),
     "VAE, IAF": (VAE, {"posterior": "iaf"}),
     "IWAE, 8 weights": (VAE, {"num_importance": 8}),
@@ -83,15 +83,15 @@ def row(model: LatentModel, seconds: float) -> list[float]:
 
 rows: dict[str, list[float]] = {}
 fitted: dict[str, LatentModel] = {}
-for name, (system, arguments) in SYSTEMS.items():
+for name, (objective, arguments) in OBJECTIVES.items():
     torch.manual_seed(options.seed)
-    model = system.dense(x_train.shape[1:], 2, hidden=(128, 128), **arguments)
+    model = objective.dense(x_train.shape[1:], 2, hidden=(128, 128), **arguments)
     fit = model.fit(x_train, epochs=epochs, seed=options.seed, progress=False)
     torch.manual_seed(options.seed)
     rows[name], fitted[name] = row(model, fit.seconds), model
     print(fit)
 
-print(f"\n{'system':20}{'log p(x)':>12}{'log p(x|z)':>12}{'KL codes':>12}{'seconds':>12}")
+print(f"\n{'objective':20}{'log p(x)':>12}{'log p(x|z)':>12}{'KL codes':>12}{'seconds':>12}")
 for name, numbers in rows.items():
     print(f"{name:20}" + "".join(f"{number:12.2f}" for number in numbers))
 print("\nnats per test image, exact; nats per test image; nats between all codes and the prior\n")

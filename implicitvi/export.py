@@ -146,7 +146,7 @@ def _guides(sources: Sequence[Any]) -> list[Any]:
 
 
 def _computed_dims(node: dict[str, Any]) -> tuple[str | None, ...]:
-    """As `plate_names`, for a deterministic site; by default Pyro treats its whole value as one event."""
+    """Return the `plate_names` of a deterministic site, whose whole value is one event to Pyro by default."""
     value, frames = node["value"], node["cond_indep_stack"]
     if node["fn"].event_dim < value.dim():
         return plate_names(node)

@@ -1,4 +1,4 @@
-"""Images come as they were written, and what cannot be read is named."""
+"""Images are read as they were written, and errors name the file that cannot be read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEANS = torch.tensor([[0.0, 0], [2, 2], [2, -2], [-2, 2], [-2, -2]])
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An array of bytes as an IDX file has it, written from its description."""
+    """Return an array of bytes in the IDX format, written from its specification."""
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
@@ -35,7 +35,7 @@ def pixels(part: str) -> np.ndarray:
 
 @pytest.fixture(params=["gz", "raw"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with four tiny files of the form of MNIST's."""
+    """Return a folder with four tiny files in the format of MNIST."""
     for part, rows in ROWS.items():
         labels = np.arange(rows, dtype=np.uint8)
         for name, array in (("images-idx3", pixels(part)), ("labels-idx1", labels)):
@@ -59,7 +59,7 @@ def test_four_points_are_one_hot_and_equally_often() -> None:
 
 
 def gaussian_errors(x: Tensor, labels: Tensor) -> Tensor:
-    """Standard errors of weight, means and variances of each Gaussian."""
+    """Return the standard errors of weight, means and variances of each Gaussian."""
     errors = []
     for k, mean in enumerate(MEANS):
         count = (labels == k).sum()
@@ -162,7 +162,7 @@ def test_without_files_or_pooch_the_error_says_what_to_do(monkeypatch: pytest.Mo
 
 
 def test_downloads_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for pooch hands out the local files and notes what it was asked for."""
+    """A fake pooch returns the local files and records its arguments."""
     asked = {}
 
     def retrieve(url: str, known_hash: str, fname: str, path: Path) -> str:
@@ -231,7 +231,7 @@ def test_the_real_mnist() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three pictures 12 wide and 8 high: red left of column 6 and blue right of it; grey; one level of red."""
+    """Write three pictures 12 wide and 8 high: red left of column 6 and blue right of it; grey; one level of red."""
     (tmp_path / "below").mkdir()
     halves = np.zeros((8, 12, 3), np.uint8)
     halves[:, :6, 0] = halves[:, 6:, 2] = 255

@@ -21,7 +21,7 @@ from implicitvi.training import History
 
 
 def found(name: str, value: float | None, state: str, limit: float | None = None) -> Check:
-    """A check of a diagnosis."""
+    """Return a check of a diagnosis."""
     return Check(name, state, value, limit, "a figure")
 
 
@@ -68,7 +68,7 @@ def unchanged_matplotlib() -> Iterator[None]:
 
 @pytest.fixture
 def ax() -> Axes:
-    """Axes that pyplot does not know of."""
+    """Return Axes outside pyplot."""
     made: Axes = Figure().subplots()
     return made
 
@@ -178,7 +178,7 @@ def test_training_shows_losses_before_other_metrics_and_no_counts() -> None:
 
 
 def contours(ax: Axes) -> list[np.ndarray]:
-    """Points ``[N, 2]`` of each contour."""
+    """Return the points ``[N, 2]`` of each contour."""
     (lines,) = (c for c in ax.collections if type(c).__name__ == "QuadContourSet")
     return [path.vertices for path in lines.get_paths()]
 
@@ -192,7 +192,7 @@ def test_contours_hold_their_share_of_a_gaussian(ax: Axes) -> None:
 
 
 def test_the_window_grows_until_the_truth_is_inside(ax: Axes) -> None:
-    """Of draws that have collapsed the picture must show how much they lack."""
+    """For collapsed draws the plot must show the missing mass."""
     plots.draws_on_density(1 + 0.01 * POINTS, gaussian, ax=ax)
     for points in contours(ax):
         assert np.ptp(points, axis=0).min() > 2.3  # the disc of one half: whole, not cut off
@@ -211,7 +211,7 @@ def test_a_mode_that_was_missed_is_shown_where_the_window_is_given(ax: Axes) -> 
 
 
 def test_a_density_with_edges_is_drawn(ax: Axes) -> None:
-    """Infinite logs stand for no mass: the median of a triangle is no further from its edges than it should be."""
+    """Infinite logs mean zero mass: the median of a triangle is at the right distance from its edges."""
 
     def wedge(z: Tensor) -> Tensor:
         return torch.where((z > 0).all(-1), -z.sum(-1), -torch.inf)
@@ -325,7 +325,7 @@ def test_misuse_of_images_is_explained_and_leaves_no_figure(draw: Callable[[], A
         (None, None, "left out", None),
     ],
 )
-def test_what_is_good_is_on_the_left(
+def test_good_values_are_on_the_left(
     value: float | None, limit: float | None, state: str, octaves: float | None, ax: Axes
 ) -> None:
     plots.diagnosis([found("one", value, state, limit)], ax=ax)
@@ -341,7 +341,7 @@ def test_good_and_bad_differ_by_more_than_colour(ax: Axes) -> None:
     assert len({line.get_marker() for line in ax.lines[:2]}) == 2
 
 
-def test_what_is_no_check_is_refused() -> None:
+def test_anything_but_checks_is_refused() -> None:
     with pytest.raises(OptionError, match=r"checks must be .*, got History.*fit\.diagnose"):
         plots.diagnosis([History(), found("x", 1.0, "ok")])  # type: ignore[list-item]
     with pytest.raises(OptionError, match="got none"):
