@@ -2,11 +2,12 @@
 Toy densities
 =============
 
-Five densities of the plane that no Gaussian resembles: a ring, two bent valleys, two modes and a cross, each fitted by
-the defaults, but for a shorter horizon, and judged against exact draws.
+Fit five non-Gaussian densities in two dimensions: a ring, two bent valleys, two modes and a cross.
 
-``KL(q‖p)`` and ``KL(p‖q)`` are estimated from draws of the fit and as many exact ones; the column ``floor`` shows what
-exact draws score against other exact draws.
+Each fit uses the defaults, with fewer steps, and is compared with exact draws.
+
+``KL(q‖p)`` and ``KL(p‖q)`` are estimated from draws of the fit and equally many exact draws. The column ``floor``
+shows the score of exact draws against other exact draws.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from implicitvi import AVBSVI, ImplicitGuide, plots
 from implicitvi.datasets import ToyDensity, toy_densities
 from implicitvi.metrics import knn_kl
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    # The defaults of `AVBSVI` but for the horizon, 2,500: the plane is small, and five such fits take four minutes.
+    # The defaults of `AVBSVI`, but fewer steps than 2,500: the plane is small, and five such fits take four minutes.
     avb: dict[str, Any] = field(default_factory=lambda: {"num_steps": 1000})
     draws: int = 20_000
     shown: int = 4_000
@@ -44,7 +45,7 @@ SMOKE = Sizes(avb={"num_steps": 8, "warm_start": 10}, draws=200, shown=200, grid
 
 
 def fit(density: ToyDensity, sizes: Sizes, seed: int) -> tuple[Tensor, float]:
-    """Draws ``[S, 2]`` of the fitted posterior, and the seconds of the fit."""
+    """Return draws ``[S, 2]`` of the fitted posterior, and the seconds of the fit."""
     guide = ImplicitGuide(density.model)
     svi = AVBSVI(density.model, guide, seed=seed, progress=False, **sizes.avb)
     seconds = svi.run().seconds
@@ -52,7 +53,7 @@ def fit(density: ToyDensity, sizes: Sizes, seed: int) -> tuple[Tensor, float]:
 
 
 def compare(sizes: Sizes, seed: int) -> dict[str, Tensor]:
-    """Fit every density and print the table; returns the draws by name."""
+    """Fit every density, print the table and return the draws by name."""
     print(f"{'density':14}{'seconds':>9}{'KL(q||p)':>10}{'KL(p||q)':>10}{'floor':>8}", flush=True)
     fitted = {}
     for name, density in toy_densities().items():
@@ -65,7 +66,7 @@ def compare(sizes: Sizes, seed: int) -> dict[str, Tensor]:
 
 
 def true_density(density: ToyDensity, sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The density on a grid of its window, as a contour plot wants it."""
+    """Return the density on a grid of its window, for a contour plot."""
     left, right, bottom, top = density.extent
     x, y = torch.linspace(left, right, sizes.grid), torch.linspace(bottom, top, sizes.grid)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
@@ -74,7 +75,7 @@ def true_density(density: ToyDensity, sizes: Sizes) -> tuple[np.ndarray, np.ndar
 
 
 def draw(fitted: dict[str, Tensor], sizes: Sizes) -> plt.Figure:
-    """Above each density, below the draws of its fit over the same contours."""
+    """Plot each density, and below it the draws of its fit over its contours."""
     figure, axes = plt.subplots(2, len(fitted), figsize=(13, 5.4), sharex="col", sharey="col", layout="constrained")
     for (above, below), (name, draws) in zip(axes.T, fitted.items(), strict=True):
         density = toy_densities()[name]
@@ -102,7 +103,7 @@ def draw(fitted: dict[str, Tensor], sizes: Sizes) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

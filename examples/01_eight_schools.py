@@ -2,15 +2,16 @@
 Eight Schools
 =============
 
-Two mirrored modes in ten dimensions: an implicit posterior finds both, the Gaussian guides cannot, and every method
-is judged against exact draws.
+Two mirrored modes in ten dimensions: an implicit posterior finds both, Gaussian guides cannot.
 
-The model is that of section 5.1 of *Adversarial Variational Bayes* (Mescheder, Nowozin and Geiger, 2017). Its scale
-``tau`` may be negative, so the posterior is symmetric under ``(tau, eta) → (-tau, -eta)``. The truth is known:
-``KL(q‖p)`` and ``KL(p‖q)`` are estimated from draws of each method and as many exact ones, ``P(tau > 0)`` is 0.5, and
-the accuracy of a classifier that tells the draws apart (C2ST) is 0.5 at best. The row ``floor`` shows what exact draws
-score against other exact draws. A row with the paper's own settings takes four minutes more: on the page it is left
-out (``--paper none``), by itself the script has it.
+Every method is compared with exact draws.
+
+The model is from section 5.1 of *Adversarial Variational Bayes* (Mescheder, Nowozin and Geiger, 2017). Its scale
+``tau`` may be negative, so the posterior is symmetric under ``(tau, eta) → (-tau, -eta)``. ``KL(q‖p)`` and ``KL(p‖q)``
+are estimated from draws of each method and equally many exact draws. The true ``P(tau > 0)`` is 0.5. The accuracy of a
+classifier that tries to tell fitted from exact draws (C2ST) is 0.5 at best. The row ``floor`` compares exact draws with
+other exact draws. By default the script also runs the paper's own settings, which takes four more minutes; this page
+omits that row (``--paper none``).
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from implicitvi.avb.adversaries import ResidualAdversary
 from implicitvi.datasets import eight_schools
 from implicitvi.metrics import c2st, knn_kl
 
-# All networks here are small: a second thread costs more than it brings. One for every method alike.
+# All networks here are small: a second thread would slow them down. Every method uses one.
 torch.set_num_threads(1)
 
 SCHOOLS = eight_schools()
 
-# The settings of the paper, but for its adversary: two residual blocks of 128 units in place of five of 256, which take
-# an hour here. All 10,000 steps are taken: on the way `KL(q‖p)` passes 10 nats, so fewer would be unfair.
+# The settings of the paper, with a smaller adversary: two residual blocks of 128 units; five of 256 take an hour here.
+# All 10,000 steps are needed for a fair comparison, because `KL(q‖p)` exceeds 10 nats on the way.
 PAPER: dict[str, Any] = {
     "averaging": 0,
     "warm_start": 0,
@@ -54,9 +55,9 @@ PAPER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    avb: dict[str, Any] = field(default_factory=dict)  # nothing: the defaults of `AVBSVI`
+    avb: dict[str, Any] = field(default_factory=dict)  # empty: the defaults of `AVBSVI`
     paper_steps: int = 10_000
     paper_width: int = 128
     svi_steps: int = 4_000
@@ -69,7 +70,7 @@ class Sizes:
     grid: int = 200
 
 
-# Everything runs, nothing is learned.
+# A tiny run, to check that the script works.
 SMOKE = Sizes(
     avb={"num_steps": 8, "warm_start": 10},
     paper_steps=8,
@@ -86,7 +87,7 @@ SMOKE = Sizes(
 
 @dataclass(frozen=True)
 class Result:
-    """Draws ``[S, 10]`` of one method, what they cost, and for a curve ``KL(q‖p)`` at points of time."""
+    """The draws ``[S, 10]`` of one method, their cost, and optionally ``KL(q‖p)`` over time."""
 
     draws: Tensor
     seconds: float
@@ -94,7 +95,7 @@ class Result:
 
 
 class Watch:
-    """Callback that follows ``KL(q‖p)`` over the seconds of a fit, less those that it takes itself."""
+    """A callback that records ``KL(q‖p)`` over the seconds of a fit, without the seconds that it takes itself."""
 
     def __init__(self, guide: ImplicitGuide, exact: Tensor, *, every: int):
         self.guide = guide
@@ -115,13 +116,13 @@ class Watch:
 
 
 def flat(draws: dict[str, Tensor]) -> Tensor:
-    """``{site: [S, ...]}`` as ``[S, 10]``: mu, tau, and the eight eta."""
+    """Join ``{site: [S, ...]}`` into ``[S, 10]``: mu, tau, and the eight eta."""
     sites = [draws[name].detach() for name in ("mu", "tau", "eta")]
     return torch.cat([site.reshape(len(site), -1) for site in sites], dim=1)
 
 
 def avb(sizes: Sizes, seed: int, *, sampler: str = "gated", **options: Any) -> Result:
-    """Adversarial variational Bayes; without options, all of the library's defaults."""
+    """Run adversarial variational Bayes, without options by the defaults."""
     guide = ImplicitGuide(SCHOOLS.model, sampler=sampler)
     fit = AVBSVI(SCHOOLS.model, guide, seed=seed, progress=False, **options)
     watch = Watch(
@@ -133,7 +134,7 @@ def avb(sizes: Sizes, seed: int, *, sampler: str = "gated", **options: Any) -> R
 
 
 def autoguide(sizes: Sizes, guide: Callable[..., Any], *, lr: float) -> Result:
-    """One of Pyro's own guides, by Pyro's own SVI; the rate falls to a hundredth."""
+    """Run one of Pyro's guides with Pyro's SVI; the learning rate falls to a hundredth."""
     pyro.clear_param_store()
     optim = pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.01 ** (1 / sizes.svi_steps)})
     loss = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
@@ -147,7 +148,7 @@ def autoguide(sizes: Sizes, guide: Callable[..., Any], *, lr: float) -> Result:
 
 
 def nuts(sizes: Sizes) -> Result:
-    """Pyro's NUTS, one chain."""
+    """Run one chain of Pyro's NUTS."""
     began = time.perf_counter()
     mcmc = MCMC(
         NUTS(SCHOOLS.model, jit_compile=False),
@@ -158,15 +159,15 @@ def nuts(sizes: Sizes) -> Result:
     mcmc.run(SCHOOLS.sigma, SCHOOLS.y)
     draws = flat(mcmc.get_samples())
     seconds = time.perf_counter() - began
-    return Result(draws[torch.randperm(len(draws))], seconds)  # C2ST wants a random order
+    return Result(draws[torch.randperm(len(draws))], seconds)  # C2ST needs a random order
 
 
 def paper(sizes: Sizes, seed: int, *, contrast: str) -> Result:
-    """Adversarial variational Bayes with the paper's settings."""
+    """Run adversarial variational Bayes with the paper's settings."""
     return avb(
         sizes,
         seed,
-        sampler="dense",  # two hidden layers of 128 ELU, as much noise as there are latents
+        sampler="dense",  # two hidden layers of 128 ELU units, one noise input for each latent
         contrast=contrast,
         adversary=lambda dim: ResidualAdversary(dim, width=sizes.paper_width, blocks=2),
         num_steps=sizes.paper_steps,
@@ -175,7 +176,7 @@ def paper(sizes: Sizes, seed: int, *, contrast: str) -> Result:
 
 
 def methods(sizes: Sizes, seed: int, *, papers: int) -> dict[str, Callable[[], Result]]:
-    """All that are compared, by name; ``papers`` says how many of the paper's two."""
+    """Return the methods by name, with the first ``papers`` of the two that use the paper's settings."""
     model = SCHOOLS.model
     cost = f"{sizes.paper_steps:,} steps, width {sizes.paper_width}"
     of_paper: dict[str, Callable[[], Result]] = {
@@ -185,7 +186,7 @@ def methods(sizes: Sizes, seed: int, *, papers: int) -> dict[str, Callable[[], R
     return {
         "AVB + AC (defaults)": lambda: avb(sizes, seed, **sizes.avb),
         **dict(list(of_paper.items())[:papers]),
-        # the Gaussians need the higher rate to arrive
+        # the Gaussians need the higher rate to converge
         "AutoNormal": lambda: autoguide(sizes, AutoNormal(model), lr=1e-2),
         "AutoMultivariateNormal": lambda: autoguide(sizes, AutoMultivariateNormal(model), lr=1e-2),
         "AutoIAFNormal": lambda: autoguide(sizes, AutoIAFNormal(model, hidden_dim=[64, 64], num_transforms=4), lr=2e-3),
@@ -194,7 +195,7 @@ def methods(sizes: Sizes, seed: int, *, papers: int) -> dict[str, Callable[[], R
 
 
 def row(name: str, result: Result, exact: Tensor, sizes: Sizes) -> tuple[str, float]:
-    """The table's line of one method, and its ``KL(q‖p)``: its draws against as many exact ones."""
+    """Return the table's line for one method and its ``KL(q‖p)``: its draws against equally many exact draws."""
     q, p = result.draws, exact[: len(result.draws)]
     forward, backward = knn_kl(q, p), knn_kl(p, q)
     share = (q[:, 1] > 0).double().mean().item()
@@ -207,7 +208,7 @@ HEADER = f"{'method':40}{'seconds':>9}{'draws':>9}{'KL(q||p)':>10}{'KL(p||q)':>1
 
 
 def compare(sizes: Sizes, seed: int, *, papers: int) -> tuple[dict[str, Result], dict[str, float]]:
-    """Run every method and print the table; returns the results and each ``KL(q‖p)``, by name."""
+    """Run every method, print the table and return the results and each ``KL(q‖p)``, by name."""
     exact = flat(SCHOOLS.exact_draws(sizes.draws))
     print(f"log p(y) = {SCHOOLS.log_evidence():.4f} nats, exactly\n\n{HEADER}", flush=True)
     results, divergences = {}, {}
@@ -223,14 +224,14 @@ def compare(sizes: Sizes, seed: int, *, papers: int) -> tuple[dict[str, Result],
 
 
 def log_marginal(z: Tensor) -> Tensor:
-    """``log p(tau, mu | y)`` up to a constant, ``[..., 2]`` to ``[...]``: given both, ``eta`` integrates out."""
+    """Return ``log p(tau, mu | y)`` up to a constant, ``[..., 2]`` to ``[...]``, with ``eta`` integrated out."""
     tau, mu = z[..., :1], z[..., 1:]
     sd = (SCHOOLS.sigma.square() + tau.square()).sqrt()
     return Normal(mu, sd).log_prob(SCHOOLS.y).sum(-1) + Normal(0.0, 1.0).log_prob(z).sum(-1)
 
 
 def draw_densities(results: dict[str, Result], sizes: Sizes) -> plt.Figure:
-    """Draws of spread and mean effect, of three guides and of the truth, on the contours of the truth."""
+    """Plot draws of spread and mean effect from three guides and the truth, over contours of the truth."""
     panels = {
         "mean-field Gaussian\nAutoNormal": ("AutoNormal", plots.VERMILION),
         "autoregressive flow\nAutoIAFNormal": ("AutoIAFNormal", plots.GREEN),
@@ -255,9 +256,9 @@ def draw_densities(results: dict[str, Result], sizes: Sizes) -> plt.Figure:
 
 
 def draw_curves(results: dict[str, Result], divergences: dict[str, float]) -> plt.Figure:
-    """``KL(q‖p)`` over the seconds of the AVB fits, beside what the other methods reach."""
+    """Plot ``KL(q‖p)`` over the seconds of the AVB fits, with the final values of the other methods."""
     figure, panel = plt.subplots(figsize=(10, 5), layout="constrained")
-    colours = ["#0072B2", "#D55E00", "#009E73"]  # told apart by the colour-blind too
+    colours = ["#0072B2", "#D55E00", "#009E73"]  # colour-blind readers can distinguish them
     watched = {name: result.curve for name, result in results.items() if result.curve is not None}
     for colour, (name, curve) in zip(colours, watched.items(), strict=False):
         panel.plot(*curve, color=colour, label=name)
@@ -277,14 +278,14 @@ def draw_curves(results: dict[str, Result], divergences: dict[str, float]) -> pl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--paper",
         choices=["none", "plain", "both"],
         default="plain",
-        help="the paper's settings, without adaptive contrast or with and without: minutes each",
+        help="also run the paper's settings, without adaptive contrast, or with and without: minutes each",
     )
     options = parser.parse_args()
     sizes = SMOKE if options.smoke else Sizes()

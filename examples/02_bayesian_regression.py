@@ -2,13 +2,15 @@
 Bayesian regression
 ===================
 
-Three regressions of one data set: Normal errors, heavy-tailed errors and a horseshoe prior, each fitted by the
-defaults, judged against a Gibbs sampler, and compared by leave-one-out cross-validation in ArviZ.
+Compare three regressions of one data set: Normal errors, heavy-tailed errors and a horseshoe prior.
 
-The data are scikit-learn's diabetes study: ten measurements of 442 patients and how far the disease had progressed a
-year later, all standardised. In the models the errors have variance ``s2`` and coefficients the prior
-``Normal(0, sqrt(s2 d))``, with ``d = 1`` or, for the horseshoe, ``d = (tau lam)²``. Then every conditional but that of
-``nu`` is known, so Gibbs is exact up to its own Monte Carlo error, which a second run of it shows.
+Each is fitted by the defaults and checked against a Gibbs sampler. ArviZ compares the models by leave-one-out
+cross-validation.
+
+The data are scikit-learn's diabetes study: ten measurements of 442 patients and the progression of the disease a year
+later, all standardised. The errors have variance ``s2`` and the coefficients have the prior ``Normal(0, sqrt(s2 d))``,
+with ``d = 1`` or, for the horseshoe, ``d = (tau lam)²``. Every conditional except that of ``nu`` is then known, so
+Gibbs is exact up to Monte Carlo error, which a second run shows.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide, to_arviz
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    # The defaults of `AVBSVI` but for the horizon, 2,500: three such fits would take six minutes.
+    # The defaults of `AVBSVI`, but fewer steps than 2,500: three such fits would take six minutes.
     avb: dict[str, Any] = field(default_factory=lambda: {"num_steps": 600})
     draws: int = 4000
     gibbs: int = 10_000
@@ -81,7 +83,7 @@ COLOURS = {"Normal": "#0072B2", "Student t": "#D55E00", "horseshoe": "#009E73"}
 
 
 def gibbs(name: str, x: np.ndarray, y: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """Draws ``[S, P + 1]`` of the coefficients and ``s2``; a Student t is a Normal with weights ``w``."""
+    """Draw ``[S, P + 1]``, the coefficients and ``s2``; a Student t is a Normal with weights ``w``."""
     rng = np.random.default_rng(seed)
     (n, p), nu, s2, tau2, xi = x.shape, 10.0, 1.0, 1.0, 1.0
     w, d, lam2, aux = np.ones(n), np.ones(p), np.ones(p), np.ones(p)
@@ -93,13 +95,13 @@ def gibbs(name: str, x: np.ndarray, y: np.ndarray, draws: int, seed: int) -> np.
         rate = 1.0 + ((w * error).sum() + (beta**2 / d).sum()) / 2
         s2 = rate / rng.gamma(2.0 + (n + p) / 2)
         if name == "Student t":
-            # ``nu`` by a Metropolis step on its logarithm, with ``w`` summed out; then ``w`` given ``nu``.
+            # a Metropolis step on ``log nu`` with ``w`` integrated out, then ``w`` given ``nu``
             other = nu * np.exp(0.5 * rng.standard_normal())
             change = log_nu(other, error / s2) - log_nu(nu, error / s2)
             nu = other if np.log(rng.uniform()) < change else nu
             w = rng.gamma((nu + 1) / 2, 2 / (nu + error / s2))
         if name == "horseshoe":
-            # A half-Cauchy is an inverse gamma with an inverse gamma for its rate (Makalic and Schmidt, 2016).
+            # a half-Cauchy is an inverse gamma whose rate is an inverse gamma (Makalic and Schmidt, 2016)
             lam2 = (1 / aux + beta**2 / (2 * tau2 * s2)) / rng.exponential(size=p)
             aux = (1 + 1 / lam2) / rng.exponential(size=p)
             tau2 = (1 / xi + (beta**2 / lam2).sum() / (2 * s2)) / rng.gamma((p + 1) / 2)
@@ -111,26 +113,26 @@ def gibbs(name: str, x: np.ndarray, y: np.ndarray, draws: int, seed: int) -> np.
 
 
 def log_nu(nu: float, error: np.ndarray) -> float:
-    """Log density of ``log nu`` given the squared errors in units of ``s2``, up to a constant."""
+    """Return the log density of ``log nu`` given squared errors in units of ``s2``, up to a constant."""
     each = gammaln((nu + 1) / 2) - gammaln(nu / 2) - 0.5 * np.log(nu)
     likelihood = (each - (nu + 1) / 2 * np.log1p(error / nu)).sum()
     return float(likelihood + 2.0 * np.log(nu) - 0.1 * nu)  # Gamma(2, 0.1), and log|J|
 
 
 def fit(name: str, x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> tuple[Any, float]:
-    """ArviZ's container for one fitted model, and the seconds of the fit."""
+    """Return ArviZ's container for one fitted model, and the seconds of the fit."""
     guide = ImplicitGuide(MODELS[name])
     done = AVBSVI(MODELS[name], guide, seed=seed, progress=False, **sizes.avb).run(x, y)
     return to_arviz(guide, MODELS[name], x, y, num_samples=sizes.draws), done.seconds
 
 
 def flat(idata: Any) -> np.ndarray:
-    """Coefficients and ``s2`` of ArviZ's container: ``[S, P + 1]``."""
+    """Return coefficients and ``s2`` of ArviZ's container: ``[S, P + 1]``."""
     return np.column_stack([idata.posterior["beta"].values[0], idata.posterior["s2"].values[0]])
 
 
 def numbers(draws: np.ndarray, exact: np.ndarray) -> str:
-    """Errors of the means in posterior sds, mean and largest; ratios of the sds, least and greatest."""
+    """Return errors of the means in posterior sds, mean and largest, and the smallest and largest ratio of the sds."""
     error = np.abs(draws.mean(0) - exact.mean(0)) / exact.std(0)
     ratio = draws.std(0) / exact.std(0)
     return f"{error.mean():12.3f}{error.max():10.3f}{ratio.min():10.3f}{ratio.max():10.3f}"
@@ -140,7 +142,7 @@ HEADER = f"{'posterior':16}{'seconds':>9}{'mean error':>12}{'at most':>10}{'sd r
 
 
 def compare(sizes: Sizes, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Fit every model and print the tables; returns the draws of the fits and of Gibbs, by name."""
+    """Fit every model, print the tables and return the draws of the fits and of Gibbs, by name."""
     x, y = load_diabetes(return_X_y=True)
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     data = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
@@ -161,7 +163,7 @@ def compare(sizes: Sizes, seed: int) -> tuple[dict[str, np.ndarray], dict[str, n
 
 def leave_one_out(fitted: dict[str, Any]) -> None:
     """Print ArviZ's comparison of the models."""
-    with warnings.catch_warnings():  # of Pareto's k, which is printed, and from ArviZ about pandas
+    with warnings.catch_warnings():  # about Pareto's k, which is printed, and ArviZ's about pandas
         warnings.simplefilter("ignore")
         # The draws are independent, so the relative efficiency is 1.
         scores = {k: az.loo(v, reff=1.0, pointwise=True) for k, v in fitted.items()}
@@ -172,7 +174,7 @@ def leave_one_out(fitted: dict[str, Any]) -> None:
 
 
 def draw_forest(fits: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> plt.Figure:
-    """Medians with 50 % and 90 % intervals of each coefficient: colour for the fits, black for Gibbs."""
+    """Plot the median, 50 % and 90 % interval of each coefficient: fits in colour, Gibbs in black."""
     figure, panel = plt.subplots(figsize=(8, 8), layout="constrained")
     for line, (name, colour) in enumerate(COLOURS.items()):
         for draws, shift, ink, label in ((fits, 0.0, colour, name), (exact, 0.1, "black", None)):
@@ -192,7 +194,7 @@ def draw_forest(fits: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> pl
 
 
 def draw_pairs(fitted: np.ndarray, exact: np.ndarray) -> plt.Figure:
-    """The horseshoe's posterior of four serum measurements by twos: dots for the fit, contours for Gibbs."""
+    """Plot the horseshoe's posterior for pairs of four serum measurements: dots for the fit, contours for Gibbs."""
     serum = [PREDICTORS.index(name) for name in ("ldl", "hdl", "tch", "ltg")]
     figure, axes = plt.subplots(4, 4, figsize=(9, 9), sharex="col", layout="constrained", squeeze=False)
     for i, row in enumerate(serum):
@@ -222,7 +224,7 @@ def draw_pairs(fitted: np.ndarray, exact: np.ndarray) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

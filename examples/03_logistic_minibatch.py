@@ -2,15 +2,17 @@
 Logistic regression on minibatches
 ==================================
 
-A million rows seen 256 at a time: what a step costs whatever the number of rows, how far the fit is from the exact
-posterior, and what a control variate in the model mends.
+Fit a million rows in minibatches of 256, with and without a control variate in the model.
 
-Global latents may meet minibatches: the model subsamples its plate, and Pyro scales the log likelihood up. The estimate
-is right on average, but within one posterior standard deviation it scatters by about ``sqrt(N / B)`` nats, here 62.
-The second model takes from each row a quadratic in the coefficients, about a rough estimate, and puts back its sum
-over all rows, which three sums computed once give. The log likelihood stays right on average and its scatter goes.
+The page shows that the cost of a step does not depend on the number of rows, and compares the fits with the exact
+posterior.
 
-With a million rows the posterior is Normal: the mode and the curvature there, found by Newton's method, are exact.
+Global latents can be fitted in minibatches: the model subsamples its plate, and Pyro scales the log likelihood. This
+estimate is unbiased, but within one posterior standard deviation it scatters by about ``sqrt(N / B)`` nats, here 62.
+The second model subtracts from each row a quadratic in the coefficients around a rough estimate, and adds its sum over
+all rows, which follows from three sums computed once. The log likelihood stays unbiased and loses its scatter.
+
+With a million rows the posterior is Normal, so its mode and its curvature there, by Newton's method, are exact.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 PRIOR_SD = 2.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    # The defaults of `AVBSVI` but for the horizon, 2,500: two such fits would take four minutes.
+    # The defaults of `AVBSVI`, but fewer steps than 2,500: two such fits would take four minutes.
     avb: dict[str, Any] = field(default_factory=lambda: {"num_steps": 800})
     rows: int = 1_000_000
     few_rows: int = 1_000
@@ -54,7 +56,7 @@ SMOKE = Sizes(avb={"num_steps": 8, "warm_start": 10}, rows=20_000, timed_steps=3
 
 
 def generate(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows ``[N, 5]``, the first column ones, and labels ``[N]``."""
+    """Return rows ``[N, 5]``, the first column ones, and labels ``[N]``."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 5, generator=generator)
     x[:, 0] = 1.0
@@ -64,7 +66,7 @@ def generate(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Plain:
-    """The model with a subsampled plate."""
+    """A model with a subsampled plate."""
 
     batch: int
 
@@ -75,7 +77,7 @@ class Plain:
 
 
 class Controlled:
-    """The same, but that the subsample estimates only what a quadratic about ``centre`` leaves."""
+    """A model whose subsample estimates only the difference from a quadratic around ``centre``."""
 
     def __init__(self, batch: int, x: Tensor, y: Tensor):
         self.batch = batch
@@ -96,13 +98,13 @@ class Controlled:
 
 
 def derivatives(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """First and negative second derivative of each row's log likelihood with respect to its logit."""
+    """Return the first and the negative second derivative of each row's log likelihood in its logit."""
     p = (x @ w).sigmoid()
     return y - p, p * (1 - p)
 
 
 def newton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mode ``[5]`` of the posterior and the standard deviations ``[5]`` that its curvature gives."""
+    """Return the posterior mode ``[5]`` and the standard deviations ``[5]`` from its curvature."""
     x, y = x.double(), y.double()
     w, precision = x.new_zeros(5), torch.eye(5, dtype=x.dtype) / PRIOR_SD**2
     for _ in range(12):
@@ -114,7 +116,7 @@ def newton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Result:
-    """Draws ``[S, 5]`` of one fit, what they cost, and what the library warned of."""
+    """The draws ``[S, 5]`` of one fit, their cost, and the library's warnings."""
 
     draws: Tensor
     seconds: float
@@ -134,12 +136,12 @@ def fit(model: Any, x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> Result:
 
 
 def time_steps(rows: int, sizes: Sizes, seed: int) -> float:
-    """Milliseconds of one of the first steps at so many rows."""
+    """Return the milliseconds of an early step with this number of rows."""
     x, y = generate(rows, seed)
     model = Plain(sizes.batch)
     svi = AVBSVI(model, ImplicitGuide(model), seed=seed, progress=False, warm_start=10)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the noise of these minibatches is shown below
+        warnings.simplefilter("ignore")  # about the noise of these minibatches, shown below
         svi.step(x, y)
     began = time.perf_counter()
     for _ in range(sizes.timed_steps):
@@ -148,7 +150,7 @@ def time_steps(rows: int, sizes: Sizes, seed: int) -> float:
 
 
 def compare(sizes: Sizes, seed: int, *, control: bool) -> tuple[dict[str, Result], Tensor, Tensor]:
-    """Fit and print the tables; returns the fits by name, and the exact means and deviations."""
+    """Fit, print the tables and return the fits by name with the exact means and standard deviations."""
     for rows in (sizes.few_rows, sizes.rows):
         print(f"{time_steps(rows, sizes, seed):.1f} ms a step at N = {rows:,}", flush=True)
     x, y = generate(sizes.rows, seed)
@@ -167,20 +169,20 @@ def compare(sizes: Sizes, seed: int, *, control: bool) -> tuple[dict[str, Result
         cost = f"{results[name].seconds:9.1f}{results[name].step * 1000:9.1f}"
         numbers = f"{error.mean():12.3f}{error.max():9.3f}{ratio.min():10.3f}{ratio.max():8.3f}"
         print(f"{name:20}{cost}{numbers}", flush=True)
-    # With the control variate there is nothing to warn of.
+    # with the control variate there are no warnings
     for name, result in results.items():
-        print("".join(f"\nof the {name} model AVBSVI says: {each}" for each in result.said))
+        print("".join(f"\nwarning for the {name} model: {each}" for each in result.said))
     return results, mean, sd
 
 
 def draw(results: dict[str, Result], mean: Tensor, sd: Tensor) -> plt.Figure:
-    """Each coefficient's density: black the truth, coloured the fits."""
+    """Plot each coefficient's density: the truth in black, the fits in colour."""
     figure, axes = plt.subplots(1, len(mean), figsize=(14, 3.6), layout="constrained")
     for i, panel in enumerate(axes):
         centre, width = mean[i].item(), sd[i].item()
         for name, result in results.items():
             heights, edges = np.histogram(result.draws[:, i].numpy(), 60, density=True)
-            filled = name != "plain"  # the other lies under the black line
+            filled = name != "plain"  # the other is hidden by the black line
             colour = "#56B4E9" if filled else "#D55E00"
             panel.stairs(heights, edges, color=colour, fill=filled, label=name)
         grid = np.linspace(centre - 4 * width, centre + 4 * width, 200)
@@ -195,10 +197,10 @@ def draw(results: dict[str, Result], mean: Tensor, sd: Tensor) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-control", action="store_true", help="only the plain model: half the time")
+    parser.add_argument("--no-control", action="store_true", help="fit the plain model only, in half the time")
     options = parser.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
     pyro.set_rng_seed(options.seed)

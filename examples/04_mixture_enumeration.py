@@ -2,16 +2,17 @@
 Mixture with discrete assignments
 =================================
 
-A mixture of three Normals whose discrete assignments are summed out while fitting and drawn afterwards, both judged
-against a Gibbs sampler.
+Fit a mixture of three Normals: its discrete assignments are summed out in the fit and drawn afterwards.
 
-Which component an observation came from is a latent site like any other, marked ``infer={"enumerate": "parallel"}``:
-the guide has the continuous latents alone, and each step sums over the assignments exactly. After the fit `to_arviz`
-draws the assignments from their exact conditional given each draw, and so does Pyro's own `infer_discrete`.
+Both results are compared with a Gibbs sampler.
 
-A mixture does not know its components' names: with exchangeable priors the posterior would repeat itself six times.
-The model orders the means. Spacings with a flat Dirichlet prior make them sorted uniform draws, so Gibbs on the
-model without an order, its draws sorted afterwards, samples the very same posterior.
+The component of each observation is a latent site marked ``infer={"enumerate": "parallel"}``. The guide has only the
+continuous latents, and each step sums over the assignments exactly. After the fit `to_arviz` draws the assignments from
+their exact conditional given each draw; Pyro's `infer_discrete` does the same.
+
+The labels of a mixture's components are arbitrary: with exchangeable priors the posterior would repeat itself six
+times. The model therefore orders the means. Their spacings have a flat Dirichlet prior, which makes the means sorted
+uniform draws. Gibbs sampling on the model without an order, with sorted draws, thus samples the same posterior.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide, to_arviz
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 LOW, HIGH = -6.0, 6.0
 TRUTH = {"mean": [-2.0, 0.3, 2.5], "sd": [0.8, 0.5, 1.0], "weight": [0.4, 0.25, 0.35]}
@@ -45,9 +46,9 @@ Draws = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    avb: dict[str, Any] = field(default_factory=dict)  # nothing: the defaults of `AVBSVI`
+    avb: dict[str, Any] = field(default_factory=dict)  # empty: the defaults of `AVBSVI`
     draws: int = 2000
     again: int = 500
     chains: int = 50
@@ -69,7 +70,7 @@ def model(y: Tensor) -> None:
 
 
 def generate(seed: int) -> tuple[Tensor, NDArray[np.int64]]:
-    """Eighty observations, and the components that they come from."""
+    """Return eighty observations and their components."""
     rng = np.random.default_rng(seed)
     k = rng.choice(3, 80, p=TRUTH["weight"])
     y = rng.normal(np.array(TRUTH["mean"])[k], np.array(TRUTH["sd"])[k])
@@ -77,7 +78,7 @@ def generate(seed: int) -> tuple[Tensor, NDArray[np.int64]]:
 
 
 def gibbs(y: NDArray[np.float64], chains: int, steps: int, seed: int) -> Draws:
-    """Draws of parallel chains, sorted by their means, and the chance ``[S, N, 3]`` of each assignment."""
+    """Return draws of parallel chains, sorted by their means, and the probabilities ``[N, 3]`` of the assignments."""
     rng = np.random.default_rng(seed)
     mean, variance = rng.uniform(y.min(), y.max(), (chains, 3)), np.ones((chains, 3))
     weight = rng.dirichlet(np.ones(3), chains)
@@ -95,7 +96,7 @@ def gibbs(y: NDArray[np.float64], chains: int, steps: int, seed: int) -> Draws:
         weight /= weight.sum(-1, keepdims=True)
         squares = (member * (y[:, None] - mean[:, None]) ** 2).sum(1)
         variance = (1.0 + squares / 2) / rng.standard_gamma(2.0 + count / 2)
-        # The mean is Normal within the bounds, and uniform between them where the component is empty.
+        # a truncated Normal, or uniform between the bounds if the component is empty
         centre = (member * y[:, None]).sum(1) / np.maximum(count, 1)
         tails = np.array([LOW, HIGH])[:, None, None]
         sd = np.sqrt(variance / np.maximum(count, 1))
@@ -111,14 +112,14 @@ def gibbs(y: NDArray[np.float64], chains: int, steps: int, seed: int) -> Draws:
 
 
 def shares(k: NDArray[Any]) -> NDArray[np.float64]:
-    """How often draws ``[S, N]`` assign each observation to each component: ``[N, 3]``."""
+    """Return how often draws ``[S, N]`` assign each observation to each component: ``[N, 3]``."""
     return (k[..., None] == np.arange(3)).mean(0)
 
 
 def assigned(draws: dict[str, Tensor], y: Tensor) -> NDArray[np.float64]:
-    """The same shares by Pyro's own means.
+    """Return the same shares by Pyro's `infer_discrete`.
 
-    The draw goes inside: around `infer_discrete`, as `Predictive` would put it, the sum never sees it.
+    The model is conditioned inside `infer_discrete`; `Predictive` would condition outside, where the sum ignores it.
     """
     k = []
     for i in range(len(draws["weight"])):
@@ -129,7 +130,7 @@ def assigned(draws: dict[str, Tensor], y: Tensor) -> NDArray[np.float64]:
 
 
 def fit(y: Tensor, sizes: Sizes, seed: int) -> tuple[Draws, float]:
-    """Draws of the fit and its shares of the assignments, and the seconds it took."""
+    """Return draws of the fit with its shares of the assignments, and the seconds of the fit."""
     guide = ImplicitGuide(model)
     done = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(y)
     began = time.perf_counter()
@@ -145,7 +146,7 @@ def fit(y: Tensor, sizes: Sizes, seed: int) -> tuple[Draws, float]:
 
 
 def compare(sizes: Sizes, seed: int) -> tuple[Draws, Draws]:
-    """Fit, and print the table; returns the draws of the fit and of Gibbs."""
+    """Fit, print the table and return the draws of the fit and of Gibbs."""
     y, component = generate(seed)
     fitted, seconds = fit(y, sizes, seed)
     began = time.perf_counter()
@@ -161,14 +162,14 @@ def compare(sizes: Sizes, seed: int) -> tuple[Draws, Draws]:
     right = [(each["chance"].argmax(-1) == component).mean() for each in (fitted, exact)]
     print(f"\n{seconds:.1f} seconds of fitting, {gibbs_seconds:.1f} of Gibbs")
     print(
-        f"chances of the assignments: {off.mean():.4f} off on average, at most {off.max():.4f}; "
-        f"the likeliest is right for {right[0]:.1%}, exactly {right[1]:.1%}"
+        f"errors of the assignment probabilities: {off.mean():.4f} on average, at most {off.max():.4f}; "
+        f"the likeliest is right for {right[0]:.1%}, by Gibbs for {right[1]:.1%}"
     )
     return fitted, exact
 
 
 def draw(fitted: Draws, exact: Draws, seed: int) -> plt.Figure:
-    """The data's density, the chances of the assignments, and the posterior of the means."""
+    """Plot the density of the data, the probabilities of the assignments, and the posterior of the means."""
     y, _ = generate(seed)
     figure, (density, chances, means) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     grid = np.linspace(LOW, HIGH, 200)
@@ -194,7 +195,7 @@ def draw(fitted: Draws, exact: Draws, seed: int) -> plt.Figure:
         means.hist(fitted["mean"][:, i], bins, density=True, color=colour, alpha=0.6)
         means.hist(exact["mean"][:, i], bins, density=True, color="black", histtype="step")
         means.axvline(TRUTH["mean"][i], color="#CC79A7", ls="--")
-    chances.set(xlabel="$y$ (no unit)", ylabel="chance of the component (black: Gibbs)")
+    chances.set(xlabel="$y$ (no unit)", ylabel="probability of the component (black: Gibbs)")
     chances.legend(title="component", frameon=False, fontsize=8)
     means.set(xlabel="mean of a component (unit of $y$)", ylabel="posterior density (black: Gibbs)")
     return figure
@@ -202,7 +203,7 @@ def draw(fitted: Draws, exact: Draws, seed: int) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -2,12 +2,13 @@
 Bayesian neural network
 =======================
 
-A small network on one input with a gap in the data: the band of the implicit posterior widens in the gap, and is
-compared point by point with that of NUTS.
+Fit a small network on one input with a gap in the data: the band of the implicit posterior widens in the gap.
 
-Hidden units can be swapped and their signs flipped, so the weights have thousands of equal modes and no fit finds them
-all. What can be compared is the function. NUTS is one short chain here, a reference
-and not the truth; ``--no-nuts`` leaves it out.
+It is compared point by point with the band of NUTS.
+
+Hidden units can be swapped and their signs flipped, so the weights have thousands of equivalent modes, and no fit finds
+them all. We compare the function instead. NUTS runs one short chain here; it is a reference, not the truth.
+``--no-nuts`` omits it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 HIDDEN = 8
 NOISE = 0.1
@@ -36,9 +37,9 @@ NOISE = 0.1
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    avb: dict[str, Any] = field(default_factory=dict)  # nothing: the defaults of `AVBSVI`
+    avb: dict[str, Any] = field(default_factory=dict)  # empty: the defaults of `AVBSVI`
     warmup: int = 100
     nuts: int = 200
     depth: int = 6
@@ -49,7 +50,7 @@ SMOKE = Sizes(avb={"num_steps": 8, "warm_start": 10}, warmup=5, nuts=10, depth=3
 
 
 class Network(PyroModule):
-    """One hidden layer of tanh; all weights are latent."""
+    """A network with one hidden tanh layer; all weights are latent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Network(PyroModule):
 
 
 def generate(seed: int) -> tuple[Tensor, Tensor]:
-    """Forty noisy points of a curve, none of them between -0.5 and 0.6."""
+    """Return forty noisy points of a curve, none between -0.5 and 0.6."""
     generator = torch.Generator().manual_seed(seed)
     left, right = torch.rand(2, 20, generator=generator)
     x = torch.cat([-1.5 + left, 0.6 + 0.9 * right])
@@ -80,13 +81,13 @@ def curve(x: Tensor) -> Tensor:
 
 
 def functions(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Values ``[S, N]`` of the network at draws of its weights."""
+    """Return values ``[S, N]`` of the network at draws of its weights."""
     hidden = weights["input.weight"] @ x[None] + weights["input.bias"][:, :, None]
     return (weights["output.weight"] @ torch.tanh(hidden))[:, 0]
 
 
 def implicit(x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> dict[str, Tensor]:
-    """Draws of the weights by the defaults of the library."""
+    """Draw the weights by the defaults of the library."""
     model = Network()
     guide = ImplicitGuide(model)
     fit = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(x, y)
@@ -95,7 +96,7 @@ def implicit(x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> dict[str, Tensor]
 
 
 def nuts(x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> dict[str, Tensor]:
-    """Draws of the weights by a short chain."""
+    """Draw the weights by a short chain."""
     kernel = NUTS(Network(), max_tree_depth=sizes.depth)
     mcmc = MCMC(kernel, num_samples=sizes.nuts, warmup_steps=sizes.warmup, disable_progbar=True)
     mcmc.run(x, y)
@@ -103,7 +104,7 @@ def nuts(x: Tensor, y: Tensor, sizes: Sizes, seed: int) -> dict[str, Tensor]:
 
 
 def row(name: str, seconds: float, values: Tensor, reference: Tensor, gap: Tensor) -> str:
-    """Line of the table: sd of the function inside and outside the gap; distance of the mean from the reference."""
+    """Return a line of the table: sds inside and outside the gap, distance of the mean from the reference."""
     sd = values.std(0)
     off = (values.mean(0) - reference.mean(0)).abs() / reference.std(0)
     shares = f"{sd[gap].mean():12.3f}{sd[~gap].mean():14.3f}{sd[gap].mean() / sd[~gap].mean():8.2f}"
@@ -114,7 +115,7 @@ HEADER = f"{'method':12}{'seconds':>9}{'sd in gap':>12}{'sd elsewhere':>14}{'rat
 
 
 def compare(sizes: Sizes, seed: int, *, with_nuts: bool) -> dict[str, Tensor]:
-    """Run the methods and print the table; returns values ``[S, N]`` on the grid, by name."""
+    """Run the methods, print the table and return values ``[S, N]`` on the grid, by name."""
     x, y = generate(seed)
     methods = {"implicit": implicit} | ({"NUTS": nuts} if with_nuts else {})
     values, seconds = {}, {}
@@ -137,7 +138,7 @@ GRID = torch.linspace(-2, 2, 161)
 
 
 def draw(values: dict[str, Tensor], seed: int) -> plt.Figure:
-    """Bands of the function, a panel a method, with the data and the curve they come from."""
+    """Plot bands of the function, one panel for each method, with the data and the true curve."""
     x, y = generate(seed)
     figure, axes = plt.subplots(1, len(values), figsize=(5.5 * len(values), 4.5), sharey=True, squeeze=False)
     colours = {"implicit": "#0072B2", "NUTS": "#D55E00"}
@@ -157,10 +158,10 @@ def draw(values: dict[str, Tensor], seed: int) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-nuts", action="store_true", help="without the reference")
+    parser.add_argument("--no-nuts", action="store_true", help="omit the reference")
     options = parser.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
     values = compare(sizes, options.seed, with_nuts=not options.no_nuts)

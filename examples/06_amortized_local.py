@@ -2,16 +2,18 @@
 Amortized local effects
 =======================
 
-A thousand groups have effects of their own and one network draws them all: trained on minibatches of a hundred groups,
-it is judged against the exact posterior of each, and of a hundred groups that it never saw.
+One network draws the effects of a thousand groups, trained on minibatches of a hundred groups.
 
-Group ``i`` reports a mean ``y`` of few or many observations, so with a small or large standard error, and its effect is
-``Normal(mu, tau)``. Given ``mu`` and ``tau`` every effect is Normal, given ``tau`` so is ``mu``: one sum over a grid
-of ``tau`` gives the exact posterior. `ImplicitGuide(model, amortize={"groups": features})` draws ``mu`` and ``tau``
-from one implicit posterior and each effect from a network fed with the group's features and the draw of both.
+The fit is compared with the exact posterior of each group, and of a hundred groups that it never saw.
 
-The effects come out nearly exact. ``mu`` and ``tau`` are the harder part: a minibatch tells of them with noise, and the
-learned ratios of a thousand groups have a say in them.
+Group ``i`` reports the mean ``y`` of few or many observations, so its standard error is large or small, and its effect
+is ``Normal(mu, tau)``. Every effect is Normal given ``mu`` and ``tau``, and ``mu`` is Normal given ``tau``, so a sum
+over a grid of ``tau`` gives the exact posterior. `ImplicitGuide(model, amortize={"groups": features})` draws ``mu`` and
+``tau`` from one implicit posterior, and each effect from a network that takes the group's features and the draw of
+both.
+
+The effects are nearly exact. ``mu`` and ``tau`` are harder: minibatches give noisy gradients for them, and the learned
+ratios of a thousand groups affect them too.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 MU, TAU = 1.5, 0.8
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -39,9 +41,9 @@ Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    avb: dict[str, Any] = field(default_factory=dict)  # nothing: the defaults of `AVBSVI`
+    avb: dict[str, Any] = field(default_factory=dict)  # empty: the defaults of `AVBSVI`
     draws: int = 3000
 
 
@@ -57,12 +59,12 @@ def model(y: Tensor, error: Tensor, batch: int | None = None) -> None:
 
 
 def features(y: Tensor, error: Tensor, batch: int | None = None) -> Tensor:
-    """What the network is shown of each group: its mean and the logarithm of its standard error."""
+    """Return the network's input for each group: its mean and the logarithm of its standard error."""
     return torch.stack([y, error.log()], -1)
 
 
 def generate(groups: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Effects, means and standard errors ``[N]`` of groups of one to forty-nine observations of variance one."""
+    """Return effects, means and standard errors ``[N]`` of groups of 1 to 49 observations with variance 1."""
     generator = torch.Generator().manual_seed(seed)
     error = (50 ** torch.rand(groups, generator=generator)).floor() ** -0.5
     effect = MU + TAU * torch.randn(groups, generator=generator)
@@ -70,13 +72,13 @@ def generate(groups: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moments(weight: NDArray[np.float64], mean: Any, variance: Any) -> Moments:
-    """Mean and sd of a mixture: weights ``[T]``, components ``[T, ...]``."""
+    """Return mean and sd of a mixture: weights ``[T]``, components ``[T, ...]``."""
     centre = np.tensordot(weight, mean, 1)
     return centre, np.sqrt(np.tensordot(weight, variance + (mean - centre) ** 2, 1))
 
 
 class Exact:
-    """The posterior given the means and standard errors of the groups, on a grid of ``log tau``."""
+    """The exact posterior given the means and standard errors of the groups, on a grid of ``log tau``."""
 
     def __init__(self, y: Tensor, error: Tensor):
         self.log_tau = np.linspace(-3.0, 2.0, 1001)
@@ -90,13 +92,13 @@ class Exact:
         self.weight /= self.weight.sum()
 
     def shared(self) -> dict[str, Moments]:
-        """Means and sds of ``mu`` and ``tau``."""
+        """Return means and sds of ``mu`` and ``tau``."""
         tau = np.exp(self.log_tau)
         mu = moments(self.weight, self.mu, 1 / self.precision)
         return {"mu": mu, "tau": moments(self.weight, tau, 0.0 * tau)}
 
     def effects(self, y: Tensor, error: Tensor) -> Moments:
-        """Means and sds of the effects of groups, those that the posterior was given or new ones."""
+        """Return means and sds of the effects of groups, the given groups or new ones."""
         y, variance = y.double().numpy(), error.double().numpy() ** 2
         kept = (share := np.exp(2 * self.log_tau)[:, None]) / (share + variance)
         mean = kept * y + (1 - kept) * self.mu[:, None]
@@ -104,7 +106,7 @@ class Exact:
 
 
 def compare(sizes: Sizes, seed: int) -> dict[str, tuple[tuple[Tensor, ...], Moments, Moments]]:
-    """Fit, and print the table; returns the groups, and exact and fitted moments, for old and new ones."""
+    """Fit, print the table and return the groups with exact and fitted moments, for fitted and new groups."""
     old, new = generate(1000, seed), generate(100, seed + 1)
     guide = ImplicitGuide(model, amortize={"groups": features})
     fit = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(*old[1:], batch=100)
@@ -127,19 +129,19 @@ def compare(sizes: Sizes, seed: int) -> dict[str, tuple[tuple[Tensor, ...], Mome
 
 
 def measured(draws: Tensor) -> Moments:
-    """Means and sds of draws ``[S, ...]``."""
+    """Return means and sds of draws ``[S, ...]``."""
     return draws.double().mean(0).numpy(), draws.double().std(0).numpy()
 
 
 def row(name: str, exact: Moments, found: Moments) -> str:
-    """Line of the table: errors of the means in posterior sds, and ratios of the sds."""
+    """Return a line of the table: errors of the means in posterior sds, and ratios of the sds."""
     error, ratio = np.abs(found[0] - exact[0]) / exact[1], found[1] / exact[1]
     spread = f"{ratio.mean():10.3f}{ratio.min():10.3f}{ratio.max():10.3f}"
     return f"{name:20}{error.mean():12.3f}{error.max():10.3f}{spread}"
 
 
 def draw(results: dict[str, Any]) -> plt.Figure:
-    """Fitted against exact means and sds of the effects; and how groups of every size are drawn to the mean of all."""
+    """Plot fitted against exact means and sds of the effects, and the shrinkage of groups towards the common mean."""
     figure, (means, sds, shrinkage) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     styles = {"groups fitted": ("#0072B2", "."), "groups never seen": ("#D55E00", "x")}
     for name, (groups, exact, found) in results.items():
@@ -172,7 +174,7 @@ def draw(results: dict[str, Any]) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

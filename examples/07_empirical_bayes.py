@@ -2,13 +2,14 @@
 Empirical Bayes
 ===============
 
-Hyperparameters that the model trains, not infers: the mean, the spread of the groups and the noise of a hierarchical
-Normal model are `pyro.param`, and end beside the exact maximum of the marginal likelihood.
+Estimate hyperparameters together with the posterior, and compare them with the exact maximum likelihood.
 
-Groups of unequal size have effects ``a ~ Normal(mean, spread)`` and observations ``y ~ Normal(a, noise)``. With the
-effects integrated out by hand the marginal likelihood is known, and SciPy finds its maximum. Given the parameters the
-posterior of the effects is Normal and known too. Raising the ELBO in the parameters raises the marginal likelihood,
-exactly where the guide is exact.
+In a hierarchical Normal model the mean, the spread of the groups and the noise are `pyro.param`.
+
+Groups of unequal size have effects ``a ~ Normal(mean, spread)`` and observations ``y ~ Normal(a, noise)``. The effects
+can be integrated out analytically, so SciPy can maximise the marginal likelihood. Given the parameters, the posterior
+of the effects is Normal and known too. Maximising the ELBO over the parameters maximises the marginal likelihood if the
+guide is exact.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.distributions import constraints
 
 from implicitvi import AVBSVI, ImplicitGuide
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 GROUPS = 12
 TRUTH = {"mean": 1.0, "spread": 1.5, "noise": 0.7}
@@ -37,9 +38,9 @@ TRUTH = {"mean": 1.0, "spread": 1.5, "noise": 0.7}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    avb: dict[str, Any] = field(default_factory=dict)  # nothing: the defaults of `AVBSVI`
+    avb: dict[str, Any] = field(default_factory=dict)  # empty: the defaults of `AVBSVI`
     draws: int = 20_000
 
 
@@ -57,7 +58,7 @@ def model(group: Tensor, y: Tensor) -> None:
 
 
 def generate(seed: int) -> tuple[Tensor, Tensor]:
-    """Group ``[N]`` and value ``[N]`` of every row; the groups have from two to ten rows."""
+    """Return group ``[N]`` and value ``[N]`` of every row; each group has two to ten rows."""
     rng = np.random.default_rng(seed)
     group = np.repeat(np.arange(GROUPS), rng.integers(2, 11, GROUPS))
     effect = rng.normal(TRUTH["mean"], TRUTH["spread"], GROUPS)
@@ -66,7 +67,7 @@ def generate(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def log_evidence(at: dict[str, float], group: np.ndarray, y: np.ndarray) -> float:
-    """Log marginal likelihood in nats: within a group ``y`` is Normal with covariance ``noise² I + spread² 1 1ᵀ``."""
+    """Return the log marginal likelihood in nats; a group's ``y`` has covariance ``noise² I + spread² 1 1ᵀ``."""
     size = np.bincount(group)
     rest = y - at["mean"]
     total, squares = np.bincount(group, rest), np.bincount(group, rest**2)
@@ -77,7 +78,7 @@ def log_evidence(at: dict[str, float], group: np.ndarray, y: np.ndarray) -> floa
 
 
 def maximum(group: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """The parameters at the maximum of the marginal likelihood."""
+    """Return the parameters at the maximum of the marginal likelihood."""
 
     def named(v: np.ndarray) -> dict[str, float]:
         return {"mean": v[0], "spread": float(np.exp(v[1])), "noise": float(np.exp(v[2]))}
@@ -87,14 +88,14 @@ def maximum(group: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def posterior(at: dict[str, float], group: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact means and deviations ``[G]`` of the effects, given the parameters."""
+    """Return exact means and sds ``[G]`` of the effects, given the parameters."""
     precision = np.bincount(group) / at["noise"] ** 2 + 1 / at["spread"] ** 2
     weighted = np.bincount(group, y) / at["noise"] ** 2 + at["mean"] / at["spread"] ** 2
     return weighted / precision, precision**-0.5
 
 
 def compare(sizes: Sizes, seed: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Fit, and print the tables; returns the draws of the effects and the exact parameters."""
+    """Fit, print the tables and return the draws of the effects and the exact parameters."""
     group, y = generate(seed)
     guide = ImplicitGuide(model)
     fit = AVBSVI(model, guide, seed=seed, progress=False, **sizes.avb).run(group, y)
@@ -116,7 +117,7 @@ def compare(sizes: Sizes, seed: int) -> tuple[np.ndarray, dict[str, float]]:
 
 
 def draw(draws: np.ndarray, exact: dict[str, float], seed: int) -> plt.Figure:
-    """Group means, exact posterior at the exact parameters, and the fit: shrinkage towards the mean."""
+    """Plot the groups' means, the exact posterior at the exact parameters, and the fit."""
     group, y = (each.numpy() for each in generate(seed))
     mean, sd = posterior(exact, group, y)
     figure, panel = plt.subplots(figsize=(9, 4.5), layout="constrained")
@@ -139,7 +140,7 @@ def draw(draws: np.ndarray, exact: dict[str, float], seed: int) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -2,16 +2,18 @@
 Item response theory
 ====================
 
-Two traits of a thousand persons behind their graded answers to twenty items: loadings and thresholds by marginal
-maximum likelihood, an implicit posterior of every person's traits, and what importance weights add to both.
+Estimate two traits of a thousand persons from their graded answers to twenty items.
 
-In the graded response model the chance of answering above category ``k`` is ``sigmoid(a · t - b_k)``. The traits ``t``
-of a person are latent, the loadings ``a`` and thresholds ``b`` of an item are `pyro.param`. Luo and Ji (2025) fit it by
-importance-weighted adversarial variational Bayes, for data of more traits than quadrature can integrate over. Here are
-two, so that quadrature on a grid gives the exact maximum.
+Loadings and thresholds are fitted by marginal maximum likelihood, together with an implicit posterior of every person's
+traits, with and without importance weights.
 
-Traits may be rotated and reflected: nothing in the data says otherwise. The orthogonal Procrustes rotation turns each
-solution to the true loadings before it is compared with them.
+In the graded response model the probability of an answer above category ``k`` is ``sigmoid(a · t - b_k)``. The traits
+``t`` of a person are latent; the loadings ``a`` and thresholds ``b`` of an item are `pyro.param`. Luo and Ji (2025) fit
+it by importance-weighted adversarial variational Bayes, for more traits than quadrature can integrate over. This page
+uses two traits, so that quadrature on a grid gives the exact maximum.
+
+The data determine the traits only up to rotation and reflection. Before comparing a solution with the truth, we rotate
+it onto the true loadings by orthogonal Procrustes.
 
 References:
     Generative Adversarial Networks for High-Dimensional Item Factor Analysis: A Deep Adversarial Learning Algorithm,
@@ -36,16 +38,16 @@ from torch import Tensor
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
 
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 ITEMS, TRAITS, CATEGORIES = 20, 2, 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """The sizes of a run."""
 
-    # The defaults of `AVBSVI` but for the horizon, 2,500, which twice would take four minutes.
+    # The defaults of `AVBSVI`, but fewer steps than 2,500: two such fits would take four minutes.
     avb: dict[str, Any] = field(default_factory=lambda: {"num_steps": 1500})
     persons: int = 1000
     batch: int = 100
@@ -56,14 +58,14 @@ SMOKE = Sizes(avb={"num_steps": 8, "warm_start": 10}, persons=200, batch=20, dra
 
 
 def probabilities(traits: Tensor, loadings: Tensor, thresholds: Tensor) -> Tensor:
-    """Chances of the categories, ``[..., items, categories]``, of persons with traits ``[..., traits]``."""
+    """Return probabilities ``[..., items, categories]`` for persons with traits ``[..., traits]``."""
     above = ((traits @ loadings.T)[..., None] - thresholds).sigmoid()
     one = torch.ones_like(above[..., :1])
     return torch.cat([one, above], -1) - torch.cat([above, 0 * one], -1)
 
 
 def start() -> tuple[Tensor, Tensor]:
-    """Loadings and thresholds where all fits start; equal loadings would be a saddle."""
+    """Return the starting loadings and thresholds of all fits; equal loadings would be a saddle point."""
     loadings = 0.3 * torch.randn(ITEMS, TRAITS, generator=torch.Generator().manual_seed(1))
     return loadings, torch.tensor([-1.0, 0.0, 1.0]).expand(ITEMS, -1).clone()
 
@@ -79,7 +81,7 @@ def model(answers: Tensor, batch: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class Solution:
-    """Parameters of the items, ``[20, 2]`` and ``[20, 3]``, and means of the persons' traits ``[N, 2]``."""
+    """The parameters of the items, ``[20, 2]`` and ``[20, 3]``, and the mean traits of the persons ``[N, 2]``."""
 
     loadings: Tensor
     thresholds: Tensor
@@ -88,7 +90,7 @@ class Solution:
     seconds: float = 0.0
 
     def turned(self, truth: Solution) -> Solution:
-        """The same with its traits rotated and reflected to the true loadings."""
+        """Return the solution rotated and reflected onto the true loadings."""
         rotation, _ = orthogonal_procrustes(self.loadings.numpy(), truth.loadings.numpy())
         turn = torch.tensor(rotation, dtype=torch.float32)
         draws = None if self.draws is None else self.draws @ turn
@@ -96,7 +98,7 @@ class Solution:
 
 
 def generate(persons: int, seed: int) -> tuple[Tensor, Solution]:
-    """Answers ``[N, 20]``; half of the items load on each trait, and a little on the other."""
+    """Return answers ``[N, 20]`` and the truth; each item loads on one trait, and a little on the other."""
     generator = torch.Generator().manual_seed(seed)
     own = 0.8 + 1.4 * torch.rand(ITEMS, generator=generator)
     loadings = 0.2 * torch.randn(ITEMS, TRAITS, generator=generator)
@@ -110,7 +112,7 @@ def generate(persons: int, seed: int) -> tuple[Tensor, Solution]:
 
 
 class Quadrature:
-    """Exact to rounding: the traits summed out on a grid."""
+    """The traits summed out on a grid, exact up to rounding."""
 
     def __init__(self, answers: Tensor):
         self.axis = torch.linspace(-5.5, 5.5, 37)
@@ -120,27 +122,27 @@ class Quadrature:
         self.chosen = torch.nn.functional.one_hot(answers, CATEGORIES).flatten(1).float()
 
     def log_joint(self, loadings: Tensor, thresholds: Tensor) -> Tensor:
-        """Of every person's answers and each point of the grid, in nats: ``[N, Q]``."""
+        """Return the log joint of every person's answers and each point of the grid, in nats: ``[N, Q]``."""
         logs = probabilities(self.grid, loadings, thresholds).clamp(min=1e-12).log()
         return self.chosen @ logs.flatten(1).T + self.log_prior
 
     def log_posterior(self, person: int, traits: Tensor, at: Solution) -> Tensor:
-        """Of one person's traits ``[..., 2]``, up to a constant, in nats: ``[...]``."""
+        """Return the log posterior of one person's traits ``[..., 2]`` up to a constant, in nats: ``[...]``."""
         logs = probabilities(traits, at.loadings, at.thresholds).clamp(min=1e-12).log()
         return logs.flatten(-2) @ self.chosen[person] - traits.square().sum(-1) / 2
 
     def log_evidence(self, at: Solution) -> float:
-        """Log marginal likelihood of all answers, nats."""
+        """Return the log marginal likelihood of all answers, in nats."""
         return self.log_joint(at.loadings, at.thresholds).logsumexp(-1).double().sum().item()
 
     def moments(self, loadings: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior means and sds of everyone's traits, each ``[N, 2]``."""
+        """Return posterior means and sds of all persons' traits, each ``[N, 2]``."""
         weights = self.log_joint(loadings, thresholds).softmax(-1)
         means = weights @ self.grid
         return means, (weights @ self.grid.square() - means.square()).sqrt()
 
     def maximum(self) -> Solution:
-        """The items' parameters at the maximum of the marginal likelihood."""
+        """Return the items' parameters at the maximum of the marginal likelihood."""
         began = time.perf_counter()
         order = transforms.OrderedTransform()
         loadings, thresholds = start()
@@ -159,7 +161,7 @@ class Quadrature:
 
 
 def fit(answers: Tensor, num_importance: int, sizes: Sizes, seed: int) -> Solution:
-    """The items' parameters and draws of everyone's traits, by adversarial variational Bayes."""
+    """Fit the items' parameters and draw all persons' traits by adversarial variational Bayes."""
     pyro.clear_param_store()
     guide = ImplicitGuide(model, amortize={"persons": lambda answers, batch=None: answers.float()})
     svi = AVBSVI(model, guide, num_importance=num_importance, seed=seed, progress=False, **sizes.avb)
@@ -176,7 +178,7 @@ HEADER = (
 
 
 def row(name: str, found: Solution, exact: Solution, truth: Solution, grid: Quadrature) -> str:
-    """Line of the table; what is turned to the truth but for the last column, which compares means at one place."""
+    """Return a line of the table; solutions are rotated onto the truth, except in the last column."""
     turned, best = found.turned(truth), exact.turned(truth)
     short = grid.log_evidence(exact) - grid.log_evidence(found)
     items = (
@@ -198,13 +200,13 @@ def rmse(found: Tensor, truth: Tensor) -> float:
 
 
 def correlation(found: Tensor, truth: Tensor) -> float:
-    """Of each column with its own, on average."""
+    """Return the mean correlation of corresponding columns."""
     pairs = zip(found.T, truth.T, strict=True)
     return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).mean().item()
 
 
 def compare(sizes: Sizes, seed: int) -> tuple[dict[str, Solution], Solution, Quadrature]:
-    """Solve by all methods and print the table; returns the solutions by name, the truth and the grid."""
+    """Solve by all methods, print the table and return the solutions by name, the truth and the grid."""
     answers, truth = generate(sizes.persons, seed)
     grid = Quadrature(answers)
     exact = grid.maximum()
@@ -222,7 +224,7 @@ COLOURS = {"exact": "black", "AVB, K = 1": "#0072B2", "AVB, K = 5": "#D55E00"}
 
 
 def draw(solutions: dict[str, Solution], truth: Solution, grid: Quadrature) -> plt.Figure:
-    """Loadings and thresholds against the truth, and draws of one person's traits on the exact density."""
+    """Plot loadings and thresholds against the truth, and draws of one person's traits over the exact density."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     marks = {"exact": ("o", 7), "AVB, K = 1": ("+", 6), "AVB, K = 5": ("x", 4)}
     for name, solution in solutions.items():
@@ -250,13 +252,13 @@ def draw(solutions: dict[str, Solution], truth: Solution, grid: Quadrature) -> p
     )
     panel.set_xlabel("first trait (sd)")
     panel.set_ylabel("second trait (sd)")
-    panel.set_title("one person's traits; truth at the same items", fontsize=10)
+    panel.set_title("one person's traits; truth for the same items", fontsize=10)
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -2,14 +2,15 @@
 A variational autoencoder in Pyro
 =================================
 
-A variational autoencoder is a Pyro model with a latent in its data plate, and its encoder an amortized guide.
+Write a variational autoencoder as a Pyro model with a latent in its data plate; the encoder is an amortized guide.
 
-The digits of scikit-learn, 8 x 8 pixels in black and white, get two latent dimensions each, so that the evidence of
-every image, and its posterior, can be had by quadrature. The decoder's weights are parameters of the model; they are
-learned with the guide. A posterior of an image need not be a Gaussian: `ImplicitGuide` draws from a network fed with
-noise, with the image, and with nothing about its shape.
+Each digit of scikit-learn, 8 x 8 pixels in black and white, gets two latent dimensions, so that quadrature gives the
+evidence and the posterior of every image. The decoder's weights are parameters of the model, learned with the guide.
+The posterior of an image need not be Gaussian: `ImplicitGuide` draws from a network that takes noise and the image,
+without assumptions about the shape of the posterior.
 
-Run it with ``python examples/09_vae_in_pyro.py``; ``--smoke`` makes it quick and meaningless.
+Run it with ``python examples/09_vae_in_pyro.py``; ``--smoke`` runs a tiny version to check that
+it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from implicitvi import AVBSVI, ImplicitGuide, plots
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
@@ -40,16 +40,16 @@ steps = 20 if options.smoke else 2500
 # %%
 # The model
 # ---------
-# Plain Pyro. In every step it looks at 100 of the images.
+# A plain Pyro model. Every step uses 100 of the images.
 
 
 class VAE(PyroModule[nn.Module]):
-    """Two standard normal latents an image, and a decoder to the logits of its pixels."""
+    """A model with two standard normal latents for each image, and a decoder to the logits of its pixels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.decoder = nn.Sequential(nn.Linear(2, 128), nn.Tanh(), nn.Linear(128, 64))
-        to_pyro_module_(self.decoder)  # or its weights would not be learned
+        to_pyro_module_(self.decoder)  # otherwise its weights would not be learned
 
     def forward(self, x: Tensor, minibatch: int | None = None) -> None:
         with pyro.plate("images", len(x), subsample_size=minibatch) as index:
@@ -66,7 +66,7 @@ train, test = images[:1500], images[1500:]
 # %%
 # The fit
 # -------
-# The guide is amortized over the plate: it is shown the image and draws its latents. `AVBSVI` learns guide and decoder.
+# The guide is amortized over the plate: it takes the image and draws its latents. `AVBSVI` learns guide and decoder.
 
 pyro.clear_param_store()
 torch.manual_seed(options.seed)
@@ -76,9 +76,9 @@ fit = AVBSVI(model, guide, num_steps=steps, seed=options.seed).run(train, miniba
 print(fit)
 
 # %%
-# What is it worth?
-# -----------------
-# Two dimensions can be summed on a grid: the log evidence and the posterior of every image, exactly.
+# How good is it?
+# ---------------
+# A sum over a grid of two dimensions gives the exact log evidence and posterior of every image.
 
 ticks = torch.linspace(-5, 5, 161)
 grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1).flatten(0, 1)
@@ -86,14 +86,14 @@ grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1).flatten(0, 1
 
 @torch.no_grad()
 def log_joint(x: Tensor, z: Tensor) -> Tensor:
-    """``log p(x, z)`` of images ``[B, 64]`` at codes ``[..., 2]``: ``[..., B]`` in nats."""
+    """Return ``log p(x, z)`` of images ``[B, 64]`` at codes ``[..., 2]``: ``[..., B]`` in nats."""
     logits = model.decoder(z)
     log_likelihood = logits @ x.mT - nn.functional.softplus(logits).sum(-1, keepdim=True)
     return log_likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1, keepdim=True)
 
 
 def log_joint_on_grid(x: Tensor) -> Tensor:
-    """``log p(x, z) dz`` of images ``[B, 64]`` at every point of the grid: ``[B, G]`` in nats."""
+    """Return ``log p(x, z) dz`` of images ``[B, 64]`` at every point of the grid: ``[B, G]`` in nats."""
     cell = 2 * (ticks[1] - ticks[0]).log()
     return log_joint(x, grid).mT + cell
 
@@ -102,14 +102,14 @@ evidence = {name: log_joint_on_grid(x).logsumexp(-1) for name, x in (("train", t
 
 
 def posterior(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact posterior of images on the grid, ``[B, G]``, with its means and sds, ``[B, 2]``."""
+    """Return the exact posterior of images on the grid, ``[B, G]``, with its means and sds, ``[B, 2]``."""
     weights = log_joint_on_grid(x).softmax(-1)
     mean = weights @ grid
     return weights, mean, (weights @ grid.square() - mean.square()).sqrt()
 
 
 def errors(x: Tensor) -> tuple[float, float]:
-    """Mean error of the guide's means in posterior sds, and median ratio of its sds to the exact ones."""
+    """Return the mean error of the guide's means in posterior sds, and the median ratio of its sds to the exact sds."""
     _, mean, sd = posterior(x)
     draws = guide.sample(2000, x)["z"]
     return ((draws.mean(0) - mean).abs() / sd).mean().item(), (draws.std(0) / sd).median().item()
@@ -117,18 +117,18 @@ def errors(x: Tensor) -> tuple[float, float]:
 
 seen, unseen = errors(train[:200]), errors(test[:200])
 bound = -fit.losses[-steps // 5 :].mean() / len(train)
-print(f"learned bound {bound:.2f} nats an image, an estimate\n")
+print(f"learned bound {bound:.2f} nats per image, an estimate\n")
 print(f"{'images':24}{'seen':>10}{'never seen':>12}")
 print(f"{'exact log evidence':24}{evidence['train'].mean():10.2f}{evidence['test'].mean():12.2f}")
 print(f"{'posterior mean error':24}{seen[0]:10.3f}{unseen[0]:12.3f}")
 print(f"{'posterior sd ratio':24}{seen[1]:10.3f}{unseen[1]:12.3f}")
-print("\nnats an image; mean over 200 images in posterior sds; median over as many\n")
+print("\nnats per image; mean over 200 images in posterior sds; median over the same images\n")
 
 # %%
 # The pictures
 # ------------
-# Left, what the decoder makes of the latent plane. Right, of 200 images that were seen, the four whose exact posterior
-# is least like a Gaussian, the hardest for an encoder: contours hold 50 and 90 % of the exact one, dots are draws.
+# Left: decoded images over the latent plane. Right: of 200 training images, the four whose exact posterior is least
+# Gaussian, and thus hardest for an encoder. Contours enclose 50 and 90 % of the exact posterior; dots are draws.
 
 shown = train[:200]
 weights, exact_mean, exact_sd = posterior(shown)
@@ -137,13 +137,11 @@ fourth = (weights[..., None] * (grid - exact_mean[:, None]) ** 4).sum(1) / exact
 hardest = (fourth - 3).abs().amax(-1).topk(4).indices.tolist()
 
 figure, axes = plt.subplot_mosaic("mmab;mmcd", figsize=(12, 6), layout="constrained", gridspec_kw={"wspace": 0.05})
-plots.decoded_plane(
-    lambda z: pad(model.decoder(z).sigmoid().unflatten(-1, (8, 8)), (2, 2, 2, 2)),  # white around each
-    extent=(-2.35, 2.35, -2.35, 2.35),
-    num=12,
-    ax=axes["m"],
-)
-axes["m"].set_title("What the decoder makes of the latent plane")
+places = torch.linspace(-2.15, 2.15, 12)
+plane = torch.stack(torch.meshgrid(places, places.flip(0), indexing="xy"), -1).flatten(0, 1)
+plots.images(model.decoder(plane).sigmoid().unflatten(-1, (8, 8)), columns=12, ax=axes["m"])
+axes["m"].set(title="Decoded images over the latent plane", xlabel="$z_1$, from -2.15 to 2.15 prior sd")
+axes["m"].set_ylabel("$z_2$, from -2.15 to 2.15 prior sd")
 for name, i in zip("abcd", hardest, strict=True):
     ax = axes[name]
     plots.draws_on_density(

@@ -2,16 +2,16 @@
 Four points
 ===========
 
-Four data points show what a Gaussian encoder cannot do: fill the prior without gaps and without overlaps.
+Encode four data points: a Gaussian encoder cannot fill the prior without gaps and overlaps.
 
-Four binary images of 2 x 2 pixels, one pixel on in each, get codes in the plane (Mescheder, Nowozin and Geiger 2017,
-section 5.2, table 1 and figures 5 and 6). The best a model can do is log p(x) = -log 4: to give each image a quarter
-of the prior, and to be sure in each. The codes of one image then fill a region with sharp edges. A Gaussian encoder
-leaves gaps between its four ellipses; adversarial variational Bayes, whose encoder is a network fed with noise, tiles
-the plane.
+Four binary images of 2 x 2 pixels, each with one pixel on, get codes in the plane (Mescheder, Nowozin and Geiger 2017,
+section 5.2, table 1 and figures 5 and 6). The best possible log p(x) is -log 4: each image gets a quarter of the prior
+and is decoded with certainty there. The codes of one image then fill a region with sharp edges. A Gaussian encoder
+leaves gaps between its four ellipses. The encoder of adversarial variational Bayes is a network that takes noise as
+input, and it tiles the plane.
 
-Run it with ``python examples/10_four_points.py``; ``--seeds 5`` repeats it and shows medians, ``--smoke`` makes it
-quick and meaningless.
+Run it with ``python examples/10_four_points.py``; ``--seeds 5`` repeats it and shows medians. ``--smoke`` runs a
+tiny version to check that it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from implicitvi.vae import AVB, VAE
 from implicitvi.vae.model import LatentModel
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0, help="the first seed")
-parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
+parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
 options = parser.parse_args()
-torch.set_num_threads(1)  # the networks are small: more threads cost more than they bring
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 epochs = 20 if options.smoke else 6000
 draws = 250 if options.smoke else 2500
 
 # %%
 # The data, and two models of them
 # --------------------------------
-# A batch holds every point 128 times. Both models have the same decoder; all else is what the constructors give.
+# A batch holds every point 128 times. Both models have the same decoder and otherwise use the constructors' defaults.
 
 train = four_points()
 points = train[:4]
@@ -50,7 +50,7 @@ HIDDEN = (128, 128)
 
 
 def models(seed: int) -> dict[str, LatentModel]:
-    """The two models, trained."""
+    """Return the two models, trained."""
     found: dict[str, LatentModel] = {}
     for name, make in (
         ("VAE", lambda: VAE.dense(4, 2, hidden=HIDDEN)),
@@ -63,13 +63,13 @@ def models(seed: int) -> dict[str, LatentModel]:
 
 
 # %%
-# What they are worth
-# -------------------
-# The plane can be summed on a grid, so the log likelihood is exact for either.
+# The results
+# -----------
+# A sum over a grid of the plane gives the exact log likelihood of either model.
 
 
 def figures_of(model: LatentModel) -> dict[str, float]:
-    """The rows of the paper's table 1, in nats."""
+    """Return the rows of the paper's table 1, in nats."""
     z = model.encode(points, draws)
     aggregate = z.flatten(0, 1)
     elbo = model.elbo(points, draws) if isinstance(model, VAE) else model.learned_elbo(points, draws)  # type: ignore[attr-defined]
@@ -106,8 +106,8 @@ print(f"\nnats; error per pixel; AVB's ELBO is learned; medians over {options.se
 # %%
 # The pictures
 # ------------
-# Above, draws of the codes of each point; below, whose point the decoder sees at each place of the plane. Left the VAE,
-# right AVB.
+# Above: draws of the codes of each point. Below: the point that the decoder returns at each place of the plane. The VAE
+# is on the left, AVB on the right.
 
 COLOURS = plots.PALETTE[:4]
 figure, axes = plt.subplots(2, 2, figsize=(8, 8), layout="constrained", sharex=True, sharey=True)
@@ -125,7 +125,7 @@ for column, (name, model) in zip(axes.T, fitted.items(), strict=True):
     column[0].set(xlim=(-3, 3), ylim=(-3, 3))
     column[1].set(xlabel="$z_1$ (prior sd)")
 axes[0, 0].set(ylabel="draws of the codes\n$z_2$ (prior sd)")
-axes[1, 0].set(ylabel="whose point the decoder sees\n$z_2$ (prior sd)")
+axes[1, 0].set(ylabel="point that the decoder returns\n$z_2$ (prior sd)")
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "four_points.png"
 figure.savefig(path, dpi=130)

@@ -2,18 +2,18 @@
 Faces
 =====
 
-Faces: adversarial variational Bayes of a folder of pictures, beside a variational autoencoder with the same decoder.
+Fit a folder of pictures by adversarial variational Bayes and by a variational autoencoder with the same decoder.
 
-The setup is the one that the AVB paper's code has for CelebA: colour pictures, convolutions with noise injected into
-every feature map of the encoder and the code into every one of the adversary, Gaussian pixels, each with a learned
-scale. Without ``--data`` the folder holds drawings of faces: ellipses with eyes and a mouth of random place, size and
+The setup is that of the AVB paper's code for CelebA: colour pictures, convolutions with noise injected into every
+feature map of the encoder and the code into every feature map of the adversary, and Gaussian pixels, each with a
+learned scale. Without ``--data`` the script draws the faces: ellipses with eyes and a mouth of random place, size and
 colour.
 
 Run it with ``python examples/12_faces.py``. For CelebA on a GPU::
 
     python examples/12_faces.py --data img_align_celeba --size 64 --crop 128 --width 64 --codes 64 --epochs 50
 
-``--smoke`` makes it quick and meaningless.
+``--smoke`` runs a tiny version to check that it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ HEIGHT, WIDTH = 44, 36  # of a drawing, in pixels
 # %%
 # The drawings
 # ------------
-# Every shape is an ellipse with a soft edge, painted over what is there.
+# Every shape is an ellipse with a soft edge, painted over the previous shapes.
 
 
 def drawing(rng: np.random.Generator) -> np.ndarray:
-    """One face ``[HEIGHT, WIDTH, 3]``, bytes."""
+    """Draw one face ``[HEIGHT, WIDTH, 3]``, bytes."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(float)
     canvas = np.ones((HEIGHT, WIDTH, 3)) * rng.uniform(0.2, 0.9, 3)
 
@@ -79,28 +79,28 @@ def draw_folder(folder: str, count: int, seed: int) -> None:
 # %%
 # The models
 # ----------
-# Pictures that do not fit into memory are better handed to ``fit`` as they are, a dataset or a ``DataLoader`` of it.
+# If the pictures do not fit in memory, pass the dataset, or a ``DataLoader`` of it, to ``fit``.
 
 
 def squared_error(model: AVB | VAE, x: Tensor) -> float:
-    """Mean over pixels of the squared error of reconstructions, one code each."""
+    """Return the squared error of reconstructions from one code each, averaged over pixels."""
     errors = [(model.reconstruct(part).cpu() - part).square().mean() for part in x.split(200)]
     return torch.stack(errors).mean().item()
 
 
 def compare(folder: ImageFolder, options: argparse.Namespace) -> tuple[Tensor, dict[str, AVB | VAE]]:
-    """Fit both, and print the table; returns held-out pictures and the models."""
+    """Fit both models, print the table and return held-out pictures and the models."""
     pictures = folder.tensor()
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed))
     held_out = max(20, len(pictures) // 10)
     test, train = pictures[order[:held_out]], pictures[order[held_out:]]
     sizes = {"width": options.width, "size": options.size}
     models: dict[str, AVB | VAE] = {}
-    print(f"{len(train)} pictures to learn from, {len(test)} held out\n")
+    print(f"{len(train)} training pictures, {len(test)} held out\n")
     print(f"{'model':10}{'squared error':>16}{'images/s':>12}{'seconds':>10}")
-    for name, system in (("AVB", AVB), ("VAE", VAE)):
+    for name, objective in (("AVB", AVB), ("VAE", VAE)):
         torch.manual_seed(options.seed)
-        model = models[name] = system.faces(options.codes, **sizes)
+        model = models[name] = objective.faces(options.codes, **sizes)
         fit = model.fit(
             train,
             epochs=options.epochs,
@@ -112,7 +112,7 @@ def compare(folder: ImageFolder, options: argparse.Namespace) -> tuple[Tensor, d
         error = squared_error(model, test)
         print(f"{name:10}{error:16.5f}{fit.rows_per_second:12.0f}{fit.seconds:10.1f}")
     alone = (test - train.mean(0)).square().mean()
-    print(f"\nheld-out pictures, mean over pixels in [0, 1]; of the mean picture {alone:.5f}")
+    print(f"\nheld-out pictures, mean over pixels in [0, 1]; the mean picture scores {alone:.5f}")
     return test, models
 
 
@@ -123,7 +123,7 @@ def compare(folder: ImageFolder, options: argparse.Namespace) -> tuple[Tensor, d
 
 @torch.no_grad()
 def draw(test: Tensor, models: dict[str, AVB | VAE], seed: int) -> plt.Figure:
-    """Reconstructions, new faces, and the way from one face to another."""
+    """Plot reconstructions, new faces, and interpolations between faces."""
     torch.manual_seed(seed)
     shown = test[:10]
     avb = models["AVB"]
@@ -147,14 +147,14 @@ def draw(test: Tensor, models: dict[str, AVB | VAE], seed: int) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--data", type=Path, metavar="DIR", help="pictures of your own")
-    parser.add_argument("--crop", type=int, help="side of the square cut out of each, in pixels")
-    parser.add_argument("--size", type=int, default=32, help="side that it is resized to")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of your own pictures")
+    parser.add_argument("--crop", type=int, help="side of the central square to crop, in pixels")
+    parser.add_argument("--size", type=int, default=32, help="side after resizing, in pixels")
     parser.add_argument("--width", type=int, default=8, help="channels of the first convolution")
     parser.add_argument("--codes", type=int, default=16, help="latent dimensions")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--count", type=int, default=2000, help="drawings, where there is no --data")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: runs, learns nothing")
+    parser.add_argument("--count", type=int, default=2000, help="number of drawings without --data")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

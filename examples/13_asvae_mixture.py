@@ -2,16 +2,18 @@
 One divergence or two
 =====================
 
-One divergence or two: a variational autoencoder, its symmetric relatives and ALI on five Gaussians of the plane.
+Compare a variational autoencoder, its symmetric variants and ALI on five Gaussians in the plane.
 
-The evidence lower bound asks that the model's joint covers that of the data, ``KL(q ‖ p)``; what the decoder makes of
-codes between two clusters costs it little, and some of its draws lie between the modes. The adversarial symmetric VAE
-asks for the other divergence too, ``KL(p ‖ q)``, which punishes a draw where no data are. That one needs the density of
-the data, and an adversary learns it. ALI has neither divergence, and no reconstruction.
+The evidence lower bound minimises ``KL(q ‖ p)``, so the model's joint must cover that of the data. It hardly penalises
+the decoder at codes between two clusters, so some draws lie between the modes. The adversarial symmetric VAE also
+minimises ``KL(p ‖ q)``, which penalises draws where there are no data. This divergence needs the density of the data,
+which an adversary learns. ALI uses neither divergence, and no reconstruction.
 
-All start from the same short fit of a VAE. The data are those of ALICE's toy: five Gaussians of standard deviation 0.2.
+All fits start from the same short fit of a VAE. The data are ALICE's toy data, five Gaussians of standard deviation 0.2
+(ALICE: Towards Understanding Adversarial Learning for Joint Distribution Matching, Chunyuan Li et al., 2017).
 
-Run it with ``python examples/13_asvae_mixture.py``; ``--smoke`` makes it quick and meaningless.
+Run it with ``python examples/13_asvae_mixture.py``; ``--smoke`` runs a tiny version to check that
+it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -35,33 +37,33 @@ from implicitvi.vae.encoders import GaussianEncoder
 from implicitvi.vae.model import LatentModel
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0, help="the first of three seeds")
 options = parser.parse_args()
 seeds = range(options.seed, options.seed + (1 if options.smoke else 3))
 start, epochs = (1, 1) if options.smoke else (50, 80)
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 MEANS = torch.tensor([[0.0, 0.0], [2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
 SD = 0.2
 
 
 def mixture(num_rows: int, generator: torch.Generator) -> Tensor:
-    """Draws ``[num_rows, 2]`` of the five Gaussians."""
+    """Draw ``[num_rows, 2]`` from the five Gaussians."""
     which = torch.randint(len(MEANS), (num_rows,), generator=generator)
     return MEANS[which] + SD * torch.randn(num_rows, 2, generator=generator)
 
 
 # %%
-# The systems
-# -----------
-# They share the arrows: a Gaussian encoder and a Gaussian decoder that learns its scale. `ASVAE` is the published form,
-# with two adversaries on pairs. `MarginalASVAE` takes what the arrows say about themselves from the arrows, so that its
-# one adversary is left with the density of the data.
+# The objectives
+# --------------
+# All use the same Gaussian encoder, and a Gaussian decoder that learns its scale. `ASVAE` is the published form, with
+# two adversaries on pairs. `MarginalASVAE` uses the known densities of encoder and decoder, so that its single
+# adversary only learns the density of the data.
 
 
-def arrows() -> tuple[nn.Module, nn.Module]:
+def networks() -> tuple[nn.Module, nn.Module]:
     encoder = GaussianEncoder(mlp([2, 128, 128, 4], nn.ReLU))
     decoder = Decoder(mlp([2, 128, 128, 2], nn.ReLU), GaussianLikelihood([2]))
     return encoder, decoder
@@ -71,19 +73,19 @@ def of_pairs() -> nn.Module:
     return GatedAdversary(2, context_dim=2)
 
 
-SYSTEMS: dict[str, Callable[[nn.Module, nn.Module], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[nn.Module, nn.Module], LatentModel]] = {
     "VAE": lambda e, d: VAE(e, d, 2),
     "ASVAE": lambda e, d: ASVAE(e, d, 2, of_pairs(), of_pairs()),
     "MarginalASVAE": lambda e, d: MarginalASVAE(e, d, 2, GatedAdversary(2)),
     "ALI": lambda e, d: ALI(e, d, 2, of_pairs(), penalty=0.1),
 }
 RATES = {"VAE": 4e-3, "ASVAE": 2e-3, "MarginalASVAE": 4e-3, "ALI": 1e-3}
-ADVERSARY_STEPS = {"VAE": 0, "ASVAE": 3, "MarginalASVAE": 3, "ALI": 1}  # before each of the arrows
+ADVERSARY_STEPS = {"VAE": 0, "ASVAE": 3, "MarginalASVAE": 3, "ALI": 1}  # before each step of the model
 
 
 @torch.no_grad()
 def judged(model: LatentModel, test: Tensor) -> list[float]:
-    """Share of draws in a mode, modes with 2 % of them, the least mode's share, squared error of reconstructions."""
+    """Return the share of draws in a mode, the modes with 2 % of them, the smallest share, and the squared error."""
     near, mode = torch.cdist(model.sample(10_000), MEANS).min(1)
     inside = near < 3 * SD
     shares = torch.bincount(mode[inside], minlength=len(MEANS)) / len(near)
@@ -92,17 +94,17 @@ def judged(model: LatentModel, test: Tensor) -> list[float]:
     return [float(figure) for figure in figures]
 
 
-results: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS}
+results: dict[str, list[list[float]]] = {name: [] for name in OBJECTIVES}
 fitted: dict[str, LatentModel] = {}
 for seed in seeds:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     train, test = mixture(2048, generator), mixture(1024, generator)
     settings = {"batch_size": 256, "seed": seed, "progress": False}
-    shared = arrows()
+    shared = networks()
     VAE(*shared, 2).fit(train, epochs=start, lr=4e-3, **settings)
-    for name, system in SYSTEMS.items():
-        model = system(*deepcopy(shared))
+    for name, objective in OBJECTIVES.items():
+        model = objective(*deepcopy(shared))
         began = time.perf_counter()
         model.fit(
             train,
@@ -122,7 +124,7 @@ for name, rows in results.items():
     inside, modes, least, error, seconds = np.mean(rows, 0)
     print(f"{name:20}{inside:11.3f}{modes:8.1f}{least:9.3f}{error:10.4f}{seconds:10.1f}")
 print(
-    "\nshare of draws within 3 sd of a mode; modes with 2 % of the draws, and the share of the least;"
+    "\nshare of draws within 3 sd of a mode; modes with 2 % of the draws, and the smallest share;"
     "\nsquared error of reconstructions\n"
 )
 for name, rows in results.items():
@@ -131,7 +133,7 @@ for name, rows in results.items():
 # %%
 # The pictures
 # ------------
-# Draws of each model, and the circles that hold 99 % of each Gaussian.
+# Draws of each model, and circles that enclose 99 % of each Gaussian.
 
 figure, axes = plt.subplots(1, len(fitted), figsize=(13, 4.2), layout="constrained", sharey=True)
 for ax, (name, model) in zip(axes, fitted.items(), strict=True):

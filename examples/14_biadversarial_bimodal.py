@@ -2,15 +2,16 @@
 A decoder with two answers
 ==========================
 
-A decoder with two answers: the biadversarial VAE where a Gaussian decoder must blur.
+Fit a bimodal decoder: the biadversarial VAE keeps both modes where a Gaussian decoder must blur.
 
-Given a number ``s`` the datum is ``x = b + 0.3 s + 0.1 ε``, with ``b`` either -1 or 1 by the toss of a coin. A decoder
-of Gaussian shape puts its mean between the two. The adversary of the biadversarial VAE sees pairs ``(s, x)`` and needs
-no shape; and since it learns the direct divergence, from the data to the decoder, a decoder that leaves out one answer
-pays. Here codes are given, and the decoder alone is learned. A last table shows what the whole objective is worth where
-both adversaries are exact: not the evidence lower bound alone.
+Given a number ``s`` the datum is ``x = b + 0.3 s + 0.1 ε``, where ``b`` is -1 or 1 with equal probability. A Gaussian
+decoder puts its mean between the two. The adversary of the biadversarial VAE sees pairs ``(s, x)`` and does not assume
+a shape. It learns the divergence from the data to the decoder, so a decoder that misses one of the two answers is
+penalised. Here the codes are given, and only the decoder is learned. The last table evaluates the whole objective with
+exact adversaries: it is not just the evidence lower bound.
 
-Run it with ``python examples/14_biadversarial_bimodal.py``; ``--smoke`` makes it quick and meaningless.
+Run it with ``python examples/14_biadversarial_bimodal.py``; ``--smoke`` runs a tiny version to
+check that it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from implicitvi.vae.distributions import Implicit
 from implicitvi.vae.model import Batch, LatentModel
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0, help="the first of three seeds")
 options = parser.parse_args()
 seeds = range(options.seed, options.seed + (1 if options.smoke else 3))
 epochs = 1 if options.smoke else 100
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 
 
 def pairs(num_rows: int, generator: torch.Generator) -> Tensor:
-    """Rows ``(s, x)``, ``[num_rows, 2]``."""
+    """Draw rows ``(s, x)``, ``[num_rows, 2]``."""
     s = torch.randn(num_rows, 1, generator=generator)
     b = 2.0 * torch.randint(2, (num_rows, 1), generator=generator) - 1
     x = b + 0.3 * s + 0.1 * torch.randn(num_rows, 1, generator=generator)
@@ -54,13 +55,13 @@ def pairs(num_rows: int, generator: torch.Generator) -> Tensor:
 
 
 # %%
-# The arrows
-# ----------
-# A datum is the pair, and its code is ``s``: the encoder reads it off, the decoder hands it on and adds ``x``.
+# Encoder and decoders
+# --------------------
+# A datum is the pair, and its code is ``s``: the encoder returns ``s``, the decoder keeps it and adds ``x``.
 
 
 class ReadOff(nn.Module):
-    """``q(z | s, x)``: all at ``s``."""
+    """An encoder ``q(z | s, x)`` with all its mass at ``s``."""
 
     def forward(self, pair: Tensor) -> Distribution:
         s = pair[:, :1]
@@ -68,7 +69,7 @@ class ReadOff(nn.Module):
 
 
 class NoiseDecoder(nn.Module):
-    """``p(s, x | z)`` by its draws: ``s`` is the code, ``x`` a network's answer to code and noise."""
+    """A decoder ``p(s, x | z)`` without a density: ``s`` is the code, ``x`` a network's output for code and noise."""
 
     def __init__(self, noise_dim: int = 4):
         super().__init__()
@@ -85,7 +86,7 @@ class NoiseDecoder(nn.Module):
 
 
 class NormalDecoder(nn.Module):
-    """``p(s, x | z)`` with ``x`` a Gaussian whose location and scale a network gives."""
+    """A decoder ``p(s, x | z)`` with a Gaussian ``x`` whose location and scale a network returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,13 +100,13 @@ class NormalDecoder(nn.Module):
 
 
 # %%
-# Maximum likelihood as a system
-# ------------------------------
-# What the library lacks, a decoder learned by itself from given codes, is a system of one player and one line.
+# Maximum likelihood as an objective
+# ----------------------------------
+# The library does not have an objective for a decoder with given codes. Writing one takes one player and one line.
 
 
 class MaximumLikelihood(LatentModel):
-    """``max E_q[log p(x | z)]`` over the decoder."""
+    """An objective that maximises ``E_q[log p(x | z)]`` over the decoder."""
 
     needs = {"decoder": {"density"}}
 
@@ -120,7 +121,7 @@ def adversary() -> nn.Module:
     return ResidualAdversary(1, context_dim=2, width=64, blocks=1)
 
 
-SYSTEMS: dict[str, Callable[[], LatentModel]] = {
+OBJECTIVES: dict[str, Callable[[], LatentModel]] = {
     "Gaussian decoder": lambda: MaximumLikelihood(ReadOff(), NormalDecoder(), 1),
     "ALI": lambda: ALI(ReadOff(), NoiseDecoder(), 1, adversary()),
     "biadversarial": lambda: BiadversarialVAE(ReadOff(), NoiseDecoder(), 1, None, adversary()),
@@ -130,26 +131,26 @@ SYSTEMS: dict[str, Callable[[], LatentModel]] = {
 
 @torch.no_grad()
 def rest(pairs: Tensor) -> Tensor:
-    """``x - 0.3 s``: 1 or -1, and noise."""
+    """Return ``x - 0.3 s``, which is 1 or -1 plus noise."""
     return pairs[:, 1] - 0.3 * pairs[:, 0]
 
 
 @torch.no_grad()
 def judged(model: LatentModel, test: Tensor) -> list[float]:
-    """Share of draws between the modes, share in the positive one, Wasserstein distance to the truth."""
+    """Return the share of draws between the modes, the share in the positive one, and the Wasserstein distance."""
     drawn, true = rest(model.decoder(test[:, :1]).sample()), rest(test)
     blur, positive = (drawn.abs() < 0.5).float().mean(), (drawn > 0).float().mean()
     return [float(blur), float(positive), float(wasserstein_distance(drawn, true))]
 
 
-results: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS}
+results: dict[str, list[list[float]]] = {name: [] for name in OBJECTIVES}
 shown: dict[str, Tensor] = {}
 for seed in seeds:
     generator = torch.Generator().manual_seed(seed)
     train, test = pairs(4096, generator), pairs(20_000, generator)
-    for name, system in SYSTEMS.items():
+    for name, objective in OBJECTIVES.items():
         torch.manual_seed(seed)
-        model = system()
+        model = objective()
         began = time.perf_counter()
         model.fit(
             train,
@@ -179,12 +180,12 @@ for name, rows in results.items():
     print(f"{name:24}" + "".join(f"  blur {blur:.3f}, positive {positive:.3f}" for blur, positive, *_ in rows))
 
 # %%
-# What the whole objective is worth
-# ---------------------------------
-# On alphabets of six data and four codes everything can be summed. With exact adversaries the sum of the two bounds is
-# the negative ELBO less the entropy of the data, plus the mutual information of data and codes. Here the decoder is the
-# best for its encoder, and the ELBO the best there is, whatever the codes tell; the sum of the bounds alone has a
-# preference, for codes that tell nothing.
+# The whole objective
+# -------------------
+# For six data points and four codes every sum is exact. With exact adversaries the sum of the two bounds is the
+# negative ELBO minus the entropy of the data, plus the mutual information of data and codes. Here the decoder is
+# optimal for its encoder, and the ELBO is optimal however informative the codes are. The sum of the bounds, in
+# contrast, prefers uninformative codes.
 
 
 def kl(p: Tensor, q: Tensor) -> float:
@@ -192,14 +193,14 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 def worth(telling: float) -> tuple[float, float, float, float, float]:
-    """``V₁``, ``V₂``, ``-ELBO``, ``H`` and ``I`` for codes that tell the data apart more or less, the decoder exact."""
+    """Return ``V₁``, ``V₂``, ``-ELBO``, ``H`` and ``I`` for codes this informative, with the exact decoder."""
     data = torch.full((6,), 1 / 6, dtype=torch.float64)
     scores = telling * torch.eye(6, dtype=torch.float64)[:, [0, 1, 2, 3]]
     encoder = scores.softmax(1)  # q(z | x), [6, 4]
     joint = data[:, None] * encoder
     codes = joint.sum(0)
     prior = torch.full((4,), 1 / 4, dtype=torch.float64)
-    decoder = joint / codes  # p(x | z) = q(x | z): no decoder is better
+    decoder = joint / codes  # p(x | z) = q(x | z), the best decoder
     first, second = kl(joint, data[:, None] * prior), kl(joint, codes * decoder)
     elbo = float((joint * ((decoder * prior).log() - encoder.log())).sum())
     entropy = -float((data * data.log()).sum())
@@ -209,7 +210,7 @@ def worth(telling: float) -> tuple[float, float, float, float, float]:
 print(f"\n{'codes':16}{'V1 + V2':>10}{'-ELBO':>10}{'-H(x)':>10}{'+I(x; z)':>10}{'sum':>10}")
 for telling, words in ((0.0, "tell nothing"), (2.0, "tell something"), (6.0, "tell much")):
     first, second, loss, entropy, information = worth(telling)
-    total = abs(loss - entropy + information)  # no minus before a zero
+    total = abs(loss - entropy + information)  # avoids -0.0
     print(f"{words:16}{first + second:10.4f}{loss:10.4f}{-entropy:10.4f}{information:10.4f}{total:10.4f}")
 
 # %%
@@ -217,7 +218,7 @@ for telling, words in ((0.0, "tell nothing"), (2.0, "tell something"), (6.0, "te
 # ------------
 
 figure, axes = plt.subplots(1, len(shown), figsize=(14, 3.8), layout="constrained", sharey=True)
-for ax, name in zip(axes, ["data", *SYSTEMS], strict=True):
+for ax, name in zip(axes, ["data", *OBJECTIVES], strict=True):
     ax.scatter(*shown[name].T.numpy(), s=2, alpha=0.5, linewidths=0, color="#D55E00" if name == "data" else "#0072B2")
     ax.set(xlim=(-3, 3), ylim=(-3, 3), xlabel="$s$")
     ax.set_title(name, fontsize=10)

@@ -2,16 +2,18 @@
 Learning as a game
 ==================
 
-A variational autoencoder needs the density of its prior, and a gradient through every code that is drawn. Symmetric
-equilibrium learning needs neither: decoder and encoder are two players, and each is fitted, by maximum likelihood, to
-what the other one draws. Three things it can do are shown here.
+Fit decoder and encoder as two players, each by maximum likelihood to draws of the other.
 
-It learns **codes whose prior nobody can score**: which of eight bars an image shows, from 5 000 images and a sampler of
-codes; 24 more images have labels. On **linear Gaussian** arrows its equilibrium is probabilistic PCA. And its encoder
-and decoder are, nearly, the conditionals of **one joint distribution**: a chain that goes from images to codes and
-back, two hundred times, still shows digits.
+A variational autoencoder needs the density of its prior, and a gradient through every code. Symmetric equilibrium
+learning needs neither. This page shows three applications.
 
-Run it with ``python examples/15_symmetric_equilibrium.py``; ``--smoke`` makes it quick and meaningless.
+It learns **codes whose prior has no density**: which of eight bars an image shows, from 5,000 images, a sampler of
+codes and 24 labelled images. For a **linear Gaussian** encoder and decoder its equilibrium is probabilistic PCA. Its
+encoder and decoder are nearly the conditionals of **one joint distribution**: a chain that alternates between images
+and codes two hundred times still shows digits.
+
+Run it with ``python examples/15_symmetric_equilibrium.py``; ``--smoke`` runs a tiny version to
+check that it works; its results are meaningless.
 
 References: Symmetric Equilibrium Learning of VAEs, Boris Flach, Dmitrij Schlesinger, Alexander Shekhovtsov, 2024.
 Probabilistic Principal Component Analysis, Michael Tipping, Christopher Bishop, 1999.
@@ -30,7 +32,6 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
 from implicitvi import plots
-from implicitvi.datasets import bar_codes, bar_images, or_bars
 from implicitvi.nn import mlp
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
@@ -42,11 +43,11 @@ from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
-parser.add_argument("--seeds", type=int, default=3, help="fits of each method on the bars")
+parser.add_argument("--seeds", type=int, default=3, help="number of fits of each method on the bars")
 options = parser.parse_args()
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 seeds = range(1 if options.smoke else options.seeds)
 bar_epochs, wine_epochs, digit_epochs, chain_steps = (1, 2, 1, 3) if options.smoke else (100, 2000, 200, 200)
 
@@ -54,22 +55,49 @@ bar_epochs, wine_epochs, digit_epochs, chain_steps = (1, 2, 1, 3) if options.smo
 # %%
 # Bars: a prior known by its draws
 # --------------------------------
-# A code switches four rows and four columns on or off; two rows and one column always are on, in 24 combinations. The
-# image is their union, with 15 % of the pixels flipped. `SymmetricVAE` is handed the sampler of codes as its prior.
+# A code switches four rows and four columns on or off. Two rows and one column are always on, in 24 combinations. The
+# image is their union, with 15 % of the pixels flipped. `SymmetricVAE` takes the sampler of codes as its prior.
+# After the bars problem of P. Földiák, Forming sparse representations by local anti-Hebbian learning, 1990.
+
+
+def greatest(scores: Tensor, count: int) -> Tensor:
+    """Return 1 for the ``count`` greatest scores of each row, else 0."""
+    return torch.zeros_like(scores).scatter(1, scores.topk(count, 1).indices, 1.0)
+
+
+def bar_codes(num: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw codes ``[num, 8]``: two of four rows, then one of four columns, uniformly."""
+    rows = torch.rand(num, 4, generator=generator)
+    columns = torch.rand(num, 4, generator=generator)
+    return torch.cat([greatest(rows, 2), greatest(columns, 1)], 1)
+
+
+def bar_images(codes: Tensor) -> Tensor:
+    """Return images ``[N, 1, 8, 8]`` of codes without noise: each row and each column is two pixels wide."""
+    rows, columns = codes.repeat_interleave(2, 1).split([8, 8], 1)
+    return torch.maximum(rows[:, None, :, None], columns[:, None, None, :])
+
+
+def or_bars(num: int, *, flip: float = 0.15, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw images ``[num, 1, 8, 8]``, each pixel flipped with a probability, and their codes ``[num, 8]``."""
+    codes = bar_codes(num, generator=generator)
+    clean = bar_images(codes)
+    flipped = torch.rand(clean.shape, generator=generator) < flip
+    return torch.where(flipped, 1 - clean, clean), codes
 
 
 def networks(straight_through: bool = False) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder of the bars, the same for every method."""
+    """Return encoder and decoder of the bars, the same for every method."""
     network = nn.Sequential(nn.Flatten(), mlp([64, 128, 128, 8], nn.Tanh))
     encoder = BinaryEncoder(network, straight_through=straight_through)
     return encoder, Decoder(mlp([8, 128, 128, 64], nn.Tanh), BernoulliLikelihood([1, 8, 8]))
 
 
 class LabelledVAE(VAE):
-    """The ELBO of images without labels and the log likelihood of both arrows on those with."""
+    """A VAE with the ELBO of unlabelled images and the log likelihood of encoder and decoder on labelled ones."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, pairs: tuple[Tensor, Tensor]):
-        share = torch.tensor([0.5] * 4 + [0.25] * 4)  # right bit by bit, blind to what excludes what
+        share = torch.tensor([0.5] * 4 + [0.25] * 4)  # the right marginals, without their dependence
         super().__init__(encoder, decoder, Independent(Bernoulli(share), 1))
         self.pairs = pairs
 
@@ -85,7 +113,7 @@ class LabelledVAE(VAE):
 
 
 class LabelsOnly(LabelledVAE):
-    """Supervised learning of both arrows, blind to the images without labels."""
+    """A VAE with supervised learning of encoder and decoder, without the unlabelled images."""
 
     def loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         return -self.labelled().mean(), {}
@@ -99,10 +127,10 @@ true_means = 0.15 + 0.7 * bar_images(all_codes)
 
 @torch.no_grad()
 def score(log_q: Tensor, means: Tensor, z: Tensor) -> Tensor:
-    """Whole codes read right, total variation of codes from the prior, and squared error of the decoder's means.
+    """Return the share of correct codes, their total variation from the prior, and the decoder's squared error.
 
     Args:
-        log_q: ``log q(z | x)`` of all codes for images never seen, ``[256, N]``.
+        log_q: ``log q(z | x)`` of all codes for test images, ``[256, N]``.
         means: Mean image of all codes, ``[256, 1, 8, 8]``.
         z: True codes of the images, ``[N, 8]``.
     """
@@ -112,7 +140,7 @@ def score(log_q: Tensor, means: Tensor, z: Tensor) -> Tensor:
 
 
 def fitted(method: str, seed: int) -> tuple[LatentModel, Tensor]:
-    """A model of the bars fitted by a method, and its scores ``[3]``."""
+    """Return a model of the bars fitted by a method, and its scores ``[3]``."""
     torch.manual_seed(seed)
     x, _ = or_bars(5000)
     pairs = or_bars(24)
@@ -132,7 +160,7 @@ def fitted(method: str, seed: int) -> tuple[LatentModel, Tensor]:
 
 
 def bayes(seed: int) -> Tensor:
-    """Scores of the exact posterior, where no method can get beyond."""
+    """Return the scores of the exact posterior, which no method can exceed."""
     torch.manual_seed(seed)
     test, z = or_bars(5000)
     truth = Independent(Bernoulli(true_means[:, None]), 3)
@@ -152,16 +180,16 @@ for method, runs in results.items():
         f"{variation.max():10.3f}{error.mean():12.4f}"
     )
 print(
-    f"\nshare of codes read right, total variation of codes from the prior, squared error of the decoder's means;\n"
+    f"\nshare of correct codes, total variation of codes from the prior, squared error of the decoder's means;\n"
     f"24 labelled images, mean and worst of {len(seeds)} seeds\n"
 )
 
 # %%
 # Linear Gaussians: probabilistic PCA
 # -----------------------------------
-# With linear arrows each player's best response is a regression, and the two in turn are the EM algorithm of
-# probabilistic PCA. Its maximum is known: variances ``λ - σ²`` along the first eigenvectors. The data are the 13
-# measurements of the wines of scikit-learn, not Gaussian at all; only their covariance matters.
+# With a linear encoder and decoder each player's best response is a regression, and alternating them is the EM
+# algorithm of probabilistic PCA. Its maximum is known: variances ``λ - σ²`` along the first eigenvectors. The data are
+# the 13 measurements of scikit-learn's wines. They are not Gaussian, but only their covariance matters.
 
 wine = torch.tensor(load_wine().data)
 wine = (wine - wine.mean(0)) / wine.std(0, correction=0)
@@ -171,7 +199,7 @@ noise = eigenvalues[2:].mean()
 
 
 def best_responses(rounds: int) -> tuple[Tensor, Tensor]:
-    """Variances ``[2]`` and noise after so many exact best responses of either player."""
+    """Return variances ``[2]`` and noise after this number of exact best responses of either player."""
     w, s = torch.eye(13, 2).double(), torch.ones(()).double()
     for _ in range(rounds):
         inner = w.T @ w + s * torch.eye(2).double()
@@ -197,16 +225,16 @@ for name, one, two, three in zip(
     strict=True,
 ):
     print(f"{name:14}{one:10.4f}{two:18.4f}{three:12.4f}")
-print("\nvariances along the first two components beyond the noise, and the noise, of standardised data\n")
+print("\nvariances along the first two components in excess of the noise, and the noise, of standardised data\n")
 
 # %%
 # Digits: one joint distribution
 # ------------------------------
-# Two levels of bits, 8 and 32, and images of 8 x 8 pixels in black and white. Encoder and prior share a network, as on
-# a ladder. The chain draws a code of an image and an image of the code, again and again. Where encoder and decoder are
-# the conditionals of one joint it stays in the distribution of the model's own images. The ELBO, with networks and time
-# the same, leaves the codes of the data away from the prior: what its model draws is further from the digits than what
-# its chain arrives at.
+# The codes have two levels of 8 and 32 bits; the images have 8 x 8 pixels in black and white. Encoder and prior share a
+# network, as in a ladder VAE. The chain repeatedly draws a code of an image and an image of the code. If encoder and
+# decoder are the conditionals of one joint, the chain keeps the distribution of the model's images. With the same
+# networks and training time, the ELBO leaves the codes of the data away from the prior: draws of its model are further
+# from the digits than the end of its chain.
 
 UPPER, LOWER = 8, 32
 digits = torch.tensor(load_digits().data, dtype=torch.float32)
@@ -215,7 +243,7 @@ axes = torch.linalg.svd(digits - digits.mean(0), full_matrices=False).Vh[:20].T
 
 
 def features(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[20]`` and covariance of images ``[N, 64]`` along the first principal components of the digits."""
+    """Return mean ``[20]`` and covariance of images ``[N, 64]`` along the first principal components of the digits."""
     y = (x @ axes).double()
     return y.mean(0), y.T.cov()
 
@@ -227,20 +255,20 @@ def frechet(x: Tensor, y: Tensor) -> float:
     return ((m - n).square().sum() + (a + b).trace() - 2 * cross).item()
 
 
-def ladder(system: Callable[..., LatentModel], straight_through: bool) -> LatentModel:
-    """A model of the digits on two levels of bits, fitted by a system."""
+def ladder(objective: Callable[..., LatentModel], straight_through: bool) -> LatentModel:
+    """Return a model of the digits with two levels of bits, fitted by an objective."""
     torch.manual_seed(0)
     prior = LadderPrior(mlp([UPPER, 128, LOWER], nn.Tanh), UPPER)
     says = mlp([64, 256, 128, UPPER + LOWER], nn.Tanh)
     encoder = LadderEncoder(says, prior, straight_through=straight_through)
     network = nn.Sequential(LowerLevel(UPPER), mlp([LOWER, 128, 256, 64], nn.Tanh))
-    model = system(encoder, Decoder(network, BernoulliLikelihood([64])), prior)
+    model = objective(encoder, Decoder(network, BernoulliLikelihood([64])), prior)
     model.fit(digits, epochs=digit_epochs, lr=(1e-3, 1e-4), seed=0, progress=False)
     return model
 
 
 def chain(model: LatentModel, x: Tensor, num_steps: int) -> list[Tensor]:
-    """Images of all steps: each drawn for a code drawn for the one before."""
+    """Return the images of all steps, each drawn given a code drawn given the image before."""
     visited = [x]
     for _ in range(num_steps):
         with torch.no_grad():
@@ -251,8 +279,8 @@ def chain(model: LatentModel, x: Tensor, num_steps: int) -> list[Tensor]:
 marks = [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200) if n <= chain_steps]
 ends: dict[str, tuple[Tensor, Tensor]] = {}
 curves: dict[str, list[float]] = {}
-for name, system in (("ELBO", VAE), ("SEL", SymmetricVAE)):
-    model = ladder(system, straight_through=system is VAE)
+for name, objective in (("ELBO", VAE), ("SEL", SymmetricVAE)):
+    model = ladder(objective, straight_through=objective is VAE)
     visited = chain(model, model.sample(len(digits)), chain_steps)
     curves[name] = [frechet(visited[n], digits) for n in marks]
     ends[name] = visited[0], visited[-1]
@@ -269,8 +297,8 @@ print(
 # %%
 # The pictures
 # ------------
-# Bars: whole codes read right, a dot for every seed, and what the decoders make of six of the codes. Digits: the
-# distance of the images that the chain visits from the digits, and some images at its end.
+# Bars: the share of correct codes, with a dot for every seed, and six decoded codes. Digits: the distance of the
+# chain's images from the digits, and images at its end.
 
 options.output.mkdir(parents=True, exist_ok=True)
 colours = {"labels only": plots.GREEN, "ELBO": plots.VERMILION, "SEL": plots.BLUE, "Bayes' rule": plots.BLACK}
@@ -280,7 +308,7 @@ for place, (method, runs) in enumerate(results.items()):
     shares = [scores[0].item() for _, scores in runs]
     dots.plot([place] * len(shares), shares, "o", color=colours[method], ms=8, alpha=0.7)
 dots.set_xticks(range(len(results)), list(results))
-dots.set(ylim=(0, 1.03), ylabel="codes read right, images never seen", title="24 labelled images")
+dots.set(ylim=(0, 1.03), ylabel="share of correct codes, test images", title="24 labelled images")
 dots.grid(axis="y", color="0.9")
 dots.margins(x=0.15)
 shown = occurs.nonzero()[[0, 5, 10, 13, 18, 23], 0]
@@ -289,7 +317,7 @@ for method, runs in results.items():
     if runs[0][0] is not None:
         rows[method] = runs[0][0].decode(all_codes[shown])
 plots.images(torch.cat([*rows.values()]), columns=6, rows=list(rows), ax=tiles)
-tiles.set_title("what the decoder makes of six codes")
+tiles.set_title("six decoded codes")
 figure.savefig(options.output / "symmetric_bars.png", dpi=150)
 
 figure, (course, tiles) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1, 1.2])

@@ -2,20 +2,22 @@
 Diagnostics of a bad fit
 ========================
 
-A good fit and two bad ones of the same posterior. One of the bad ones has the best loss of all, the other looks healthy
-wherever it has draws; their reports say what is wrong, and what to do.
+Diagnose one good and two bad fits of the same posterior.
 
-Three stations hear a source and report how far away it is, with errors. They stand on a line, so the source is on
-either side of it with the same probability. Two parameters, so that the truth is a sum over a grid, and the evidence
-too.
+One bad fit has the best loss of all; the other looks healthy wherever it has draws. Their reports name the problem and
+a fix.
+
+Three stations hear a source and report its distance, with errors. They stand on a line, so the source is on either side
+with the same probability. With two parameters, a sum over a grid gives the exact posterior and evidence.
 
 * *good*: the defaults.
-* *collapsed*: an adversary whose rate was set thousands of times too small. It never notices that the draws contract,
-  so nothing holds them apart, and they gather where the joint density is greatest.
-* *one mode*: a search that was told to look for one mode only. No gradient near the draws knows of the other side; its
-  restarts do.
+* *collapsed*: the learning rate of the adversary is thousands of times too small. The adversary does not notice that
+  the draws contract, so they gather at the maximum of the joint density.
+* *one mode*: the search is limited to one mode. Gradients near the draws do not show the other side, but the restarts
+  do.
 
-Run it with ``python examples/20_diagnostics_of_a_bad_fit.py``; ``--smoke`` makes it quick and meaningless.
+Run it with ``python examples/20_diagnostics_of_a_bad_fit.py``; ``--smoke`` runs a tiny version
+to check that it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -35,18 +37,18 @@ from torch import Tensor
 from implicitvi import AVBSVI, ImplicitGuide, plots
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 pyro.set_rng_seed(options.seed)
 steps, warm_start, draws, looked_at = (8, 10, 500, 200) if options.smoke else (400, 600, 4000, 2000)
 
 # %%
 # The model
 # ---------
-# Kilometres. Nothing tells north from south: any fit has to give each side half of its draws.
+# Positions are in kilometres. North and south are symmetric: a good fit gives each side half of its draws.
 
 STATIONS = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.5, 0.0]])
 HEARD = torch.tensor([3.9, 3.3, 3.0])
@@ -62,7 +64,7 @@ def model(heard: Tensor) -> None:
 
 
 def log_joint(z: Tensor) -> Tensor:
-    """Of east and north ``[..., 2]``: ``[...]``, in nats."""
+    """Return the log joint of east and north ``[..., 2]``: ``[...]``, in nats."""
     distance = (z[..., None, :] - STATIONS).square().sum(-1).sqrt()
     prior = dist.Normal(0.0, 3.0).log_prob(z).sum(-1)
     return prior + dist.Normal(distance, ERROR).log_prob(HEARD).sum(-1)
@@ -77,7 +79,7 @@ north_share = heights[side > 0].exp().sum().item() / heights.exp().sum().item()
 # %%
 # The fits
 # --------
-# Restarts that disagree make a warning; it is kept for below.
+# Restarts that disagree cause a warning, which is printed below.
 
 TRIED: dict[str, dict[str, Any]] = {
     "good": {},
@@ -99,7 +101,7 @@ for name, tried in TRIED.items():
 
 
 def row(name: str, loss: float, z: Tensor, failed: int, seconds: float) -> str:
-    """Line of the table; the share of draws ``[S, 2]`` north of the stations is the weight of that mode."""
+    """Return a line of the table; the share of draws ``[S, 2]`` in the north is the weight of that mode."""
     spread, share = z[:, 0].std().item(), (z[:, 1] > 0).float().mean().item()
     return f"{name:14}{loss:10.3f}{spread:12.3f}{share:10.3f}{failed:10}{seconds:10.1f}"
 
@@ -112,8 +114,8 @@ for name, fit in fits.items():
     print(row(name, loss, points[name], len(reports[name].failed), fit.seconds))
 print(row("exact", -evidence, truth, 0, 0.0))
 print(
-    "\nloss in nats, lower looks better; of the truth minus the log evidence, below which no bound can be"
-    "\nsd of east in km; north: share of the draws; failed: checks of the diagnosis; seconds: of the fit"
+    "\nloss in nats, lower looks better; for the truth minus the log evidence, the minimum of any bound"
+    "\nsd of east in km; north: share of the draws; failed: number of failed checks; seconds: of the fit"
 )
 for name, report in reports.items():
     print(f"\n{name}\n{'=' * len(name)}\n{report}")
@@ -122,9 +124,9 @@ print(f"\n{warned}")
 # %%
 # The picture
 # -----------
-# Above, what nobody has who needs a diagnosis: the truth. Then what everybody looks at, the loss: that of half a
-# posterior is ``log 2`` worse than it could be, that of a point far better than it can be. Below, what the checks say
-# without the truth. A check whose figure is above its limit may be ok: where that is no more than noise.
+# Above: the truth, which is unknown in practice. Middle: the loss. Half a posterior is ``log 2`` worse than the
+# optimum; a point is far better than the optimum. Below: the checks, which do not use the truth. A check above its
+# limit may be ok, if the excess is within the noise.
 
 figure = plt.figure(figsize=(18, 13.6), layout="constrained")
 rows = figure.add_gridspec(3, 3, height_ratios=[1.25, 0.75, 1.6])
@@ -157,15 +159,18 @@ figure.savefig(path, dpi=110)
 # %%
 # Restarts
 # --------
-# R-hat knows that they disagree. Which of them found which side is a matter of chance, and so would a single one be.
+# R-hat shows that they disagree. Each restart finds a side by chance, and so would a single fit.
 
-shares = [
-    [north, 1 - north]
-    for one in fits["one mode"].fits
-    for north in [(one.guide.sample(draws)["north"] > 0).float().mean().item()]
-]
+shares = [(one.guide.sample(draws)["north"] > 0).float().mean().item() for one in fits["one mode"].fits]
 figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-plots.mode_weights(shares, truth=[north_share, 1 - north_share], names=["north", "south"], ax=ax)
+labels = [*(f"restart {i}" for i in range(1, len(shares) + 1)), "truth"]
+north = np.array([*shares, north_share])
+ax.barh(labels, north, color=plots.BLUE, label="north")
+ax.barh(labels, 1 - north, left=north, color=plots.VERMILION, label="south")
+ax.axvline(north_share, color="black", lw=1)
+ax.set(xlim=(0, 1), xlabel="share of the draws")
+ax.invert_yaxis()
+ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 restarts = options.output / "diagnostics_restarts.png"
 figure.savefig(restarts, dpi=150)
 print(f"wrote {path} and {restarts}")

@@ -2,24 +2,27 @@
 Simulation-based calibration
 ============================
 
-Is an inference algorithm right, on average over the data that a model can make? Four answers to one model: the exact
-posterior, one that is a quarter too narrow, the prior, and an amortized implicit guide.
+Test whether an inference algorithm is right, on average over data from the model.
 
-Draw parameters from the prior, data from the parameters, and ask for the posterior given the data: the parameters are
-then one more draw of it. So their rank among its draws is uniform if the draws are right. The difference of the ranks'
-ECDF from the uniform one is drawn in a band that holds 95 % of what exact draws would show, from end to end.
+The page tests four posteriors of one model: the exact one, one that is a quarter too narrow, the prior, and an
+amortized implicit guide.
 
-The model is the oldest of all: four observations from a Normal whose mean and scale are both unknown. An amortized
-guide is what calibration was made for: it is trained once, on data that the model made, and draws the posterior of any
-other data at once, so that hundreds of posteriors cost no more than one.
+Draw parameters from the prior and data from the parameters. The parameters are then a draw from the posterior given
+these data, so their rank among correct posterior draws is uniform. The plot shows the difference between the ECDF of
+the ranks and the uniform one, in a band that contains the whole curve for 95 % of exact posteriors.
 
-Run it with ``python examples/21_sbc.py``; ``--smoke`` makes it quick and meaningless.
+The model has four observations from a Normal with unknown mean and scale. An amortized guide suits calibration well: it
+is trained once, on data from the model, and then draws the posterior of any other data immediately, so hundreds of
+posteriors cost no more than one.
+
+Run it with ``python examples/21_sbc.py``; ``--smoke`` runs a tiny version to check that it works; its results are
+meaningless.
 
 References:
     Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Sean Talts and others, 2018.
     Graphical Test for Discrete Uniformity, Teemu Säilynoja, Paul-Christian Bürkner, Aki Vehtari, 2022.
-    Simulation-Based Calibration Checking for Bayesian Computation, Martin Modrák and others, 2023: why the log
-    likelihood has to be ranked too.
+    Simulation-Based Calibration Checking for Bayesian Computation, Martin Modrák and others, 2023, on why
+    to rank the log likelihood too.
 """
 
 from __future__ import annotations
@@ -40,11 +43,11 @@ from implicitvi import AVBSVI, ImplicitGuide, plots
 from implicitvi.diagnostics.sbc import band_share, sbc
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 pyro.set_rng_seed(options.seed)
 steps, warm_start, datasets = (8, 10, 200) if options.smoke else (1500, 1000, 500)
 EACH, DRAWS = 4, 99
@@ -52,8 +55,8 @@ EACH, DRAWS = 4, 99
 # %%
 # The model
 # ---------
-# A row of ``y`` is a dataset with a mean and a scale of its own. Rows know nothing of each other, so the model of one
-# dataset and that of a thousand are the same lines.
+# Each row of ``y`` is a dataset with its own mean and scale. Rows are independent, so the same lines model one dataset
+# or a thousand.
 
 
 def model(y: Tensor, batch: int | None = None) -> None:
@@ -67,8 +70,8 @@ def model(y: Tensor, batch: int | None = None) -> None:
 # %%
 # Four posteriors
 # ---------------
-# Each takes data ``[1, 4]`` and returns 99 draws. The exact one sums over a grid of the log scale, given which the mean
-# is Normal.
+# Each takes data ``[1, 4]`` and returns 99 draws. The exact posterior sums over a grid of the log scale; given the
+# scale, the mean is Normal.
 
 GRID = torch.linspace(-6, 6, 6001).double()
 
@@ -87,7 +90,7 @@ def exact(y: Tensor) -> dict[str, Tensor]:
 
 
 def too_narrow(y: Tensor) -> dict[str, Tensor]:
-    """Every exact draw a quarter of the way to the average draw."""
+    """Move every exact draw a quarter of the way to the average draw."""
     draws = exact(y)
     logs = {"mean": draws["mean"], "scale": draws["scale"].log()}
     narrow = {name: value.mean(0) + 0.75 * (value - value.mean(0)) for name, value in logs.items()}
@@ -99,12 +102,12 @@ def prior(y: Tensor) -> dict[str, Tensor]:
 
 
 # %%
-# The guide is trained on 10,000 datasets from the prior, 100 at a time; a network is shown the average and the log
-# standard deviation of each. Where a sampler ends may depend on what it saw last, so it is tested with other data.
+# The guide is trained on 10,000 datasets from the prior, 100 at a time. Its network takes the average and the log
+# standard deviation of each dataset. The test uses other data, because a fit can depend on its last minibatches.
 
 
 def features(y: Tensor, batch: int | None = None) -> Tensor:
-    """Average and log standard deviation of every dataset: ``[N, 2]``."""
+    """Return average and log standard deviation of every dataset: ``[N, 2]``."""
     return torch.stack([y.mean(-1), y.std(-1).log()], -1)
 
 
@@ -126,8 +129,8 @@ POSTERIORS: dict[str, Callable[[Tensor], Any]] = {
 # %%
 # The test
 # --------
-# `sbc` makes the data, asks, and ranks. A posterior is judged by whether the ECDFs of all three quantities stay within
-# their band: 1 is its edge.
+# `sbc` draws the data, calls the posterior and computes the ranks. A posterior passes if the ECDFs of all three
+# quantities stay within their band, whose edge is 1.
 
 results = {}
 QUANTITIES = {"mean[0]": "mean", "scale[0]": "scale", "log likelihood": "log likelihood"}
@@ -145,18 +148,18 @@ for name, posterior in POSTERIORS.items():
     shares = [band_share(found.ranks[key], DRAWS) for key in QUANTITIES]
     seconds = time.perf_counter() - began
     print(f"{name:24}{shares[0]:10.2f}{shares[1]:10.2f}{shares[2]:18.2f}{seconds:10.1f}", flush=True)
-print(f"\nthe furthest that the ECDF of {datasets} ranks strays, as a share of the 95 % band's half-width")
+print(f"\nlargest deviation of the ECDF of {datasets} ranks, as a share of the 95 % band's half-width")
 for name, found in results.items():
     print(f"\n{name}: {found}")
 
 # %%
 # The picture
 # -----------
-# A column for each posterior. A line that rises first and falls later says that the truth is too often among the
-# extremes: the draws are too narrow. The prior's ranks are as uniform as the exact ones: the parameters *are* draws of
-# it. What gives it away is the log likelihood, as the prior has not seen the data.
+# Each column shows one posterior. A line that first rises and then falls means that the truth is too often among the
+# extremes: the draws are too narrow. The ranks of the prior are uniform, because the parameters *are* draws from it.
+# Only the log likelihood reveals that the prior ignores the data.
 
-REACH = 0.16  # of the axis: a line that leaves it says how far it goes
+REACH = 0.16  # of the axis: the maximum of a line that leaves it is printed
 figure, axes = plt.subplots(3, 4, figsize=(14, 8.6), sharex=True, sharey=True, layout="constrained")
 share = torch.arange(1, DRAWS + 1) / (DRAWS + 1)
 for column, (name, found) in zip(axes.T, results.items(), strict=True):
@@ -174,12 +177,12 @@ for column, (name, found) in zip(axes.T, results.items(), strict=True):
         ax.text(0.98, 0.97, verdict, color=colour, fontsize="small", **style)
         furthest = difference[difference.abs().argmax()].item()
         if abs(furthest) > REACH:
-            ax.text(0.98, 0.89, f"as far as {furthest:.2f}", color=colour, fontsize="small", **style)
+            ax.text(0.98, 0.89, f"up to {furthest:.2f}", color=colour, fontsize="small", **style)
 for row, quantity in zip(axes, QUANTITIES.values(), strict=True):
     row[0].set_ylabel(f"rank of the {quantity}:\nECDF less uniform")
 for ax in axes[-1]:
     ax.set(xlabel="share of the draws below", xlim=(0, 1), ylim=(-REACH, REACH))
-figure.suptitle(f"Where is the truth among {DRAWS} draws, in {datasets} datasets?  Grey: 95 % of exact posteriors")
+figure.suptitle(f"Rank of the truth among {DRAWS} draws, in {datasets} datasets.  Grey: 95 % of exact posteriors")
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "sbc.png"
 figure.savefig(path, dpi=130)

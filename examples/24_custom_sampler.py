@@ -2,19 +2,21 @@
 A sampler of your own
 =====================
 
-A posterior with a known symmetry, and a sampler that has it by construction: two modes, each with half of the draws.
-The defaults have to learn as much.
+Write a sampler that has a known symmetry of the posterior by construction: two modes, each with half of the draws.
 
-Of two factors only the product is observed, ``y ~ Normal(a b, 0.5)``, with normal priors of sd 2: the posterior is the
-same at ``(a, b)`` and ``(-a, -b)``, and lies along the two branches of a hyperbola. Every factor model has an ambiguity
-like this. A smooth network maps one connected cloud of noise to one connected cloud of draws, so by itself it either
-keeps one branch or leaves a bridge between the two. The default looks for far modes first and gives each a network and
-a weight, which is learned; whoever knows the symmetry can build it in. A sampler of your own may do anything at all
-that can be drawn and differentiated; nobody asks for its density. So let it flip a coin.
+The default sampler has to learn this symmetry.
 
-The plane can be summed on a grid: draws and evidence are exact.
+Only the product of two factors is observed, ``y ~ Normal(a b, 0.5)``, with normal priors of sd 2. The posterior is the
+same at ``(a, b)`` and ``(-a, -b)``, and lies along the two branches of a hyperbola. Every factor model has such an
+ambiguity. A smooth network maps one connected cloud of noise to one connected cloud of draws, so by itself it either
+keeps one branch or leaves a bridge between the two. The default first searches for far modes and gives each a network
+and a learned weight. If you know the symmetry, you can build it in: your sampler may use any draws that can be
+differentiated, because it does not need a density. This one flips a coin.
 
-Run it with ``python examples/24_custom_sampler.py``; ``--smoke`` makes it quick and meaningless.
+A sum over a grid of the plane gives exact draws.
+
+Run it with ``python examples/24_custom_sampler.py``; ``--smoke`` runs a tiny version to check
+that it works; its results are meaningless.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -34,11 +37,11 @@ from implicitvi.avb.samplers import GatedSampler
 from implicitvi.metrics import knn_kl
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 steps, warm_start, draws = (8, 10, 500) if options.smoke else (800, 600, 20_000)
 
 # %%
@@ -55,13 +58,13 @@ def model(y: Tensor) -> None:
 
 
 def log_density(z: Tensor) -> Tensor:
-    """Log joint of ``(a, b)``, ``[..., 2]`` to ``[...]``, in nats."""
+    """Return the log joint of ``(a, b)``, ``[..., 2]`` to ``[...]``, in nats."""
     log_prior = dist.Normal(0.0, PRIOR_SD).log_prob(z).sum(-1)
     return log_prior + dist.Normal(z.prod(-1), NOISE).log_prob(torch.tensor(PRODUCT))
 
 
 def exact(num: int) -> Tensor:
-    """Draws ``[num, 2]``: a cell of a fine grid by its mass, and a place in it."""
+    """Draw ``[num, 2]``: a cell of a fine grid by its mass, then a point in the cell."""
     ticks = torch.linspace(-9, 9, 1801)
     grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1).flatten(0, 1)
     mass = log_density(grid).double().softmax(0)
@@ -72,12 +75,12 @@ def exact(num: int) -> Tensor:
 # %%
 # The sampler
 # -----------
-# `GatedSampler` is the default. This one turns each of its draws around with probability one half. The coin has no
-# gradient, and needs none: it is fair whatever the parameters are, and given the coin the draw is differentiable.
+# `GatedSampler` is the default. This sampler mirrors each draw with probability one half. The coin does not need a
+# gradient: it is fair for all parameters, and given the coin the draw is differentiable.
 
 
 class MirroredSampler(GatedSampler):
-    """Draws ``s · f(ε)`` with a fair sign ``s``: symmetric under ``z → -z``."""
+    """A sampler ``s · f(ε)`` with a fair sign ``s``, symmetric under ``z → -z``."""
 
     def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         z = super().forward(num_samples, x)
@@ -88,13 +91,13 @@ class MirroredSampler(GatedSampler):
 # %%
 # The fits
 # --------
-# All else is the same, and what the library does by default.
+# Both fits use the defaults otherwise.
 
 SAMPLERS: dict[str, Any] = {"gated (default)": "gated", "mirrored (ours)": MirroredSampler}
 
 
 def branches(z: Tensor) -> tuple[float, float]:
-    """Share of draws on the positive branch, and of those on neither: where ``a b`` is five sds too small."""
+    """Return the share of draws on the positive branch, and on neither, where ``a b`` is five sds too small."""
     positive = (z.sum(-1) > 0).float().mean().item()
     return positive, (z.prod(-1) < PRODUCT - 5 * NOISE).float().mean().item()
 
@@ -106,7 +109,7 @@ print(f"{'sampler':20}{'a > 0':>10}{'between':>10}{'KL(q||p)':>10}{'KL(p||q)':>1
 
 
 def row(name: str, z: Tensor, seconds: float) -> str:
-    """Line of the table."""
+    """Return a line of the table."""
     positive, between = branches(z)
     divergences = f"{knn_kl(z, truth):10.3f}{knn_kl(truth, z):10.3f}"
     return f"{name:20}{positive:10.3f}{between:10.3f}{divergences}{seconds:10.1f}"
@@ -122,22 +125,26 @@ for name, sampler in SAMPLERS.items():
 print(row("exact draws", other, 0.0))
 print(
     "\nshare of draws on the positive branch (truth 0.5) and between the branches; divergences in nats, from draws;"
-    "\nof exact draws what the estimator makes of its own noise"
+    "\nfor exact draws the estimator's noise"
 )
 
 # %%
 # The picture
 # -----------
-# Draws on the contours of the truth; below, how the branches share them.
+# Draws over contours of the truth; below, the share of each branch.
 
 figure, axes = plt.subplot_mosaic("lr;ww", figsize=(10, 7), layout="constrained", height_ratios=[3.2, 1])
 for place, (name, z) in zip("lr", fitted.items(), strict=True):
     ax = plots.draws_on_density(z, log_density, extent=(-6, 6, -6, 6), grid=500, legend=place == "l", ax=axes[place])
     ax.set(title=name, xlabel="factor $a$", ylabel="factor $b$", aspect="equal")
-shares = [[1 - branches(z)[0], branches(z)[0]] for z in fitted.values()]
-bars = plots.mode_weights(shares, truth=[0.5, 0.5], names=["a < 0", "a > 0"], ax=axes["w"])
-bars.set_yticks(range(3), [*fitted, "truth"])
-bars.legend_.set_title("branch")
+labels, ax = [*fitted, "truth"], axes["w"]
+positive = np.array([*(branches(z)[0] for z in fitted.values()), 0.5])
+ax.barh(labels, 1 - positive, color=plots.BLUE, label="a < 0")
+ax.barh(labels, positive, left=1 - positive, color=plots.VERMILION, label="a > 0")
+ax.axvline(0.5, color="black", lw=1)
+ax.set(xlim=(0, 1), xlabel="share of the draws")
+ax.invert_yaxis()
+ax.legend(title="branch", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 options.output.mkdir(parents=True, exist_ok=True)
 path = options.output / "custom_sampler.png"
 figure.savefig(path, dpi=130)

@@ -2,18 +2,20 @@
 A prior that is a simulator
 ===========================
 
-A prior that can be simulated and not scored: two particles in a double well, seen once through a noisy sum. Plain
-adversarial variational Bayes needs no more of a prior than its draws.
+Fit a model whose prior can be simulated but does not have a density: two particles in a double well.
 
-Each particle is pushed to the bottom of one of two wells, at -1 and 1, the two pull at each other, and noise makes them
-jump. Where they are at the end has a density that nobody can write down. With the prior as contrast, ``r = p(z)``, it
+Their noisy sum is observed once. Plain adversarial variational Bayes needs only draws of the prior.
+
+Each particle is pushed to the bottom of one of two wells, at -1 and 1. The particles attract each other, and noise
+makes them jump. The density of their final positions is intractable. With the prior as contrast, ``r = p(z)``, it
 cancels from the objective:
 
     elbo(z) = log p(x, z) - log p(z) - T(z) = log p(x | z) - T(z),    ``T ≈ log q(z) - log p(z)``.
 
-The truth is had by brute force: of many simulations those are kept that agree with what was seen.
+Brute force gives the exact posterior: keep those of many simulations that agree with the observation.
 
-Run it with ``python examples/25_implicit_prior.py``; ``--smoke`` makes it quick and meaningless.
+Run it with ``python examples/25_implicit_prior.py``; ``--smoke`` runs a tiny version to check that
+it works; its results are meaningless.
 
 References:
     Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 3.
@@ -37,17 +39,18 @@ from implicitvi.errors import ModelError
 from implicitvi.metrics import knn_kl
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
+parser.add_argument("--smoke", action="store_true", help="a tiny run, to check that it works")
 parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
-torch.set_num_threads(1)  # the networks are small: a second thread costs more than it brings
+torch.set_num_threads(1)  # the networks are small: a second thread would slow them down
 steps, draws, simulations = (8, 500, 20_000) if options.smoke else (1000, 10_000, 200_000)
 
 # %%
 # The simulator
 # -------------
-# Pyro needs a distribution with a support and a way to draw; it has no ``log_prob``. Seconds and metres are arbitrary.
+# Pyro needs a distribution with a support and ``sample``; ``log_prob`` is not defined. Seconds and metres are
+# arbitrary.
 
 TIME, STEPS, TEMPERATURE, PULL = 2.0, 20, 0.5, 0.3
 START = torch.tensor([0.3, -0.1])
@@ -55,7 +58,7 @@ SEEN, NOISE = torch.tensor(0.0), 0.4
 
 
 class TwoParticles(dist.TorchDistribution):
-    """Places ``[2]`` after ``TIME`` seconds, by the scheme of Euler and Maruyama."""
+    """The positions ``[2]`` after ``TIME`` seconds, by the Euler-Maruyama scheme."""
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
@@ -77,8 +80,8 @@ def model(seen: Tensor) -> None:
 
 
 # %%
-# What needs a density says so
-# ----------------------------
+# Options that need a density raise an error
+# ------------------------------------------
 
 try:
     AVBSVI(model, ImplicitGuide(model), progress=False).run(SEEN)
@@ -98,7 +101,7 @@ fitted = guide.sample(draws)["z"]
 # %%
 # Brute force
 # -----------
-# A simulation is kept with the probability of what was seen, over the greatest: those kept are draws of the posterior.
+# Each simulation is kept with a probability proportional to its likelihood: the kept ones are draws of the posterior.
 
 prior = TwoParticles().sample((simulations,))
 kept = prior[torch.rand(simulations) < (-0.5 * ((prior.sum(-1) - SEEN) / NOISE) ** 2).exp()]
@@ -107,7 +110,7 @@ start = TwoParticles().sample((draws,))
 
 
 def row(name: str, z: Tensor) -> str:
-    """Line of the table."""
+    """Return a line of the table."""
     right = (z[:, 0] > z[:, 1]).float().mean()
     distance = (z[:, 0] - z[:, 1]).abs().mean()
     divergences = f"{knn_kl(z, one):10.3f}{knn_kl(one, z):10.3f}"
@@ -127,8 +130,8 @@ print(
 # %%
 # The picture
 # -----------
-# The prior has a mode for each way to share two wells. What was seen, a sum near 0, leaves the two that have a particle
-# in each.
+# The prior has a mode for each way to place two particles in two wells. The observation, a sum near 0, leaves the two
+# modes with one particle in each well.
 
 figure, axes = plt.subplots(1, 3, figsize=(13, 5.0), layout="constrained", sharex=True, sharey=True)
 panels = {
@@ -138,7 +141,7 @@ panels = {
 }
 for ax, (title, (z, colour)) in zip(axes, panels.items(), strict=True):
     ax.scatter(z[:3000, 0], z[:3000, 1], s=4, color=colour, alpha=0.4, linewidths=0)
-    ax.axline((0, SEEN.item()), slope=-1, color=plots.VERMILION, lw=1.2, label="the sum seen")
+    ax.axline((0, SEEN.item()), slope=-1, color=plots.VERMILION, lw=1.2, label="observed sum")
     ax.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), title=title, xlabel="first particle (m)")
     ax.set_box_aspect(1)
 axes[0].set_ylabel("second particle (m)")

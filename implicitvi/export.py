@@ -1,4 +1,4 @@
-"""From guides to ArviZ."""
+"""Export fits to ArviZ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from pyro.distributions import Unit
 from pyro.infer import Predictive
 from torch import Tensor, nn
 
+from implicitvi.diagnostics.posterior import TrainedGuide, is_guide
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
-from implicitvi.inference.fit import Fit
-from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.pyro_model.enumeration import (
     Enumerate,
     SharedSiteError,
@@ -43,8 +42,16 @@ from implicitvi.pyro_model.tracing import (
 Groups = dict[str, dict[str, NDArray[Any]]]
 
 
+class HasGuide(Protocol):
+    """A fit: it has a trained guide."""
+
+    @property
+    def guide(self) -> Any:
+        """The guide."""
+
+
 def to_arviz(
-    source: ImplicitGuide | Fit | Sequence[ImplicitGuide | Fit],
+    source: TrainedGuide | HasGuide | Sequence[TrainedGuide | HasGuide],
     model: Callable[..., Any],
     *args: Any,
     num_samples: int = 1000,
@@ -54,34 +61,33 @@ def to_arviz(
     attrs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Draws of a fitted guide, and what the model makes of them, as ArviZ's container.
+    """Convert posterior draws, predictive draws and log likelihoods to ArviZ's container.
 
     Groups:
 
-    - ``posterior``, with the deterministic sites, and with discrete sites that the model sums out drawn from their
-      exact conditional given each draw;
-    - ``posterior_predictive``: the observed sites drawn anew;
+    - ``posterior``: with the deterministic sites, and with enumerated discrete sites drawn from their exact conditional
+      given each draw;
+    - ``posterior_predictive``: the observed sites drawn from the model;
     - ``log_likelihood`` of every observation in nats, unscaled, discrete sites summed out; left out with a warning
       where several observations share a discrete site;
-    - ``prior`` and ``prior_predictive``; left out with a warning where the prior cannot be drawn from;
+    - ``prior`` and ``prior_predictive``; left out with a warning where the prior cannot be sampled;
     - ``observed_data``, and ``constant_data``: the tensors among the model's arguments that it does not observe;
-    - ``sample_stats``: ``lp`` (log joint of the constrained values, nats) and, where an adversary was trained, on the
+    - ``sample_stats``: ``lp`` (log joint of the constrained values, nats) and, if an adversary was trained, on the
       unconstrained space ``log_ratio`` (learned ``log q - log r`` to the contrast), ``log_q_learned`` and
       ``log_weight`` (``log p - log q``).
 
-    Draws are independent: pass ``reff=1.0`` to ``az.loo``. One guide is one chain, of which R-hat says nothing.
-    Several, restarts of one fit, stand as one chain each, and R-hat says whether they agree.
+    Draws are independent: pass ``reff=1.0`` to ``az.loo``. One guide is one chain, for which R-hat is meaningless.
+    Several guides, restarts of one fit, become one chain each, and R-hat measures their agreement.
 
     Args:
-        source: A fitted guide, the `Fit` of one, or several of either.
-        model: Its model.
+        source: A trained `ImplicitGuide`, its `Fit`, or several of either.
+        model: The Pyro model.
         *args: The model's arguments, as in training.
         num_samples: Number of draws of each guide.
-        prior: Whether to draw from the prior too.
-        coords: Coordinates of the dimensions, as ArviZ takes them.
-        dims: Names of the dimensions of each site; the default is the names of its plates, where every dimension has
-            one.
-        attrs: Attributes beside the versions and, of a `Fit`, its seed, steps, seconds and stop reason, such as
+        prior: Whether to sample the prior too.
+        coords: Coordinates of the dimensions, as in ArviZ.
+        dims: Names of the dimensions of each site; by default the names of its plates, if every dimension has one.
+        attrs: Attributes in addition to the versions and, of a `Fit`, its seed, steps, seconds and stop reason, such as
             ``{"report": str(report)}``.
         **kwargs: The model's keyword arguments.
 
@@ -89,13 +95,13 @@ def to_arviz(
         An ``InferenceData`` (ArviZ before 1.0) or a ``DataTree``.
 
     Raises:
-        ModelError: The model looks at a minibatch of its data.
-        OptionError: ``source`` is no guide and no fit, or there is none.
+        ModelError: The model uses a minibatch of its data.
+        OptionError: ``source`` is empty or holds anything other than guides and fits.
     """
     check_whole("num_samples", num_samples)
-    sources = _sources(source)
+    sources = list(source) if isinstance(source, Sequence) else [source]
     chains, named, run = [], {}, None
-    for guide in (s.guide if isinstance(s, Fit) else s for s in sources):
+    for guide in _guides(sources):
         u, layout = guide.draw(num_samples, *args, **kwargs)
         draws, log_det = layout.unpack(u)
         run = _Run(model, draws, args, kwargs)
@@ -115,40 +121,32 @@ def to_arviz(
         named = {site.name: site.dims for site in layout.sites}
     assert run is not None
     if run.implicit:
-        warnings.warn(
-            f"the prior of {', '.join(map(repr, run.implicit))} has no density, so there is no log joint: "
-            "the group sample_stats is left out",
-            stacklevel=2,
-        )
+        without = f"The prior of {', '.join(map(repr, run.implicit))} does not have a density"
+        warnings.warn(f"{without}, so sample_stats, which needs the log joint, is left out.", stacklevel=2)
     groups: Groups = {name: _chains([chain[name] for chain in chains]) for name in chains[0]}
     if prior:
         groups |= {name: _chains([drawn]) for name, drawn in run.prior(num_samples).items()}
     groups["observed_data"] = {k: n["value"].numpy(force=True) for k, n in run.observed.items()}
     groups["constant_data"] = {k: v.numpy(force=True) for k, v in run.constant().items()}
-    named |= {name: plate_names(node) for name, node in (run.summed_out | run.observed).items()} | {
-        name: _computed_dims(node) for name, node in run.computed.items()
-    }
+    named |= {name: plate_names(node) for name, node in (run.summed_out | run.observed).items()}
+    named |= {name: _computed_dims(node) for name, node in run.computed.items()}
     given = {} if dims is None else {name: list(value) for name, value in dims.items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
     about = _about(sources) | dict(attrs or {})
     return _container({k: v for k, v in groups.items() if v}, coords, all_dims, about)
 
 
-def _sources(source: Any) -> list[ImplicitGuide | Fit]:
-    """The guides and fits of the option ``source``."""
-    found = list(source) if isinstance(source, Sequence) else [source]
-    if not found or not all(isinstance(each, ImplicitGuide | Fit) for each in found):
-        raise OptionError(
-            "there is no fitted guide to export",
-            got=", ".join(type(each).__name__ for each in found) or "none",
-            expected="an ImplicitGuide, a Fit, or several of them",
-            do="Write to_arviz(fit, model, *args); for MCMC there is az.from_pyro.",
-        )
-    return found
+def _guides(sources: Sequence[Any]) -> list[Any]:
+    """Return the guides among guides and fits; raise `OptionError` for anything else."""
+    guides = [getattr(source, "guide", source) for source in sources]
+    if not guides or not all(map(is_guide, guides)):
+        got, do = ", ".join(type(each).__name__ for each in sources) or "none", "For MCMC, use az.from_pyro."
+        raise OptionError.must_be("source", "an ImplicitGuide, a Fit, or several of them", got, do)
+    return guides
 
 
 def _computed_dims(node: dict[str, Any]) -> tuple[str | None, ...]:
-    """As `plate_names`, of a deterministic site; Pyro takes its value for one event where nobody says otherwise."""
+    """Return the `plate_names` of a deterministic site, whose whole value is one event to Pyro by default."""
     value, frames = node["value"], node["cond_indep_stack"]
     if node["fn"].event_dim < value.dim():
         return plate_names(node)
@@ -160,8 +158,8 @@ def _computed_dims(node: dict[str, Any]) -> tuple[str | None, ...]:
     return tuple(names.get(dim) for dim in range(-value.dim(), 0))
 
 
-def _stats(guide: ImplicitGuide, log_p: Tensor, u: Tensor, log_det: Tensor) -> dict[str, Tensor]:
-    """The group ``sample_stats``, from the log joint ``log_p [S]`` of unconstrained draws ``u [S, D]``."""
+def _stats(guide: Any, log_p: Tensor, u: Tensor, log_det: Tensor) -> dict[str, Tensor]:
+    """Return the group ``sample_stats`` from the log joint ``log_p [S]`` of unconstrained draws ``u [S, D]``."""
     stats = {"lp": log_p - log_det}
     if guide.has_log_density:
         log_q = guide.get_posterior().log_prob(u)
@@ -171,15 +169,15 @@ def _stats(guide: ImplicitGuide, log_p: Tensor, u: Tensor, log_det: Tensor) -> d
     return stats
 
 
-def _about(sources: Sequence[ImplicitGuide | Fit]) -> dict[str, Any]:
-    """Attributes: which versions made the draws and, fit by fit, how they were trained."""
+def _about(sources: Sequence[Any]) -> dict[str, Any]:
+    """Return the attributes: versions and, for each fit, how it was trained."""
     about: dict[str, Any] = {
         "inference_library": "implicitvi",
         "inference_library_version": version("implicitvi"),
         "pyro_version": version("pyro-ppl"),
         "torch_version": version("torch"),
     }
-    fits = [source for source in sources if isinstance(source, Fit)]
+    fits = [source for source in sources if not is_guide(source)]
     for name in ("seed", "num_steps", "seconds", "stop_reason"):
         values = [str(getattr(fit, name)) for fit in fits]
         about |= {name: "; ".join(values)} if values else {}
@@ -187,13 +185,13 @@ def _about(sources: Sequence[ImplicitGuide | Fit]) -> dict[str, Any]:
 
 
 class _Run:
-    """A model at draws ``{site: [S, *site shape]}`` of its continuous latents, and what its other sites are there.
+    """A model run at draws ``{site: [S, *site shape]}`` of its continuous latents, with its other sites.
 
     Attributes:
         observed: Nodes of the observed sites, by name.
         summed_out: Nodes of the enumerated sites.
         computed: Nodes of the deterministic sites.
-        implicit: Names of the latent sites whose prior has no density.
+        implicit: Names of the latent sites whose prior does not have a density.
     """
 
     def __init__(
@@ -218,10 +216,10 @@ class _Run:
         self._nesting = plate_nesting(nodes.values())
 
     def discrete(self) -> dict[str, Tensor]:
-        """The enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
+        """Draw the enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
         if not self.summed_out:
             return {}
-        # one by one: what Pyro samples through its contractions cannot run under vmap
+        # one by one: Pyro's sampling through contractions cannot run under vmap
         with torch.no_grad(), unvalidated():
             each = [
                 discrete_draw(self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs)
@@ -233,7 +231,7 @@ class _Run:
         }
 
     def deterministic(self, posterior: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The deterministic sites at each draw: ``{site: [S, *site shape]}``."""
+        """Return the deterministic sites at each draw: ``{site: [S, *site shape]}``."""
 
         def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
             nodes = run_at(self.model, values, *self.args, **self.kwargs).nodes
@@ -242,10 +240,10 @@ class _Run:
         return _each(one, posterior) if self.computed else {}
 
     def predictive(self, posterior: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The observed sites drawn from the model at each draw of its latents: ``{site: [S, *site shape]}``."""
+        """Draw the observed sites from the model at each draw of its latents: ``{site: [S, *site shape]}``."""
         if not self.observed:
             return {}
-        # Predictive first runs the model by itself, which not every prior allows: hence the first draw.
+        # Predictive first runs the model unconditioned, which some priors forbid: hence the first draw
         free = poutine.condition(poutine.uncondition(self.model), data=_at(posterior, 0))
         predictive = Predictive(free, posterior_samples=posterior, return_sites=list(self.observed))
         with torch.no_grad():
@@ -253,7 +251,7 @@ class _Run:
         return {name: drawn[name].reshape(-1, *node["value"].shape) for name, node in self.observed.items()}
 
     def prior(self, num_samples: int) -> dict[str, dict[str, Tensor]]:
-        """The groups of the prior: latent and deterministic sites, and the observed ones drawn from the model."""
+        """Draw the groups of the prior: latent and deterministic sites, and the observed sites."""
         groups = {
             "prior": {
                 **{name: value.shape[1:] for name, value in self.draws.items()},
@@ -267,9 +265,8 @@ class _Run:
             with torch.no_grad():
                 drawn = predictive(*self.args, **self.kwargs)
         except (NotImplementedError, ValueError, RuntimeError) as error:
-            warnings.warn(
-                f"the prior cannot be drawn from ({first_line(error)}), so its groups are left out", stacklevel=3
-            )
+            why = f"The prior cannot be sampled ({first_line(error)})"
+            warnings.warn(f"{why}, so prior and prior_predictive are left out.", stacklevel=3)
             return {}
         return {
             group: {name: drawn[name].reshape(-1, *shape) for name, shape in shapes.items()}
@@ -277,11 +274,11 @@ class _Run:
         }
 
     def constant(self) -> dict[str, Tensor]:
-        """The tensors among the model's named arguments that no site observes."""
+        """Return the tensors among the model's named arguments that no site observes."""
         run = self.model.forward if isinstance(self.model, nn.Module) else self.model
         try:
             bound = signature(run).bind(*self.args, **self.kwargs).arguments
-        except (TypeError, ValueError):  # it does not say what its arguments are
+        except (TypeError, ValueError):  # the callable does not have a signature
             return {}
         seen = [node["value"] for node in self.observed.values()]
         return {
@@ -291,9 +288,9 @@ class _Run:
         }
 
     def log_likelihood(self) -> dict[str, Tensor]:
-        """Log density of every observation, unscaled, discrete sites summed out: ``{site: [S, *batch shape]}``, nats.
+        """Score every observation in nats, unscaled, discrete sites summed out: ``{site: [S, *batch shape]}``.
 
-        Where discrete sites are shared by several observations there is a warning and nothing.
+        Warn and return nothing where observations share a discrete site.
         """
         enumerated = Enumerate(-1 - self._nesting)(self.model) if self.summed_out else self.model
 
@@ -305,13 +302,13 @@ class _Run:
         try:
             scores = _each(one, self.draws)
         except SharedSiteError as error:
-            warnings.warn(f"no log_likelihood in the export: {error}", stacklevel=3)
+            warnings.warn(f"log_likelihood is left out: {error}", stacklevel=3)
             return {}
         return {name: scores[name].reshape(-1, *node["fn"].batch_shape) for name, node in self.observed.items()}
 
 
 def _each(one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Apply a function to each draw: under vmap, or draw by draw where the model cannot be batched."""
+    """Apply a function to each draw: under vmap, or in a loop if the model cannot be batched."""
     with torch.no_grad(), unvalidated():
         try:
             with batchable(quiet=True):
@@ -333,22 +330,19 @@ def _size(draws: dict[str, Tensor]) -> int:
 
 
 def _refuse_minibatches(minibatch: PinnedSubsample) -> None:
-    """Raise `ModelError` where the model looked at a part of its data: every group would be of another part."""
+    """Raise `ModelError` if the model used part of its data: each group would be of another part."""
     for name, (size, subsample_size, _) in minibatch.plates.items():
-        raise ModelError(
-            f"the model looks at a minibatch of plate {name!r}",
-            got=f"{subsample_size} of {size}",
-            do="Call to_arviz with arguments under which it looks at all of its data.",
-        )
+        seen = f"got {subsample_size} of {size} in plate {name!r}"
+        raise ModelError(f"The model must use all of its data, {seen}. Pass arguments with which it does.")
 
 
 def _chains(chains: Sequence[dict[str, Tensor]]) -> dict[str, NDArray[Any]]:
-    """Draws ``[S, …]`` of each chain as ``[chains, S, …]``."""
+    """Stack draws ``[S, …]`` of each chain as ``[chains, S, …]``."""
     return {name: np.stack([chain[name].numpy(force=True) for chain in chains]) for name in chains[0]}
 
 
 def _container(groups: Groups, coords: Any, dims: Any, attrs: dict[str, Any]) -> Any:
-    """The groups in the container of the installed ArviZ: one call shape before 1.0, another since."""
+    """Build the container of the installed ArviZ, whose call changed in 1.0."""
     import arviz
 
     if int(arviz.__version__.split(".")[0]) >= 1:

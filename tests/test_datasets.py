@@ -32,7 +32,7 @@ def log_joint(model: Callable[..., object], values: dict[str, Tensor], *args: Te
 
 
 def standard_errors(values: Tensor, truth: Tensor | float) -> Tensor:
-    """How many standard errors the mean over the first axis is from the truth."""
+    """Return the distance of the mean over the first axis from the truth, in standard errors."""
     values = values.double()
     return ((values.mean(0) - truth) / (values.std(0) / len(values) ** 0.5)).abs()
 
@@ -41,7 +41,7 @@ def standard_errors(values: Tensor, truth: Tensor | float) -> Tensor:
 
 
 def grid_posterior(data: EightSchools) -> tuple[Tensor, Tensor, Tensor]:
-    """``mu``, ``tau`` and the log mass of ``p(mu, tau, y)`` on a plain grid, eta integrated out."""
+    """Return ``mu``, ``tau`` and the log mass of ``p(mu, tau, y)`` on a plain grid, eta integrated out."""
     mu, tau = torch.meshgrid(
         torch.linspace(-4, 5, 901, dtype=torch.float64),
         torch.linspace(-8, 8, 1_601, dtype=torch.float64),
@@ -75,7 +75,7 @@ def test_grid_moments_are_the_known_ones() -> None:
 
 
 def eight_schools_errors(draws: dict[str, Tensor]) -> Tensor:
-    """Standard errors between the draws' means of test functions and those of the grid."""
+    """Return the standard errors between the draws' means of test functions and those of the grid."""
     mu, tau, log_mass = grid_posterior(eight_schools())
     mass = log_mass.flatten().softmax(0).reshape(log_mass.shape)
     tests: list[Callable[[Tensor, Tensor], Tensor]] = [
@@ -101,7 +101,7 @@ def test_exact_draws_have_the_moments_of_the_grid(seed: int) -> None:
 
 
 def stein_errors(draws: dict[str, Tensor]) -> Tensor:
-    """Standard errors ``[11, 10]`` of ``E ∇log p = 0`` and ``E z ∇log p = -I`` (by parts)."""
+    """Return the standard errors ``[11, 10]`` of ``E ∇log p = 0`` and ``E z ∇log p = -I`` (by parts)."""
     data = eight_schools()
     values = {name: draw.clone().requires_grad_() for name, draw in draws.items()}
     batch = {"mu": values["mu"][:, None], "tau": values["tau"][:, None], "eta": values["eta"]}
@@ -128,7 +128,7 @@ SE_KNN = 0.0222  # standard deviation over 200 seeds
 
 
 def test_exact_draws_differ_by_no_more_than_the_estimator_does(seed: int) -> None:
-    """Neither cells nor rounding show. Failure rate (5 standard errors): 0 of 200 seeds."""
+    """Cells and rounding are not visible. Failure rate (5 standard errors): 0 of 200 seeds."""
     generator = torch.Generator().manual_seed(seed)
     one, two = (stacked(eight_schools().exact_draws(3_000, generator=generator)) for _ in "ab")
     assert abs(knn_kl(one, two)) < 5 * SE_KNN
@@ -150,7 +150,7 @@ def test_the_posterior_is_symmetric() -> None:
 
 
 def grid_of(density: ToyDensity) -> tuple[Tensor, float]:
-    """Points ``[G, 2]`` of a grid on three times the density's window, and the area of a cell."""
+    """Return points ``[G, 2]`` of a grid on three times the density's window, and the area of a cell."""
     left, right, bottom, top = density.extent
     points = [
         torch.linspace(2 * low - high, 2 * high - low, 1_501, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_log_normaliser_agrees_with_a_grid_and_the_window_holds_the_mass(density
 
 
 def toy_errors(density: ToyDensity, draws: Tensor) -> Tensor:
-    """Standard errors between the draws' means of test functions and those of the grid."""
+    """Return the standard errors between the draws' means of test functions and those of the grid."""
     points, area = grid_of(density)
     mass = density.log_prob(points).softmax(0)
     tests: list[Callable[[Tensor], Tensor]] = [
@@ -219,7 +219,7 @@ def test_scores_are_finite_far_out_and_at_the_origin(density: ToyDensity) -> Non
     assert score.isfinite().all()
 
 
-# what every dataset promises
+# all datasets
 
 
 @pytest.mark.uses_param_store

@@ -191,7 +191,7 @@ def test_the_export_has_the_discrete_sites_and_sums_them_out_of_the_likelihood()
 
 def test_an_export_without_a_likelihood_for_each_observation_warns() -> None:
     guide = ImplicitGuide(models.hidden_markov).setup(Y)
-    with pytest.warns(UserWarning, match="no log_likelihood in the export: 'y_0' and 'y_1' depend"):
+    with pytest.warns(UserWarning, match="log_likelihood is left out: 'y_0' and 'y_1' depend"):
         data = to_arviz(guide, models.hidden_markov, Y, num_samples=5)
     assert data["posterior"]["x_4"].shape == (1, 5)
     assert "log_likelihood" not in data

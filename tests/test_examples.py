@@ -1,4 +1,4 @@
-"""Every example runs from start to end at a tiny size, prints its whole table and draws its pictures."""
+"""Every example runs at a tiny size, prints its whole table and saves its pictures."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ PICTURES = {
     "13_asvae_mixture.py": {"asvae_mixture.png"},
     "14_biadversarial_bimodal.py": {"biadversarial_bimodal.png"},
 }
-# A number that even a tiny run gets right: row, column, least and greatest value.
+# A number that even a tiny run gets right: row, column, lower and upper bound.
 BOUNDS = {
     "02_bayesian_regression.py": ("Gibbs again", 1, 0.0, 1.0),  # mean error between two chains, sd
     "03_logistic_minibatch.py": ("control variate", 1, 1.0, 1000.0),  # ms a step
@@ -104,7 +104,7 @@ BOUNDS = {
     "08_item_response.py": ("exact", 3, 0.95, 1.0),  # correlation of the loadings with the truth
     "09_vae_in_pyro.py": ("posterior sd ratio", 0, 0.5, 2.0),  # the Gaussian start is that near
     "12_faces.py": ("VAE", 0, 0.005, 0.12),  # a grey picture is not far off
-    "15_symmetric_equilibrium.py": ("Bayes' rule", 0, 0.98, 1.0),  # 64 pixels tell the code
+    "15_symmetric_equilibrium.py": ("Bayes' rule", 0, 0.98, 1.0),  # 64 pixels determine the code
     "13_asvae_mixture.py": ("VAE", 3, 0.5, 20.0),  # squared error, of data whose variance is 6.5
     "14_biadversarial_bimodal.py": ("Gaussian decoder", 0, 0.3, 0.45),  # it blurs from the start
     "23_custom_contrast.py": ("exact draws", 2, 1.8, 2.2),  # sd of v, 2
@@ -112,7 +112,7 @@ BOUNDS = {
     "25_implicit_prior.py": ("brute force", 0, 0.7, 0.9),  # share on the right, 0.79
     "20_diagnostics_of_a_bad_fit.py": ("exact", 0, 4.1, 4.2),  # minus the log evidence, nats
     "21_sbc.py": ("exact", 2, 0.1, 1.0),  # the log likelihood stays within the band
-    "22_resume_and_checkpoint.py": ("killed and resumed", -1, 0.0, 0.0),  # nats: to the bit
+    "22_resume_and_checkpoint.py": ("killed and resumed", -1, 0.0, 0.0),  # nats, bit for bit
 }
 
 
@@ -140,9 +140,9 @@ def test_example_prints_its_table_and_draws_its_pictures(name: str, tmp_path: Pa
 
 
 def run(name: str, *options: str, cwd: Path) -> str:
-    """What an example prints; its warnings are errors."""
+    """Run an example with warnings as errors and return its output."""
     environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    # ArviZ before 1.0 announces its successor once a day.
+    # ArviZ before 1.0 announces version 1.0 once a day.
     warnings = ["-W", "error", "-W", "ignore::FutureWarning:arviz"]
     command = [sys.executable, *warnings, str(EXAMPLES / name), *options]
     done = subprocess.run(command, cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -150,7 +150,7 @@ def run(name: str, *options: str, cwd: Path) -> str:
 
 
 def table(printed: str) -> dict[str, list[float]]:
-    """Rows of the first table printed: what stands left of the numbers, and the numbers.
+    """Return the rows of the first table printed: the label and the numbers of each.
 
     Its header is the first line with columns two spaces or more apart.
     """

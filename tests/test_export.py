@@ -1,4 +1,4 @@
-"""`to_arviz`: groups, shapes, numbers, and the call shapes of both ArviZ generations."""
+"""`to_arviz` returns the right groups, shapes and numbers, and calls both generations of ArviZ correctly."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_groups_shapes_and_dims(guide: ImplicitGuide) -> None:
 
 
 def test_deterministic_sites_have_the_dimensions_of_their_plates() -> None:
-    """Whether or not the model says what of them is an event; what is no plate's size gets no plate's name."""
+    """With or without a declared event; a dimension of another size does not get a plate's name."""
 
     def model(x: torch.Tensor) -> None:
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
@@ -91,7 +91,7 @@ def test_deterministic_sites_have_the_dimensions_of_their_plates() -> None:
 
 
 def test_numbers_are_those_of_the_model(guide: ImplicitGuide) -> None:
-    """Log likelihood and log joint by hand at the exported draws; the learned density and weight add up."""
+    """Log likelihood and log joint by hand at the exported draws; learned density and weight are consistent."""
     idata = to_arviz(guide, models.eight_schools, *ARGS, num_samples=40)
     mu, tau, eta = (torch.tensor(idata.posterior[name].values[0]) for name in ("mu", "tau", "eta"))
     mean = mu[:, None] + tau[:, None] * eta
@@ -123,7 +123,7 @@ def test_the_log_ratio_is_that_of_the_adversary() -> None:
 
 
 def test_several_fits_are_chains_and_their_record_is_kept(tmp_path: Path) -> None:
-    """Restarts stand on the chain axis, with R-hat saying that these two, moved apart, disagree."""
+    """Each restart is one chain; R-hat shows that two fits, moved apart, disagree."""
     fits = [
         AVBSVI(
             models.normal_normal,
@@ -166,13 +166,13 @@ def test_the_prior_groups_are_the_model_without_its_data() -> None:
     assert not {"prior", "prior_predictive"} & groups_of(without)
 
 
-def test_a_prior_that_cannot_be_drawn_from_is_left_out_with_a_warning() -> None:
+def test_a_prior_that_cannot_be_sampled_is_left_out_with_a_warning() -> None:
     def flat(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
         pyro.sample("obs", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)
 
     guide = ImplicitGuide(flat, init_loc_fn=lambda site: torch.tensor(0.0)).setup(models.Y)
-    with pytest.warns(UserWarning, match="the prior cannot be drawn from"):
+    with pytest.warns(UserWarning, match="prior cannot be sampled"):
         idata = to_arviz(guide, flat, models.Y, num_samples=4)
     assert not {"prior", "prior_predictive"} & groups_of(idata)
     assert "posterior" in groups_of(idata)
@@ -205,7 +205,7 @@ def numpys_generator() -> Iterator[None]:
 @pytest.mark.usefixtures("numpys_generator")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_workflow_of_arviz_runs(guide: ImplicitGuide, tmp_path: Path) -> None:
-    """Tables, comparison, pictures, and a file that gives everything back."""
+    """Tables, comparison and plots work, and a file restores everything."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -246,8 +246,10 @@ def test_the_workflow_of_arviz_runs(guide: ImplicitGuide, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("source", [3, [], ["guide"], None])
-def test_what_is_no_fit_is_refused(source: Any) -> None:
-    with pytest.raises(OptionError, match="no fitted guide to export.*expected an ImplicitGuide"):
+def test_anything_but_a_fit_is_refused(source: Any) -> None:
+    with pytest.raises(
+        OptionError, match="source must be an ImplicitGuide, a Fit, or several of them, got .*az.from_pyro"
+    ):
         to_arviz(source, models.normal_normal, models.Y)
 
 
@@ -266,10 +268,10 @@ def test_the_log_likelihood_is_not_scaled() -> None:
 
 
 def test_a_minibatch_is_refused() -> None:
-    """Each group would look at other rows."""
+    """Each group would use other rows."""
     y = torch.randn(50)
     guide = ImplicitGuide(models.global_latents_in_minibatches).setup(y)
-    with pytest.raises(ModelError, match="minibatch of plate 'data'; got 2 of 50"):
+    with pytest.raises(ModelError, match="all of its data, got 2 of 50 in plate 'data'"):
         to_arviz(guide, models.global_latents_in_minibatches, y, num_samples=6)
 
 
@@ -284,7 +286,7 @@ def test_without_observations_or_adversary_there_are_fewer_groups() -> None:
 
 @pytest.mark.parametrize("release", ["0.23.4", "1.0.0", "1.3.0"])
 def test_each_generation_of_arviz_gets_its_call(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nested groups since 1.0, one keyword a group before; the other shape raises nothing there and is wrong."""
+    """Nested groups since 1.0, one keyword for each group before; the wrong form does not raise an error."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def from_dict(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Images come as they were written, and what cannot be read is named."""
+"""Images are read as they were written, and errors name the file that cannot be read."""
 
 from __future__ import annotations
 
@@ -16,24 +16,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from implicitvi.datasets import (
-    Labelled,
-    binarise,
-    digits,
-    five_gaussians,
-    four_points,
-    image_folder,
-    images,
-    mnist,
-    read_idx,
-)
+from example_code import definitions
+from implicitvi.datasets import Labelled, binarise, digits, four_points, image_folder, images, mnist, read_idx
 from implicitvi.errors import DataError, OptionError
 
 ROWS = {"train": 7, "t10k": 3}
+MEANS = torch.tensor([[0.0, 0], [2, 2], [2, -2], [-2, 2], [-2, -2]])
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An array of bytes as an IDX file has it, written from its description."""
+    """Return an array of bytes in the IDX format, written from its specification."""
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
@@ -43,7 +35,7 @@ def pixels(part: str) -> np.ndarray:
 
 @pytest.fixture(params=["gz", "raw"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with four tiny files of the form of MNIST's."""
+    """Return a folder with four tiny files in the format of MNIST."""
     for part, rows in ROWS.items():
         labels = np.arange(rows, dtype=np.uint8)
         for name, array in (("images-idx3", pixels(part)), ("labels-idx1", labels)):
@@ -67,10 +59,9 @@ def test_four_points_are_one_hot_and_equally_often() -> None:
 
 
 def gaussian_errors(x: Tensor, labels: Tensor) -> Tensor:
-    """Standard errors of weight, means and variances of each Gaussian."""
+    """Return the standard errors of weight, means and variances of each Gaussian."""
     errors = []
-    means = torch.tensor([[0.0, 0], [2, 2], [2, -2], [-2, 2], [-2, -2]])
-    for k, mean in enumerate(means):
+    for k, mean in enumerate(MEANS):
         count = (labels == k).sum()
         off = x[labels == k] - mean
         errors += [(count - 0.2 * len(x)).abs()[None] / (0.16 * len(x)) ** 0.5]
@@ -79,9 +70,11 @@ def gaussian_errors(x: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(errors)
 
 
-def test_five_gaussians_have_their_weights_means_and_variances(seed: int) -> None:
+def test_the_five_gaussians_of_the_example_have_their_weights_means_and_variances(seed: int) -> None:
     """Failure rate of the gate (5 standard errors of 25 numbers): below 2e-5 for exact draws."""
-    x, labels = five_gaussians(20_000, generator=torch.Generator().manual_seed(seed))
+    mixture, *_ = definitions("13_asvae_mixture.py", "mixture", "MEANS", "SD")
+    x = mixture(20_000, torch.Generator().manual_seed(seed))
+    labels = torch.cdist(x, MEANS).argmin(1)  # the means are at least 14 sd apart
     assert x.dtype == torch.get_default_dtype()
     assert gaussian_errors(x, labels).max() < 5
     assert gaussian_errors(x * 1.01, labels).max() > 5
@@ -107,7 +100,7 @@ def test_a_split_has_every_image_once_with_its_label() -> None:
     assert torch.equal(parts[0].labels, whole.split(6)[0].labels)
     assert not torch.equal(parts[0].labels, whole.split(6, seed=1)[0].labels)
     assert whole.split(4, seed=None)[1].labels.tolist() == [4, 5, 6, 7, 8, 9]
-    with pytest.raises(OptionError, match="sum up to 10"):
+    with pytest.raises(OptionError, match="sum up to 10, got"):
         whole.split(6, 5)
 
 
@@ -156,7 +149,7 @@ def test_mnist_is_found_through_the_environment(folder: Path, tmp_path: Path, mo
 def test_a_missing_file_is_named_with_the_places_looked_at(folder: Path) -> None:
     for path in folder.glob("t10k-labels*"):
         path.unlink()
-    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte; got none of .*t10k-labels") as told:
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte is missing: found none of .*t10k-labels") as told:
         mnist(folder)
     assert str(folder) in str(told.value) and "IMPLICITVI_DATA" in str(told.value)
 
@@ -169,7 +162,7 @@ def test_without_files_or_pooch_the_error_says_what_to_do(monkeypatch: pytest.Mo
 
 
 def test_downloads_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for pooch hands out the local files and notes what it was asked for."""
+    """A fake pooch returns the local files and records its arguments."""
     asked = {}
 
     def retrieve(url: str, known_hash: str, fname: str, path: Path) -> str:
@@ -194,13 +187,13 @@ def test_downloads_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 WRONG = {
-    "magic number": (b"\x00\x00\x0d\x01" + b"\0" * 8, r"not an IDX file.*00000d01"),
-    "text": (b"<html>not found</html>", r"not an IDX file.*3c68746d"),
-    "empty": (b"", r"not an IDX file.*none"),
-    "truncated": (idx(np.zeros((3, 2), np.uint8))[:-1], r"truncated; got 17 bytes, expected 18"),
-    "cut in its head": (idx(np.zeros((3, 2), np.uint8))[:7], r"truncated|no data"),
-    "too long": (idx(np.zeros(3, np.uint8)) + b"\0", r"too long; got 12 bytes, expected 11"),
-    "no rows": (idx(np.zeros((0, 2), np.uint8)), r"no data; got shape \[0, 2\]"),
+    "magic number": (b"\x00\x00\x0d\x01" + b"\0" * 8, r"magic number of the IDX file.*got 00000d01"),
+    "text": (b"<html>not found</html>", r"magic number of the IDX file.*got 3c68746d"),
+    "empty": (b"", r"magic number of the IDX file.*got nothing"),
+    "truncated": (idx(np.zeros((3, 2), np.uint8))[:-1], r"truncated: it must have 18 bytes.*, got 17"),
+    "cut in its head": (idx(np.zeros((3, 2), np.uint8))[:7], r"truncated|must not be empty"),
+    "too long": (idx(np.zeros(3, np.uint8)) + b"\0", r"too long: it must have 11 bytes.*, got 12"),
+    "no rows": (idx(np.zeros((0, 2), np.uint8)), r"must not be empty, got shape \[0, 2\]"),
     "damaged gzip": (gzip.compress(idx(np.zeros((30, 20), np.uint8)))[:-9], "cannot be read"),
 }
 
@@ -238,7 +231,7 @@ def test_the_real_mnist() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three pictures 12 wide and 8 high: red left of column 6 and blue right of it; grey; one level of red."""
+    """Write three pictures 12 wide and 8 high: red left of column 6 and blue right of it; grey; one level of red."""
     (tmp_path / "below").mkdir()
     halves = np.zeros((8, 12, 3), np.uint8)
     halves[:, :6, 0] = halves[:, 6:, 2] = 255
@@ -271,15 +264,15 @@ def test_pictures_go_through_a_loader(pictures: Path) -> None:
 
 
 def test_folders_and_pictures_that_cannot_be_read_are_named(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder.*nowhere"):
+    with pytest.raises(DataError, match="a folder of pictures, got .*nowhere"):
         image_folder(tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match=r"bare has no pictures; expected files named \*\.bmp"):
+    with pytest.raises(DataError, match=r"bare must have pictures, named \*\.bmp"):
         image_folder(tmp_path / "bare")
     (pictures / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.jpg cannot be read"):
         image_folder(pictures).tensor()
-    with pytest.raises(DataError, match=r"a\.png is smaller.*12 x 8, expected at least 9 x 9"):
+    with pytest.raises(DataError, match=r"a\.png must be at least 9 x 9, got 12 x 8"):
         image_folder(pictures, 4, crop=9)[0]
     with pytest.raises(OptionError, match="size"):
         image_folder(pictures, 0)

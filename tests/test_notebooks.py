@@ -1,4 +1,4 @@
-"""In a notebook fits show themselves as tables, and progress as a bar of widgets."""
+"""In a notebook, fits are shown as tables and progress as a bar of widgets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Y = torch.tensor([0.5, -0.3, 1.0])
 
 
 class Table(HTMLParser):
-    """Cells of the rows of a table, and the title above; fails where a tag is not closed by its own."""
+    """A parser of a table's cells and the title above; fails if a tag is not closed."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_fit_of_a_latent_variable_model_is_a_table_of_its_metrics() -> None:
     assert rows[f"validation {name}"] == [f"{values[0]:.3f}", f"{values[-1]:.3f}"]
 
 
-# What a kernel of Jupyter has, as far as tqdm looks: a shell, widgets that are displayed, and its own stderr.
+# The parts of a Jupyter kernel that tqdm uses: a shell, widgets that are displayed, and its own stderr.
 KERNEL = """
 import sys, types
 

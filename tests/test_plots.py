@@ -1,4 +1,4 @@
-"""Pictures are drawn where they are asked for, say what they show, show what is so, and change nothing else."""
+"""Plots draw on the Axes given, label them, show correct values, and change nothing else."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from torch import Tensor
 from implicitvi import plots
 from implicitvi.diagnostics.report import Check
 from implicitvi.errors import OptionError, ShapeError
-from implicitvi.training import History, Schedule
+from implicitvi.training import History
 
 
 def found(name: str, value: float | None, state: str, limit: float | None = None) -> Check:
-    """A check of a diagnosis."""
+    """Return a check of a diagnosis."""
     return Check(name, state, value, limit, "a figure")
 
 
 class Run:
-    """What has a history and a schedule: forty steps, the first ten tempered, one skipped."""
+    """A run with a history of forty steps, the first ten tempered, one skipped."""
 
     def __init__(self) -> None:
-        self.schedule = Schedule(num_steps=40, tempering=0.1, tempered=0.25)
         self.history = History()
         for step in range(40):
             loss = nan if step == 20 else 10.0 - step
-            beta = self.schedule.at(step).beta
+            beta = 0.1 if step < 10 else 1.0
             self.history.append(beta=beta, adversary=1.4, sampler=loss, elbo=-loss, dropped=0.0)
 
 
@@ -41,31 +40,19 @@ def gaussian(z: Tensor) -> Tensor:
     return -0.5 * z.square().sum(-1)
 
 
-def shades(z: Tensor) -> Tensor:
-    """Images of 2 x 3 pixels, as dark as the first code in the upper row, as the second in the lower."""
-    rows = z.add(1).div(2)[..., None].expand(*z.shape, 3)
-    return rows
-
-
 CHECKS = [found("error", 0.5, "ok", 1.0), found("size", 10.0, "failed", 40.0), found("x", None, "left out")]
 POINTS = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
 
-# A new picture joins this list: what draws it, given Axes or None.
+# Add each new plot to this list, as a function of Axes or None.
 PICTURES: dict[str, Callable[[Any], Any]] = {
     "loss": lambda ax: plots.loss(Run(), ax=ax),
-    "schedule": lambda ax: plots.schedule(Run(), ax=ax),
     "draws_on_density": lambda ax: plots.draws_on_density(POINTS, gaussian, ax=ax),
     "codes": lambda ax: plots.codes(POINTS, torch.arange(50) % 3, ax=ax),
-    "decoded_plane": lambda ax: plots.decoded_plane(shades, num=4, ax=ax),
     "images": lambda ax: plots.images(torch.rand(6, 1, 4, 4), rows=["a", "b"], ax=ax),
-    "mode_weights": lambda ax: plots.mode_weights([[0.2, 0.8]], truth=[0.5, 0.5], ax=ax),
     "diagnosis": lambda ax: plots.diagnosis(CHECKS, ax=ax),
 }
-SEVERAL: dict[str, tuple[int, Callable[[Any], Any]]] = {
-    "training": (3, lambda axes: plots.training(Run(), axes=axes)),
-    "dashboard": (4, lambda axes: plots.dashboard(CHECKS, Run(), axes=axes)),
-}
-WITHOUT_UNITS = {"images", "diagnosis", "mode_weights"}  # one axis of each has names in place of numbers
+SEVERAL: dict[str, tuple[int, Callable[[Any], Any]]] = {"training": (2, lambda axes: plots.training(Run(), axes=axes))}
+WITHOUT_UNITS = {"images", "diagnosis"}  # one axis of each has names in place of numbers
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +68,7 @@ def unchanged_matplotlib() -> Iterator[None]:
 
 @pytest.fixture
 def ax() -> Axes:
-    """Axes that pyplot does not know of."""
+    """Return Axes outside pyplot."""
     made: Axes = Figure().subplots()
     return made
 
@@ -131,13 +118,13 @@ def test_several_pictures_fill_the_axes_given(name: str) -> None:
     assert list(draw(given)) == list(given) and all(ax.has_data() for ax in given)
     assert open_figures() == []
     assert len(draw(None)) == count and len(open_figures()) == 1
-    with pytest.raises(OptionError, match=f"not as many Axes.*got 2, expected {count}"):
-        draw(Figure().subplots(1, 2))
+    with pytest.raises(OptionError, match=f"axes must be {count} Axes.*got 3"):
+        draw(Figure().subplots(1, 3))
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_an_array_of_axes_is_refused(name: str) -> None:
-    with pytest.raises(OptionError, match=r"not one Axes.*got ndarray.*axes\[0\]"):
+    with pytest.raises(OptionError, match=r"ax must be one Axes.*got ndarray.*axes\[0\]"):
         PICTURES[name](Figure().subplots(1, 2))
     assert open_figures() == []
 
@@ -145,7 +132,7 @@ def test_an_array_of_axes_is_refused(name: str) -> None:
 # training curves
 
 
-def test_a_loss_is_drawn_with_its_tempered_steps_and_its_skipped_turns(ax: Axes) -> None:
+def test_a_loss_is_drawn_with_its_tempered_steps_and_its_skipped_steps(ax: Axes) -> None:
     plots.loss(Run(), ax=ax)
     (line,) = ax.lines
     steps = np.delete(np.arange(1, 41), 20)
@@ -153,7 +140,7 @@ def test_a_loss_is_drawn_with_its_tempered_steps_and_its_skipped_turns(ax: Axes)
     np.testing.assert_array_equal(line.get_ydata(), 11.0 - steps)
     found = {artist.get_label(): artist for artist in [*ax.patches, *ax.collections]}
     assert found["tempered"].get_x() + found["tempered"].get_width() == 10
-    assert found["turn skipped"].get_offsets()[:, 0].tolist() == [21]
+    assert found["step skipped"].get_offsets()[:, 0].tolist() == [21]
     assert ax.get_ylabel() == "sampler's loss (nats)"
 
 
@@ -178,36 +165,20 @@ def test_a_first_step_far_off_does_not_flatten_the_rest(ax: Axes) -> None:
     assert ax.get_ylim()[1] < 3
 
 
-def test_a_schedule_is_drawn_as_it_is(ax: Axes) -> None:
-    plan = Schedule(num_steps=30, tempering=0.2)
-    plots.schedule(plan, ax=ax)
-    beta, adversary, sampler = (line.get_ydata() for line in ax.lines)
-    stages = [plan.at(step) for step in range(30)]
-    assert list(beta) == [stage.beta for stage in stages]
-    assert list(adversary) == [stage.adversary_lr for stage in stages]
-    assert list(sampler) == [stage.lr for stage in stages]
-    assert f"448 → {stages[-1].num_particles}" in ax.get_title() and ax.get_yscale() == "log"
-
-
 def test_training_shows_losses_before_other_metrics_and_no_counts() -> None:
     run = Run()
     run.history = History()
     run.history.append(squared_error=0.1, model=1.0, beta=1.0, dropped=0.0)
-    axes = plots.training(run, axes=Figure().subplots(1, 3))
+    axes = plots.training(run, axes=Figure().subplots(1, 2))
     labels = [ax.get_ylabel() for ax in axes]
-    assert labels == ["model's loss (nats)", "squared error", "β and rates (no unit)"]
-
-
-def test_a_schedule_without_tempering_shows_no_share_of_the_log_joint(ax: Axes) -> None:
-    plots.schedule(Schedule(num_steps=30), ax=ax)
-    assert len(ax.lines) == 2 and ax.get_ylabel() == "rates (no unit)"
+    assert labels == ["model's loss (nats)", "squared error"]
 
 
 # draws on a density
 
 
 def contours(ax: Axes) -> list[np.ndarray]:
-    """Points ``[N, 2]`` of each contour."""
+    """Return the points ``[N, 2]`` of each contour."""
     (lines,) = (c for c in ax.collections if type(c).__name__ == "QuadContourSet")
     return [path.vertices for path in lines.get_paths()]
 
@@ -221,7 +192,7 @@ def test_contours_hold_their_share_of_a_gaussian(ax: Axes) -> None:
 
 
 def test_the_window_grows_until_the_truth_is_inside(ax: Axes) -> None:
-    """Of draws that have collapsed the picture must show how much they lack."""
+    """For collapsed draws the plot must show the missing mass."""
     plots.draws_on_density(1 + 0.01 * POINTS, gaussian, ax=ax)
     for points in contours(ax):
         assert np.ptp(points, axis=0).min() > 2.3  # the disc of one half: whole, not cut off
@@ -240,7 +211,7 @@ def test_a_mode_that_was_missed_is_shown_where_the_window_is_given(ax: Axes) -> 
 
 
 def test_a_density_with_edges_is_drawn(ax: Axes) -> None:
-    """Infinite logs stand for no mass: the median of a triangle is no further from its edges than it should be."""
+    """Infinite logs mean zero mass: the median of a triangle is at the right distance from its edges."""
 
     def wedge(z: Tensor) -> Tensor:
         return torch.where((z > 0).all(-1), -z.sum(-1), -torch.inf)
@@ -253,12 +224,12 @@ def test_a_density_with_edges_is_drawn(ax: Axes) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"draws": torch.zeros(5, 3)}, r"not in the plane.*\(5, 3\).*draws\[:, \[0, 1\]\]"),
-        ({"draws": torch.zeros(0, 2)}, "not in the plane"),
-        ({"log_density": lambda z: -z.square()}, "another shape.*sum over the last axis"),
-        ({"log_density": lambda z: z.sum(-1) * nan}, "finite nowhere"),
-        ({"extent": (1, 0, 0, 1)}, "no window"),
-        ({"masses": (50, 90)}, "masses are out of range"),
+        ({"draws": torch.zeros(5, 3)}, r"draws' shape must be \(number, 2\), got \(5, 3\).*draws\[:, \[0, 1\]\]"),
+        ({"draws": torch.zeros(0, 2)}, "draws' shape must be"),
+        ({"log_density": lambda z: -z.square()}, "density's shape must be.*Sum over the last axis"),
+        ({"log_density": lambda z: z.sum(-1) * nan}, "not finite anywhere"),
+        ({"extent": (1, 0, 0, 1)}, "extent must be"),
+        ({"masses": (50, 90)}, "masses must be"),
         ({"grid": 1}, "grid must be"),
     ],
 )
@@ -317,25 +288,15 @@ def test_colours_stay_colours_and_captions_stand_at_their_rows(ax: Axes) -> None
     assert ax.get_yticks()[0] < 8 < ax.get_yticks()[1]
 
 
-def test_the_decoded_plane_has_its_axes_where_codes_have_them(ax: Axes) -> None:
-    """Darker to the right in the upper half of each image, darker to the top in the lower half."""
-    plots.decoded_plane(shades, extent=(-1, 1, -1, 1), num=4, ax=ax)
-    whole = picture(ax)
-    assert whole.shape == (8, 12)
-    assert (np.diff(whole[0, ::3]) > 0).all() and (np.ptp(whole[::2], axis=0) < 1e-6).all()
-    assert (np.diff(whole[1::2, 0]) < 0).all() and (np.ptp(whole[1::2], axis=1) < 1e-6).all()
-
-
 @pytest.mark.parametrize(
     ("draw", "complaint"),
     [
-        (lambda: plots.codes(torch.zeros(5, 3)), "codes are not in the plane"),
-        (lambda: plots.codes(POINTS, [1, 2]), r"labels do not fit; got \(2,\)"),
-        (lambda: plots.images(torch.zeros(5, 64)), r"no images.*reshape\(-1, H, W\)"),
-        (lambda: plots.images(torch.zeros(5, 2, 8, 8)), "no images"),
+        (lambda: plots.codes(torch.zeros(5, 3)), "codes' shape must be"),
+        (lambda: plots.codes(POINTS, [1, 2]), r"labels' shape must be \(50,\), got \(2,\)"),
+        (lambda: plots.images(torch.zeros(5, 64)), r"images' shape must be.*reshape\(-1, H, W\)"),
+        (lambda: plots.images(torch.zeros(5, 2, 8, 8)), "images' shape must be"),
         (lambda: plots.images(torch.zeros(4, 8, 8), columns=4, rows=["a", "b"]), "captions"),
         (lambda: plots.images(torch.zeros(4, 8, 8), columns=0), "columns must be"),
-        (lambda: plots.decoded_plane(lambda z: z), "does not make images.*unflatten"),
     ],
 )
 def test_misuse_of_images_is_explained_and_leaves_no_figure(draw: Callable[[], Any], complaint: str) -> None:
@@ -344,33 +305,7 @@ def test_misuse_of_images_is_explained_and_leaves_no_figure(draw: Callable[[], A
     assert open_figures() == []
 
 
-# restarts and diagnosis
-
-
-def test_bars_are_as_long_as_the_shares(ax: Axes) -> None:
-    weights = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.4, 0.0]])
-    plots.mode_weights(weights, truth=[0.5, 0.25, 0.25], ax=ax)
-    for k, bars in enumerate(ax.containers):
-        widths = [bar.get_width() for bar in bars]
-        assert widths == pytest.approx([*weights[:, k].tolist(), [0.5, 0.25, 0.25][k]])
-    assert [line.get_xdata()[0] for line in ax.lines] == pytest.approx([0.5, 0.75])
-    assert "50 %" in [text.get_text() for text in ax.texts]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ({"weights": [0.5, 0.5]}, "no matrix"),
-        ({"weights": [[5, 5]]}, r"no shares.*\[10.0\].*Divide counts"),
-        ({"weights": [[1.5, -0.5]]}, "no shares"),
-        ({"weights": [[0.5, 0.5]], "truth": [1.0]}, "other modes"),
-        ({"weights": [[0.5, 0.5]], "names": ["left"]}, "names"),
-    ],
-)
-def test_misuse_of_weights_is_explained(arguments: dict[str, Any], complaint: str) -> None:
-    with pytest.raises((OptionError, ShapeError), match=complaint):
-        plots.mode_weights(**arguments)
-    assert open_figures() == []
+# diagnosis
 
 
 @pytest.mark.parametrize(
@@ -390,7 +325,7 @@ def test_misuse_of_weights_is_explained(arguments: dict[str, Any], complaint: st
         (None, None, "left out", None),
     ],
 )
-def test_what_is_good_is_on_the_left(
+def test_good_values_are_on_the_left(
     value: float | None, limit: float | None, state: str, octaves: float | None, ax: Axes
 ) -> None:
     plots.diagnosis([found("one", value, state, limit)], ax=ax)
@@ -406,24 +341,17 @@ def test_good_and_bad_differ_by_more_than_colour(ax: Axes) -> None:
     assert len({line.get_marker() for line in ax.lines[:2]}) == 2
 
 
-def test_what_is_no_check_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"no checks; got Schedule.*fit\.diagnose"):
-        plots.diagnosis([Schedule(), found("x", 1.0, "ok")])  # type: ignore[list-item]
+def test_anything_but_checks_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"checks must be .*, got History.*fit\.diagnose"):
+        plots.diagnosis([History(), found("x", 1.0, "ok")])  # type: ignore[list-item]
     with pytest.raises(OptionError, match="got none"):
         plots.diagnosis([])
     assert open_figures() == []
 
 
-@pytest.mark.parametrize(
-    ("draw", "complaint"),
-    [
-        (lambda: plots.loss(Run(), "samplr"), "Did you mean 'sampler'"),
-        (lambda: plots.schedule(History()), "no schedule; got History.*svi.schedule"),
-    ],
-)
-def test_misuse_of_a_fit_is_explained(draw: Callable[[], Any], complaint: str) -> None:
-    with pytest.raises(OptionError, match=complaint):
-        draw()
+def test_misuse_of_a_fit_is_explained() -> None:
+    with pytest.raises(OptionError, match="Did you mean 'sampler'"):
+        plots.loss(Run(), "samplr")
     assert open_figures() == []
 
 
@@ -431,5 +359,5 @@ def test_a_loss_that_was_never_finite_is_refused() -> None:
     run = Run()
     run.history = History()
     run.history.append(sampler=nan)
-    with pytest.raises(OptionError, match="no value of 'sampler' is finite"):
+    with pytest.raises(OptionError, match="'sampler' must have a finite value, got none in 1 steps"):
         plots.loss(run)

@@ -1,22 +1,12 @@
-"""Data to learn from: posteriors whose truth is known, and images.
+"""Data sets: posteriors with exact draws, and images.
 
-`eight_schools` and the `toy_densities` have a plain Pyro ``model`` to fit, exact independent draws to compare with and
-their log normalising constant (of the Eight Schools: the log evidence, in nats). Their data and draws live on the CPU
-in torch's default dtype; constants are computed in float64. Draws come from the generator passed, or from torch's own.
-The other functions give data to learn a model of: points, digits, and folders of images, with values in [0, 1].
+`eight_schools` and the `toy_densities` have a plain Pyro ``model`` to fit, exact independent draws for comparison, and
+their log normalising constant (for the Eight Schools: the log evidence, in nats). Data and draws are CPU tensors of
+torch's default dtype; constants are computed in float64. Draws use the generator passed, or torch's own. The other
+functions return training data for models of images: points, digits and folders of pictures, with values in [0, 1].
 """
 
-from implicitvi.datasets.bars import bar_codes, bar_images, or_bars
-from implicitvi.datasets.densities import (
-    Banana,
-    Rosenbrock,
-    Torus,
-    ToyDensity,
-    TwoModes,
-    XShaped,
-    five_gaussians,
-    toy_densities,
-)
+from implicitvi.datasets.densities import Banana, Rosenbrock, Torus, ToyDensity, TwoModes, XShaped, toy_densities
 from implicitvi.datasets.eight_schools import EightSchools, eight_schools
 from implicitvi.datasets.images import (
     ImageFolder,
@@ -41,16 +31,12 @@ __all__ = [
     "ToyDensity",
     "TwoModes",
     "XShaped",
-    "bar_codes",
-    "bar_images",
     "binarise",
     "digits",
     "eight_schools",
-    "five_gaussians",
     "four_points",
     "image_folder",
     "mnist",
-    "or_bars",
     "read_idx",
     "toy_densities",
 ]

@@ -1,8 +1,7 @@
-"""Densities of the plane whose truth is known, each with exact draws, its normalising constant and a Pyro model.
+"""Two-dimensional densities, each with exact draws, its normalising constant and a Pyro model.
 
-Adding a toy density: a frozen dataclass derived from `ToyDensity`, its ``log_prob`` made of plain
-tensor arithmetic (no branch on values, so that ``torch.func.vmap`` can run it); then join
-`toy_densities`.
+To add a toy density, derive a frozen dataclass from `ToyDensity` and add it to `toy_densities`. Write ``log_prob`` in
+tensor arithmetic without branches on values, so that ``torch.func.vmap`` can run it.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from implicitvi.errors import check_at_least
 
 
 class ToyDensity(ABC):
-    """A density of the plane, perhaps unnormalised, that can be drawn from exactly.
+    """A density of the plane, possibly unnormalised, with exact draws.
 
-    Implementing a toy density: see the head of this module.
+    Implementing a toy density: see the docstring of this module.
 
     Attributes:
         name: Short name, the key in `toy_densities`.
@@ -35,15 +34,15 @@ class ToyDensity(ABC):
     @property
     @abstractmethod
     def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top of a window that holds nearly all of the mass, for plots."""
+        """Left, right, bottom and top of a window for plots that holds nearly all of the mass."""
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log density ``[...]`` of ``z [..., 2]``, before `log_normaliser` is subtracted."""
+        """Return the log density ``[...]`` of ``z [..., 2]``, before `log_normaliser` is subtracted."""
 
     @abstractmethod
     def log_normaliser(self) -> float:
-        """Log integral of ``exp(log_prob)`` over the plane; 0 where `log_prob` is normalised."""
+        """Return the log integral of ``exp(log_prob)`` over the plane; 0 if `log_prob` is normalised."""
 
     @abstractmethod
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
@@ -63,9 +62,9 @@ class ToyDensity(ABC):
         return self.draw(num_samples, generator).to(torch.get_default_dtype())
 
     def model(self) -> Tensor:
-        """Pyro model with one latent site ``z [2]`` and this log density, nothing added to it.
+        """Run the Pyro model: one latent site ``z [2]`` with exactly this log density.
 
-        The site itself is flat: its normal distribution is masked out and only says where to start.
+        The site itself is flat: its normal distribution is masked out and only provides starting points.
         """
         start = dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False)
         z: Tensor = pyro.sample("z", start)
@@ -75,7 +74,7 @@ class ToyDensity(ABC):
 
 @dataclass(frozen=True)
 class Torus(ToyDensity):
-    """A ring of radius √2: ``log p = -(z₁² + z₂² - 2)²``, unnormalised.
+    """A ring of radius √2, ``log p = -(z₁² + z₂² - 2)²``, unnormalised.
 
     >>> Torus().log_prob(torch.tensor([1.0, 0.0])).item()
     -1.0
@@ -94,7 +93,7 @@ class Torus(ToyDensity):
         return -(z.square().sum(-1) - 2).square()
 
     def log_normaliser(self) -> float:
-        # In s = |z|², whose area element is π ds, the density is that of N(2, 1/2) cut at 0.
+        # in s = |z|², with area element π ds, this is the density of N(2, 1/2) truncated at 0
         return math.log(math.pi * 0.5 * math.sqrt(math.pi) * (1 + math.erf(2)))
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
@@ -105,7 +104,7 @@ class Torus(ToyDensity):
 
 @dataclass(frozen=True)
 class Rosenbrock(ToyDensity):
-    """A curved valley: ``log p = -(z₁ - 1)² - (z₂² - z₁)²``, unnormalised.
+    """A curved valley, ``log p = -(z₁ - 1)² - (z₂² - z₁)²``, unnormalised.
 
     >>> Rosenbrock().log_prob(torch.tensor([2.0, 1.0])).item()
     -2.0
@@ -125,7 +124,7 @@ class Rosenbrock(ToyDensity):
         return -(z1 - 1).square() - (z2.square() - z1).square()
 
     def log_normaliser(self) -> float:
-        # Over z₁ in closed form, over z₂ on a grid.
+        # z₁ in closed form, z₂ on a grid
         return 0.5 * math.log(math.pi / 2) + log_integral(_rosenbrock_log_z2, -4.0, 4.0)
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
@@ -135,10 +134,10 @@ class Rosenbrock(ToyDensity):
 
 @dataclass(frozen=True)
 class Banana(ToyDensity):
-    """A bent normal: ``(z₁, z₁² + z₂ + 1)`` is normal with unit variances, normalised.
+    """A bent normal, normalised: ``(z₁, z₁² + z₂ + 1)`` is normal with unit variances.
 
     Args:
-        correlation: Of that normal, inside (-1, 1).
+        correlation: Correlation of that normal, inside (-1, 1).
 
     References:
         Unbiased implicit variational inference (Titsias, Ruiz, 2019).
@@ -165,10 +164,10 @@ class Banana(ToyDensity):
 
 @dataclass(frozen=True)
 class TwoModes(ToyDensity):
-    """Two round modes on the first axis: the equal mixture of ``N((±offset, 0), I)``, normalised.
+    """A pair of round modes on the first axis: the equal mixture of ``N((±offset, 0), I)``, normalised.
 
     Args:
-        offset: Distance of each mode from the origin, 0 or more.
+        offset: Distance of each mode from the origin, >= 0.
 
     References:
         Unbiased implicit variational inference (Titsias, Ruiz, 2019).
@@ -199,7 +198,7 @@ class XShaped(ToyDensity):
     """A cross: the equal mixture of ``N(0, 2 [[1, ±ρ], [±ρ, 1]])``, normalised.
 
     Args:
-        correlation: The ``ρ`` of the two arms, inside (-1, 1).
+        correlation: Correlation ``ρ`` of the arms, inside (-1, 1).
 
     References:
         Unbiased implicit variational inference (Titsias, Ruiz, 2019).
@@ -235,40 +234,20 @@ def toy_densities() -> dict[str, ToyDensity]:
     return {density.name: density for density in densities}
 
 
-def five_gaussians(num: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draws of five Gaussians of equal weight in the plane: means (0, 0) and (±2, ±2), variance 0.04 along each axis.
-
-    Args:
-        num: Number ``N`` of draws.
-        generator: Source of randomness; ``None`` for torch's own.
-
-    Returns:
-        Draws ``[N, 2]`` and, for each, its Gaussian 0 to 4 ``[N]``.
-
-    References:
-        ALICE: Towards Understanding Adversarial Learning for Joint Distribution Matching, Chunyuan Li et al., 2017.
-    """
-    check_at_least("num", num, 1)
-    means = 2.0 * torch.tensor([[0, 0], [1, 1], [1, -1], [-1, 1], [-1, -1]])
-    labels = torch.randint(5, (num,), generator=generator)
-    x = means.double()[labels] + 0.2 * noise((num, 2), generator)
-    return x.to(torch.get_default_dtype()), labels
-
-
 def _rosenbrock_log_z2(z2: Tensor) -> Tensor:
-    """Marginal of ``z₂``, less a constant: ``z₁ | z₂`` is ``N((1 + z₂²) / 2, 1/4)``."""
+    """Return the log marginal of ``z₂`` up to a constant: ``z₁ | z₂`` is ``N((1 + z₂²) / 2, 1/4)``."""
     return -0.5 * (1 - z2.square()).square()
 
 
 def _log_correlated(a: Tensor, b: Tensor, correlation: float) -> Tensor:
-    """Log density of two standard normals with a correlation."""
+    """Return the log density of two standard normals with a correlation."""
     rest = 1 - correlation**2
     square = (a.square() - 2 * correlation * a * b + b.square()) / rest
     return -0.5 * square - LOG_2PI - 0.5 * math.log(rest)
 
 
 def _correlated(eps: Tensor, correlation: float) -> tuple[Tensor, Tensor]:
-    """Two standard normals with a correlation, from independent ones ``[2, S]``."""
+    """Return two standard normals with a correlation, from independent ones ``[2, S]``."""
     return eps[0], correlation * eps[0] + math.sqrt(1 - correlation**2) * eps[1]
 
 

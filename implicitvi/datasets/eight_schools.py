@@ -1,4 +1,4 @@
-"""The Eight Schools of the AVB paper: a posterior with two mirrored modes, its exact draws and its evidence."""
+"""The Eight Schools of the AVB paper, with exact posterior draws and the evidence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from implicitvi.errors import check_at_least
 
 @dataclass(frozen=True, eq=False)
 class EightSchools:
-    """Eight Schools as the AVB paper has it: a ten-dimensional posterior with two mirrored modes.
+    """The Eight Schools model of the AVB paper: a ten-dimensional posterior with two mirrored modes.
 
     ``mu, tau, eta_i ~ N(0, 1)`` and ``y_i ~ N(mu + tau · eta_i, sigma_i²)``. The scale ``tau`` may
     be negative, so the posterior is symmetric under ``(tau, eta) → (-tau, -eta)``.
@@ -34,7 +34,7 @@ class EightSchools:
 
     @staticmethod
     def model(sigma: Tensor, y: Tensor | None = None) -> None:
-        """Pyro model: sites ``mu``, ``tau`` and, in plate ``schools``, ``eta [8]``, ``obs [8]``.
+        """Run the Pyro model: sites ``mu``, ``tau`` and, in plate ``schools``, ``eta [8]``, ``obs [8]``.
 
         Args:
             sigma: Standard errors, ``[8]``.
@@ -47,9 +47,9 @@ class EightSchools:
             pyro.sample("obs", dist.Normal(mu + tau * eta, sigma), obs=y)
 
     def log_evidence(self) -> float:
-        """``log p(y)`` in nats, -12.7108 for the paper's data.
+        """Return ``log p(y)`` in nats, -12.7108 for the paper's data.
 
-        ``eta`` and ``mu`` integrate out in closed form; ``tau`` does on a grid.
+        ``eta`` and ``mu`` are integrated in closed form, ``tau`` on a grid.
 
         >>> round(eight_schools().log_evidence(), 4)
         -12.7108
@@ -82,13 +82,13 @@ class EightSchools:
         return {"mu": mu.to(dtype), "tau": tau.to(dtype), "eta": eta.to(dtype)}
 
     def _mu_given_tau(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and precision ``[S]`` of the normal ``p(mu | tau, y)``, for ``tau [S]``."""
+        """Return mean and precision ``[S]`` of the normal ``p(mu | tau, y)``, for ``tau [S]``."""
         weights = 1 / (self.sigma.double().square() + tau[:, None].square())
         precision = 1 + weights.sum(-1)
         return (weights * self.y.double()).sum(-1) / precision, precision
 
     def _log_tau(self, tau: Tensor) -> Tensor:
-        """``log p(tau, y) [S]``: ``log p(mu, tau, y) - log p(mu | tau, y)``, at the mean ``mu``."""
+        """Return ``log p(tau, y) [S]`` as ``log p(mu, tau, y) - log p(mu | tau, y)``, at the mean ``mu``."""
         mu, precision = self._mu_given_tau(tau)
         variance = self.sigma.double().square() + tau[:, None].square()
         residual = (self.y.double() - mu[:, None]).square() / variance
@@ -100,7 +100,7 @@ class EightSchools:
 def eight_schools() -> EightSchools:
     """Return the Eight Schools data of the AVB paper's code, in torch's default dtype.
 
-    The effects are the usual ones divided by ten, the errors by about twenty: hence the two modes.
+    The usual effects are divided by ten and their errors by about twenty, which makes the posterior bimodal.
 
     >>> eight_schools().y[:3]
     tensor([ 2.8000,  0.8000, -0.3000])

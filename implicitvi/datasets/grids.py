@@ -1,4 +1,4 @@
-"""Exact draws from a density of the line, and its integral, on a fine grid in float64."""
+"""Sample and integrate a one-dimensional density on a fine grid in float64."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def uniform(shape: int | tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers on [0, 1) in float64."""
+    """Draw uniform numbers on [0, 1) in float64."""
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def noise(shape: int | tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers in float64."""
+    """Draw standard normal numbers in float64."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def log_integral(log_density: Callable[[Tensor], Tensor], low: float, high: float) -> float:
-    """Log integral by the midpoint rule, for a smooth density that vanishes at both ends."""
+    """Return the log integral by the midpoint rule, for a smooth density that vanishes at both ends."""
     return float(_cell_weights(log_density, low, high)[1].logsumexp(0))
 
 
@@ -33,7 +33,7 @@ def inverse_cdf_draws(
     num_samples: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Draw ``[S]`` by the inverse distribution function, even inside each of 65 536 cells."""
+    """Draw ``[S]`` by the inverse distribution function, uniformly inside each of 65,536 cells."""
     midpoints, log_weights = _cell_weights(log_density, low, high)
     cumulative = log_weights.softmax(0).cumsum(0)
     level = uniform(num_samples, generator) * cumulative[-1]
@@ -43,7 +43,7 @@ def inverse_cdf_draws(
 
 
 def _cell_weights(log_density: Callable[[Tensor], Tensor], low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Midpoints of even cells and the log mass of each, float64 ``[65536]``."""
+    """Return midpoints of equal cells and the log mass of each, float64 ``[65536]``."""
     cells = 2**16
     width = (high - low) / cells
     midpoints = low + width * (torch.arange(cells, dtype=torch.float64) + 0.5)
