@@ -182,6 +182,8 @@ def public_objects() -> set[str]:
     """Full names of the public classes and functions of every module."""
     names = set()
     for info in pkgutil.walk_packages(implicitvi.__path__, "implicitvi."):
+        if info.name == "implicitvi.__main__":
+            continue
         module = import_module(info.name)
         names |= {
             f"{info.name}.{name}"

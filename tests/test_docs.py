@@ -12,10 +12,11 @@ import inspect
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import import_module, resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,20 +26,23 @@ import pyro.distributions as dist
 import pytest
 
 import implicitvi
+from implicitvi.__main__ import main, read_entries
 from implicitvi.avb.ratios import RatioLoss
-from implicitvi.errors import FAQ, ModelError
+from implicitvi.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+FAQ = ROOT / "implicitvi" / "faq.md"  # docs/howto/faq.md includes it
 PAGES = sorted(
     path
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", FAQ, *DOCS.rglob("*.md")]
     if not {"_build", "gallery", "api"} & set(path.relative_to(ROOT).parts[:-1])
 )
 MODULES = [
     import_module(info.name)
     for info in pkgutil.walk_packages(implicitvi.__path__, "implicitvi.")
-    if info.name != "implicitvi.datasets.eight_schools"  # hidden by its function
+    # a function hides the first; the second is a program
+    if info.name not in ("implicitvi.datasets.eight_schools", "implicitvi.__main__")
 ] + [implicitvi]
 
 
@@ -205,26 +209,67 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Headings of a page as links write them, and full names of all that is public."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    """Headings of a page as links write them, those of included pages too, and full names of all that is public."""
+    text = path.read_text(encoding="utf-8")
+    for included in re.findall(r"^```{include} (\S+)$", text, re.M):
+        text += (path.parent / included).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     return slugs | {full for full, _ in public()}
 
 
 def faq_named() -> set[str]:
-    """Entries of the FAQ that errors point to: a literal ``faq`` of every call and class."""
+    """Entries of the FAQ that errors point to: a literal ``faq`` of every class, and of every call elsewhere."""
     classes = vars(import_module("implicitvi.errors")).values()
     found = {each.faq for each in classes if hasattr(each, "faq")}
-    for path in (ROOT / "implicitvi").rglob("*.py"):
+    for path in set((ROOT / "implicitvi").rglob("*.py")) - {ROOT / "implicitvi" / "errors.py"}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 found |= {ast.literal_eval(k.value) for k in node.keywords if k.arg == "faq"}
-    return found - {""}
+    return found - {"", None}
 
 
 def test_errors_point_to_entries_of_the_faq_that_exist() -> None:
-    assert (ROOT / FAQ).exists() and len(faq_named()) > 8
-    assert faq_named() <= anchors(ROOT / FAQ)
+    assert len(faq_named()) > 8
+    assert faq_named() <= anchors(FAQ) & set(read_entries())
+
+
+def test_the_documentation_includes_the_faq_of_the_package() -> None:
+    """The file is data of the package, so that an installed one can print it; links to the page find its entries."""
+    assert resources.files("implicitvi").joinpath("faq.md").read_text(encoding="utf-8") == FAQ.read_text(
+        encoding="utf-8"
+    )
+    assert set(read_entries()) <= anchors(DOCS / "howto" / "faq.md")
+    links = re.findall(r"\]\((?!#|https:)(\S+?)\)", FAQ.read_text(encoding="utf-8"))
+    assert links and all(link.startswith("../docs/") for link in links)  # `relative-docs` rewrites these
+
+
+@pytest.mark.parametrize("anchor", read_entries())
+def test_every_entry_of_the_faq_is_printed(anchor: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["faq", anchor])
+    heading, line, blank, *body = capsys.readouterr().out.splitlines()
+    assert heading == read_entries()[anchor].heading and line == "=" * len(heading) and not blank
+    assert len("".join(body)) > 20 and not re.search(r"^```|\]\(|^#", "\n".join(body), re.M)
+    assert all(len(each) <= 100 or each.startswith("    ") for each in body)
+
+
+def test_the_faq_lists_its_entries(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["faq"])
+    listed = [row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines()[2:]]
+    assert listed == [[anchor, entry.heading] for anchor, entry in read_entries().items()]
+
+
+def test_an_unknown_entry_of_the_faq_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["faq", "a-mode-is-misssing"])
+    assert ended.value.code == 2
+    assert "Did you mean 'a-mode-is-missing'?" in capsys.readouterr().err
+
+
+def test_the_faq_is_printed_from_the_command_line() -> None:
+    command = [sys.executable, "-m", "implicitvi", "faq", "it-is-slow"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith("It is slow\n==========\n"), result.stderr
 
 
 def test_a_refused_model_says_where_to_read_on() -> None:
@@ -237,7 +282,8 @@ def test_a_refused_model_says_where_to_read_on() -> None:
         implicitvi.ImplicitGuide(coin).setup()
     said, more = str(caught.value).splitlines()
     assert said.endswith("config_enumerate.")
-    assert more.partition("#")[2] == caught.value.faq == "a-discrete-latent-is-refused"
+    assert caught.value.faq == "a-discrete-latent-is-refused"
+    assert more == f"More: python -m implicitvi faq {caught.value.faq}"
 
 
 # docstrings
