@@ -18,7 +18,7 @@ export MPLBACKEND ?= Agg
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test docs browser accuracy accuracy-quick accuracy-vae conjugate diagnose-rates refinement bench bench-vae lint \
+.PHONY: help .venv demo test shape docs browser accuracy accuracy-quick accuracy-vae conjugate diagnose-rates refinement bench bench-vae lint \
 	types format clean
 
 help: ## Print the targets
@@ -40,6 +40,9 @@ demo: $(STAMP) ## Fit Eight Schools and draw the picture
 
 test: lint types ## Check style and types, then run the tests, doctests and examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+shape: $(STAMP) ## Print the shape of the package beside its bounds, and draw its architecture into docs/images
+	$(BIN)/python tests/shape.py --picture docs/images/architecture.svg
 
 $(DOCS_STAMP): $(STAMP)
 	@echo "Installing what builds the documentation, once"

@@ -1,4 +1,4 @@
-"""The documentation. `make docs` builds it offline; a warning fails the build."""
+"""Configure Sphinx. `make docs` builds the documentation offline; a warning fails the build."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ html_show_sphinx = False
 
 
 def example_arguments(gallery: Any, script: dict[str, Any]) -> list[str]:
-    """The command line of an example, which is also given back its docstring: argparse shows a part of it."""
+    """Return the command line of an example, and restore its docstring, of which argparse shows a part."""
     source = Path(script["src_file"]).read_text(encoding="utf-8")
     script["example_globals"]["__doc__"] = ast.get_docstring(ast.parse(source), clean=False)
     output = ["--output", str(Path(__file__).parent / "_build" / "figures")]
@@ -128,7 +128,7 @@ RESULTS = {
 
 
 def give_title(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Files of results are bare tables: as pages they get a title, and the command that repeats them."""
+    """Add a title and the command that measures it to a file of results, which is a bare table."""
     folder, _, name = docname.rpartition("/")
     if folder == "results" and not source[0].startswith("# "):
         title, command, picture = RESULTS.get(name, (name.replace("-", " ").capitalize(), None, None))
@@ -138,7 +138,7 @@ def give_title(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def find_by_name(app: Sphinx, env: Any, node: Any, content: nodes.TextElement) -> Any:
-    """Docstrings write `Schedule`, not its full path: the one object of that name is meant, if there is one."""
+    """Resolve a name such as `Schedule` in a docstring to the one object of that name, if exactly one exists."""
     if node.get("refdomain") != "py":
         return None
     domain = env.get_domain("py")
@@ -150,7 +150,7 @@ def find_by_name(app: Sphinx, env: Any, node: Any, content: nodes.TextElement) -
 
 
 def keep_formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Formulas are indented paragraphs before the first section of a docstring: shown as they are written."""
+    """Show formulas, the indented paragraphs before the first section of a docstring, as they are written."""
     sections = (i for i, line in enumerate(lines) if re.fullmatch(r"[A-Z][a-z]+:", line))
     end = next(sections, len(lines))
     written: list[str] = []
@@ -164,25 +164,29 @@ def keep_formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 
 
 def exported() -> dict[str, list[tuple[str, str]]]:
-    """What every package exports: the names by which the reference has it, and its first lines."""
+    """Return the full name and first line of every object that a package exports, by package."""
     packages = {"implicitvi": implicitvi} | {
         info.name: import_module(info.name)
         for info in pkgutil.walk_packages(implicitvi.__path__, "implicitvi.")
         if info.ispkg
     }
-    return {name: [described(getattr(package, each)) for each in package.__all__] for name, package in packages.items()}
+    return {
+        name: [described(getattr(package, each)) for each in package.__all__]
+        for name, package in packages.items()
+        if hasattr(package, "__all__")
+    }
 
 
 def described(value: Any) -> tuple[str, str]:
-    """Where an object is defined, and its name there; the first line of its docstring."""
+    """Return the full name of an object, in the module that defines it, and the first line of its docstring."""
     return f"{value.__module__}.{value.__qualname__}", inspect.getdoc(value).splitlines()[0]
 
 
 def public_objects() -> set[str]:
-    """Full names of the public classes and functions of every module."""
+    """Return the full names of the public classes and functions of every module."""
     names = set()
     for info in pkgutil.walk_packages(implicitvi.__path__, "implicitvi."):
-        if info.name == "implicitvi.__main__":
+        if info.name == "implicitvi.__main__":  # a program
             continue
         module = import_module(info.name)
         names |= {
@@ -196,10 +200,10 @@ def public_objects() -> set[str]:
 
 
 def check_coverage(app: Sphinx, env: Any) -> None:
-    """Warn, and so fail the build, for every public object that the reference does not have."""
+    """Warn, and so fail the build, about every public object that the reference lacks."""
     known = env.get_domain("py").objects
     for name in sorted(public_objects() - known.keys()):
-        logger.warning("the API reference does not have %s: add its module to reference/api.md", name)
+        logger.warning("The API reference lacks %s. Add its module to reference/api.md.", name)
 
 
 autosummary_context = {"exported": exported()}
@@ -208,14 +212,14 @@ autosummary_context = {"exported": exported()}
 def name_defaults(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any
 ) -> tuple[str, Any] | None:
-    """A class as a default is shown by its name: ``<class …>`` is no Python, and nothing beside it would be parsed."""
+    """Show a default that is a class by its name: Sphinx cannot parse a signature with ``<class …>`` in it."""
     if signature is None:
         return None
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature), returns
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx."""
+    """Connect the functions above to the events of Sphinx."""
     app.connect("source-read", give_title)
     app.connect("autodoc-process-docstring", keep_formulas, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", name_defaults)

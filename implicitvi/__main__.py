@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import NamedTuple
 
-from .errors import did_you_mean
+from implicitvi.errors import did_you_mean
 
 WIDTH = 100  # of printed lines
 
@@ -50,7 +50,7 @@ def read_entries() -> dict[str, Entry]:
 
 
 def anchor_of(heading: str) -> str:
-    """Return the anchor that links to a heading use."""
+    """Return the anchor by which links name a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 

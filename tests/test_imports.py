@@ -2,153 +2,63 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "implicitvi"
-
-# From low to high. A module imports from lower layers and from its own room (a package, such as
-# training) only; docs/architecture.md shows the same order.
-LAYERS = (
-    {"errors"},
-    {"networks", "processes", "html"},
-    {"samplers", "contrasts", "adversaries", "ratios", "datasets", "evaluation"},
-    {"objectives", "framed"},
-    {"training"},
-    {"vae"},
-    {"layout", "parameters", "warm_start", "scoring", "minibatch"},
-    {"enumeration", "compiled", "modes"},
-    {"local", "latents"},
-    {"log_joint", "amortized"},
-    {"model_prior", "guide", "sources"},
-    {"restarts", "model_density"},
-    {"diagnosis", "refine"},
-    {"problem", "fit"},
-    {"amortized_problem"},
-    {"options"},
-    {"engine", "saved"},
-    {"svi"},
-    {"export", "plots"},
-)
-# These stand beside the rest, so that they can judge it: they import errors and each other.
-ERRORS_ONLY = {
-    "datasets",
-    "evaluation.ais",
-    "evaluation.audit",
-    "evaluation.divergences",
-    "evaluation.evidence",
-    "evaluation.frechet",
-    "evaluation.latent",
-    "evaluation.moves",
-    "evaluation.report",
-    "evaluation.sbc",
-    "evaluation.stein",
-}
-
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-
-
-def modules(package: Path) -> dict[str, Path]:
-    """Every module below the package's own ``__init__``, by dotted name without the package's."""
-    names = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
-        if parts != ("__init__",):
-            names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
-
-
-def imports(name: str, path: Path, known: set[str]) -> Iterator[str]:
-    """Modules that a module imports from its package, wherever in the file; ``""`` is the package itself."""
-    inside = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "implicitvi":
-                    yield alias.name.removeprefix("implicitvi").removeprefix(".")
-        elif isinstance(node, ast.ImportFrom):
-            source = (node.module or "").split(".") if node.module else []
-            if node.level:
-                base = [*inside[: len(inside) - node.level + 1], *source]
-            elif source[0] == "implicitvi":
-                base = source[1:]
-            else:
-                continue
-            for alias in node.names:
-                whole = ".".join([*base, alias.name])
-                yield whole if whole in known else ".".join(base)
-
-
-def violations(package: Path) -> list[str]:
-    """What is wrong with the imports of a package, one sentence each."""
-    found = modules(package)
-    wrong = []
-    for name, path in found.items():
-        room = name.split(".")[0]
-        if room not in LEVEL:
-            wrong.append(
-                f"{room} has no layer: add it to LAYERS in tests/test_imports.py, as low as its imports "
-                "allow, and to docs/architecture.md"
-            )
-            continue
-        for target in sorted(set(imports(name, path, set(found)))):
-            other = target.split(".")[0]
-            if name in ERRORS_ONLY or room in ERRORS_ONLY:
-                allowed = other == "errors" or target in ERRORS_ONLY or room == other in ERRORS_ONLY
-            else:
-                allowed = other == room or LEVEL.get(other, len(LAYERS)) < LEVEL[room]
-            if not allowed:
-                wrong.append(f"{name} imports {target or 'the package itself'}, which is not below it")
-    return wrong
+from shape import FLOORS, PACKAGE, Package, upward
 
 
 def test_imports_go_one_way() -> None:
-    assert violations(PACKAGE) == []
+    assert upward(Package(PACKAGE)) == []
 
 
 @pytest.mark.parametrize(
     ("module", "line", "complaint"),
     [
-        ("errors", "from implicitvi.avb.ratios import Logistic", "errors imports ratios,"),
-        ("ratios", "import implicitvi.avb.objective", "ratios imports objectives,"),
-        ("ratios", "from implicitvi import samplers", "ratios imports samplers,"),
-        ("ratios", "from implicitvi import ImplicitGuide", "ratios imports the package itself,"),
-        ("training/player", "from ..svi import AVBSVI", "training.player imports svi,"),
-        ("training/player", "from .. import svi", "training.player imports svi,"),
-        ("training/player", "def f():\n    from ..svi import AVBSVI", "training.player imports svi,"),
-        ("evaluation/divergences", "from .. import ratios", "evaluation.divergences imports ratios,"),
-        ("gadgets", "", "gadgets has no layer: add it"),
+        ("errors", "from implicitvi.avb.ratios import Logistic", "errors imports avb.ratios,"),
+        ("avb/ratios", "import implicitvi.inference.svi", "avb.ratios imports inference.svi,"),
+        ("avb/ratios", "from implicitvi import pyro_model", "avb.ratios imports pyro_model,"),  # of the same floor
+        ("avb/ratios", "from implicitvi import ImplicitGuide", "avb.ratios imports __init__,"),
+        ("training/player", "from ..inference.svi import AVBSVI", "training.player imports inference.svi,"),
+        ("training/player", "from ..inference import svi", "training.player imports inference.svi,"),
+        ("training/player", "def f():\n    from .. import inference", "training.player imports inference,"),
+        ("metrics/two_sample", "from .. import avb", "metrics.two_sample imports avb,"),
+        ("inference/svi", "from implicitvi.vae import model", "inference.svi imports vae.model,"),
+        ("gadgets", "", "gadgets has no floor: add it"),
     ],
 )
-def test_a_wrong_import_is_caught(tmp_path: Path, module: str, line: str, complaint: str) -> None:
+def test_a_wrong_import_is_caught(skeleton: Path, module: str, line: str, complaint: str) -> None:
     """The check fails where it should: on a skeleton of the package with one line planted."""
-    skeleton(tmp_path)
-    assert violations(tmp_path) == []
-    (tmp_path / f"{module}.py").write_text(line)
-    (only,) = violations(tmp_path)
+    (skeleton / f"{module}.py").write_text(line)
+    (only,) = upward(Package(skeleton))
     assert only.startswith(complaint)
 
 
-def test_imports_from_below_and_from_the_same_room_are_allowed(tmp_path: Path) -> None:
-    skeleton(tmp_path)
-    lines = ["from ..errors import ShapeError", "from . import rng", "from implicitvi.avb.objective import AVB"]
-    (tmp_path / "training/player.py").write_text("\n".join([*lines, "import torch, os.path"]))
-    (tmp_path / "training/__init__.py").write_text("from .player import Player")
-    assert violations(tmp_path) == []
+def test_imports_from_below_and_from_the_same_room_are_allowed(skeleton: Path) -> None:
+    lines = ["from ..errors import ShapeError", "from . import schedule", "from implicitvi.rng import RandomStream"]
+    (skeleton / "training/player.py").write_text("\n".join([*lines, "import torch, os.path"]))
+    (skeleton / "training/__init__.py").write_text("from .player import Player")
+    (skeleton / "__init__.py").write_text("from implicitvi.inference.svi import AVBSVI")
+    assert upward(Package(skeleton)) == []
 
 
-def skeleton(package: Path) -> None:
-    """Empty modules with the names that the planted lines use."""
-    for folder in ("training", "evaluation"):
-        (package / folder).mkdir()
-    for name in ("errors", "ratios", "samplers", "objectives", "svi", "training/rng", "evaluation/__init__"):
-        (package / f"{name}.py").touch()
+@pytest.fixture
+def skeleton(tmp_path: Path) -> Path:
+    """A package with every room, and the modules that the planted lines name; all files are empty."""
+    package = tmp_path / "implicitvi"
+    rooms = [name for floor in FLOORS for name in floor]
+    named = ["avb/ratios", "inference/svi", "training/player", "training/schedule", "metrics/two_sample", "vae/model"]
+    folders = {name.partition("/")[0] for name in named}
+    for name in [*(f"{room}/__init__" if room in folders else room for room in rooms), *named]:
+        path = package / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert upward(Package(package)) == []
+    return package
 
 
 IMPORT_AND_LOOK = """
