@@ -17,7 +17,7 @@ ROOMS = sorted(p for p in (ROOT / "implicitvi").rglob("*.py") if p.name != "__in
 
 
 def test_changelog_has_a_section_for_what_is_not_released() -> None:
-    assert re.search(r"^## \[?Unreleased\]?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(r"^## [\d.]+ \(unreleased\)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_make_has_every_target_that_the_documents_name() -> None:
