@@ -49,8 +49,8 @@ from implicitvi.pyro_model.target import Target
 from implicitvi.pyro_model.tracing import first_line
 from implicitvi.rng import RandomStream
 from implicitvi.training import Trainer
+from implicitvi.training.history import History
 from implicitvi.training.schedule import Schedule
-from implicitvi.training.trainer import History
 
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is estimated
 PROBES = 16  # draws of which at least one should have a density for each datum
