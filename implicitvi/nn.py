@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import silu
 
-from implicitvi.errors import check_at_least
-
 LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever its input
 
 
@@ -86,8 +84,6 @@ class GatedBlock(nn.Module):
 
 def gated_net(in_dim: int, out_dim: int, *, width: int, blocks: int) -> nn.Sequential:
     """Return a network of gated residual blocks of one width between two linear layers."""
-    check_at_least("width", width, 1)
-    check_at_least("blocks", blocks, 0)
     inner = (GatedBlock(width) for _ in range(blocks))
     return nn.Sequential(nn.Linear(in_dim, width), *inner, GatedLayer(width, width), nn.Linear(width, out_dim))
 

@@ -46,6 +46,7 @@ class GatedAdversary(_NetworkAdversary):
 
     def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 64, blocks: int = 1):
         super().__init__()
+        _check_sizes(width, blocks)
         self.net = gated_net(latent_dim + context_dim, 1, width=width, blocks=blocks)
         zero_init(last_layer(self.net))
 
@@ -179,6 +180,7 @@ class JointAdversary(nn.Module):
     def __init__(self, x_net: nn.Module, latent_dim: int, *, width: int = 64, blocks: int = 1, square: bool = False):
         super().__init__()
         self.x_net = x_net
+        _check_sizes(width, blocks)
         self.z_net, *layers = gated_net(latent_dim, 1, width=width, blocks=blocks)
         zero_init(layers[-1])
         self.net = nn.Sequential(*layers)
@@ -217,3 +219,9 @@ class InjectedAdversary(nn.Module):
 def _half_square(z: Tensor) -> Tensor:
     """Return ``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
     return 0.5 * (z.square() - 1).sum(-1)
+
+
+def _check_sizes(width: int, blocks: int) -> None:
+    """Raise `OptionError` unless a network has a width of at least 1 and at least 0 blocks."""
+    check_at_least("width", width, 1)
+    check_at_least("blocks", blocks, 0)
