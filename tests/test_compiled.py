@@ -163,10 +163,10 @@ REFUSED: dict[str, tuple[Model, tuple[Any, ...], str]] = {
     "pyro.param": (learns, (), "parameters that learn"),
     "a network that learns": (network, (Decoder(),), "parameters that learn"),
     "random numbers": (draws, (), "draws random numbers of its own"),
-    "numbers read off the data": (looks_at_the_data, (), "tracing raised RuntimeError"),
+    "numbers read off the data": (looks_at_the_data, (), "Tracing raised RuntimeError"),
     "mode loop": (models.branches_on_a_latent, (), "not mode 'loop'"),
-    "an array": (array, (np.ones(3),), "neither tensor nor number.*got ndarray"),
-    "an argument that learns": (array, (torch.ones(3, requires_grad=True),), "an argument needs a gradient"),
+    "an array": (array, (np.ones(3),), "must be a tensor or a number, got ndarray"),
+    "an argument that learns": (array, (torch.ones(3, requires_grad=True),), "An argument needs a gradient"),
 }
 
 

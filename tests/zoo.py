@@ -165,7 +165,7 @@ FAMILIES: dict[str, Callable[[Tensor], Any]] = {
     ),
 }
 ANGLE = "'z' is an angle: its density repeats along the whole real line"
-NO_MAP = "'z' cannot be mapped to the real line; got {}"
+NO_MAP = "'z' cannot be mapped to the real line, got {}"
 REFUSED_FAMILIES = {
     "VonMises": ANGLE,
     "SineSkewed": ANGLE,
@@ -175,7 +175,7 @@ REFUSED_FAMILIES = {
     "Wishart": NO_MAP.format("Wishart") + ".*LKJCholesky",
     "MixtureSameFamily": NO_MAP.format("MixtureSameFamily") + ".*Sample the component too",
     "GaussianScaleMixture": NO_MAP.format("GaussianScaleMixture"),
-    "Delta": "'z' takes single values only, so it has no density; got Delta",
+    "Delta": "'z' takes single values only, so it has no density, got Delta",
     "LinearHMM": "prior of site 'z' can be drawn from but has no density.*contrast='prior'",
 }
 
@@ -553,7 +553,7 @@ ZOO: tuple[Animal, ...] = (
     Animal("moving support", moving_support, refused="support of site 'z' depends on other"),
     Animal("support by switch", support_by_switch, refused="support of site 'z' depends on other"),
     Animal("other site", other_site, refused=f"did not have before: 'narrow'.*{CHANGES}"),
-    Animal("fewer sites", fewer_sites, refused=f"not visit its latent sites any more: 'scale'.*{CHANGES}"),
+    Animal("fewer sites", fewer_sites, refused=f"no longer visits its latent sites: 'scale'.*{CHANGES}"),
     Animal("other shape", other_shape, refused="shape of site 'z' has changed"),
     Animal("implicit prior", implicit_prior, refused="can be drawn from but has no density"),
 )
