@@ -58,9 +58,13 @@ def check_observed(node: Any) -> None:
             f"{tuple(batch)}, which makes {tuple(shape)} log densities",
             "Drop dimensions of size 1, or declare a plate for each dimension.",
         )
-    support = _fixed_support(fn)
-    masks = [*unwrapped(fn)[1], node["mask"]]
-    if support is None or value.is_meta or any(mask is False for mask in masks):
+    base, masks = unwrapped(fn)
+    masks.append(node["mask"])
+    support = getattr(type(base), "support", None)
+    if not isinstance(support, Constraint) or is_dependent(support):  # the parameters decide
+        return
+    allows_nan = isinstance(base, NanMaskedNormal | NanMaskedMultivariateNormal)
+    if allows_nan or value.is_meta or any(mask is False for mask in masks):
         return
     inside = support.check(value)
     while inside.dim() > len(batch):
@@ -74,14 +78,6 @@ def check_observed(node: Any) -> None:
             f"The data of site {name!r} lie outside the support of their distribution, {support}, got {found}. Correct "
             "the data, or choose a distribution that can produce them. Leave out missing data with obs_mask."
         )
-
-
-def _fixed_support(fn: Any) -> Constraint | None:
-    """Return the support of a distribution, ``None`` if it depends on the parameters or allows missing values."""
-    base, _ = unwrapped(fn)
-    support = getattr(type(base), "support", None)
-    allows_nan = isinstance(base, NanMaskedNormal | NanMaskedMultivariateNormal)
-    return support if isinstance(support, Constraint) and not is_dependent(support) and not allows_nan else None
 
 
 class PrepareForGuide(Messenger):

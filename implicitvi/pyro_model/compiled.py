@@ -101,7 +101,7 @@ class CompiledScore:
         if torch.is_grad_enabled() and u.requires_grad:
             scores: Tensor = _Differentiable.apply(u, graph, inputs)
             return scores
-        return graph.values(u, inputs)[0]
+        return graph(u, inputs, gradients=False)[0]
 
     def _graph(self, leaves: list[Any], spec: TreeSpec) -> _Graph:
         """Return the graph for arguments of this form; trace and compare a new one."""
@@ -162,8 +162,8 @@ class CompiledScore:
         for several in (1, len(self.points), 2 * count + 1):
             u = _repeat(self.points, several)
             exact = run(u, leaves, indices)[0]
-            for fast in (graph.values_and_gradients(u, inputs), graph.values(u, inputs)):
-                if not all(map(self.agree, fast, exact)):
+            for gradients in (True, False):
+                if not all(map(self.agree, graph(u, inputs, gradients=gradients), exact)):
                     raise ModelError("The graph and the model disagree.")
         return graph
 
@@ -188,16 +188,10 @@ class _Graph:
         self._values_and_gradients = _compiled(traced, backend, rows)
         self._values = _compiled(_without_gradients(traced), backend, rows)
 
-    def values_and_gradients(self, u: Tensor, inputs: list[Tensor]) -> Tensors:
-        """Return values ``[S]`` and gradients ``[S, D]``."""
-        return self._run(self._values_and_gradients, u, inputs)
-
-    def values(self, u: Tensor, inputs: list[Tensor]) -> Tensors:
-        """Return values ``[S]`` alone."""
-        return self._run(self._values, u, inputs)
-
     @torch.no_grad()
-    def _run(self, graph: Callable[..., Tensors], u: Tensor, inputs: list[Tensor]) -> Tensors:
+    def __call__(self, u: Tensor, inputs: list[Tensor], *, gradients: bool) -> Tensors:
+        """Return values ``[S]``, and gradients ``[S, D]`` if asked for."""
+        graph = self._values_and_gradients if gradients else self._values
         count, rows = len(u), self.rows or max(len(u), 2)  # one particle has a shape of its own
         missing = -count % rows
         if missing:
@@ -213,7 +207,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, graph: _Graph, inputs: list[Tensor]) -> Tensor:
-        values, gradient = graph.values_and_gradients(u, inputs)
+        values, gradient = graph(u, inputs, gradients=True)
         ctx.save_for_backward(gradient)
         return values
 

@@ -52,7 +52,8 @@ class LocalLayout:
         parts = {} if g is None else {site.name: flat for site, flat in self.shared.split(g)}
         sizes = [site.size // self.size for site, _ in self.local]
         for (site, dim), flat in zip(self.local, z.split(sizes, -1), strict=True):
-            rest, axis = _without_plate(site, dim)
+            rest, axis = list(site.unconstrained_shape), _plate_axis(site, dim)
+            del rest[axis]
             value = flat.reshape(*flat.shape[:-1], *rest).movedim(1, axis)
             parts[site.name] = value.reshape(len(z), -1)
         return torch.cat([parts[site.name] for site in self.all.sites], -1)
@@ -74,13 +75,6 @@ def _resized(site: Site, dim: int, size: int) -> Site:
     shape[dim - site.event_dim] = size
     unconstrained[_plate_axis(site, dim)] = size
     return replace(site, shape=tuple(shape), unconstrained_shape=tuple(unconstrained))
-
-
-def _without_plate(site: Site, dim: int) -> tuple[tuple[int, ...], int]:
-    """Return the unconstrained shape of a site without its plate, and the plate's axis, counted from the right."""
-    shape, axis = list(site.unconstrained_shape), _plate_axis(site, dim)
-    del shape[axis]
-    return tuple(shape), axis
 
 
 def _plate_axis(site: Site, dim: int) -> int:

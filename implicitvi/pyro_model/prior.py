@@ -20,15 +20,13 @@ class _FreshNoise(TorchFunctionMode):
     """A mode that replaces in-place noise by new tensors, so that under vmap every particle gets its own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.normal_ and len(args) == 1 and not kwargs:
-            return torch.randn(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-        if func in (Tensor.exponential_, Tensor.cauchy_) and len(args) == 1 and not kwargs:
-            uniform = torch.rand(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-            if func is Tensor.exponential_:
-                return -torch.log1p(-uniform)
-            return torch.tan(torch.pi * (uniform - 0.5))
-        return func(*args, **kwargs)
+        if func not in (Tensor.normal_, Tensor.exponential_, Tensor.cauchy_) or len(args) != 1 or kwargs:
+            return func(*args, **(kwargs or {}))
+        draw = torch.randn if func is Tensor.normal_ else torch.rand
+        noise = draw(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        if func is Tensor.exponential_:
+            return -torch.log1p(-noise)
+        return noise if func is Tensor.normal_ else torch.tan(torch.pi * (noise - 0.5))
 
 
 class ModelPrior(Distribution):

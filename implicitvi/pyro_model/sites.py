@@ -145,7 +145,7 @@ def bijection(name: str, fn: Any) -> Transform:
     cause: Exception | None = None
     if kind in CIRCULAR:
         problem = f"is an angle: its density repeats along the whole real line, got {kind}"
-        do = "Sample Uniform(-π, π) and add the density with pyro.factor, or use ProjectedNormalReparam."
+        do = "Use ProjectedNormal with ProjectedNormalReparam, or Uniform(-π, π) and the density in a pyro.factor."
     elif kind in ("Delta", "Empirical"):
         problem = f"takes single values only, so it has no density, got {kind}"
         do = "Use pyro.deterministic for a value that follows from others."
@@ -164,11 +164,5 @@ def bijection(name: str, fn: Any) -> Transform:
 def _site(name: str, node: dict[str, Any]) -> Site:
     fn, value = node["fn"], node["value"]
     transform = bijection(name, fn)
-    return Site(
-        name=name,
-        shape=tuple(value.shape),
-        unconstrained_shape=tuple(transform.inv(value).shape),
-        event_dim=fn.event_dim,
-        transform=transform,
-        dims=plate_names(node),
-    )
+    unconstrained_shape = tuple(transform.inv(value).shape)
+    return Site(name, tuple(value.shape), unconstrained_shape, fn.event_dim, transform, plate_names(node))
