@@ -1,4 +1,4 @@
-"""Small Pyro models that the tests share."""
+"""Define small Pyro models that the tests share."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def global_latents_in_minibatches(y: Tensor) -> None:
 
 
 def branches_on_a_latent(y: Tensor) -> None:
-    """Python control flow on a latent: only the loop can score it."""
+    """Python control flow on a latent, which only the loop can score."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     scale = 1.0 if mu > 0 else 2.0
     with pyro.plate("data", len(y)):
@@ -73,7 +73,7 @@ def branches_on_a_latent(y: Tensor) -> None:
 
 
 def fragile_cholesky(y: Tensor) -> None:
-    """The factorisation fails where ``rho`` is above 1 in absolute value."""
+    """A Cholesky factorisation that fails if ``rho`` is above 1 in absolute value."""
     rho = pyro.sample("rho", dist.Normal(y.new_tensor(0.0), 1.0))
     cov = torch.stack([torch.stack([rho**0, rho]), torch.stack([rho, rho**0])])
     root = torch.linalg.cholesky(cov)
@@ -81,7 +81,7 @@ def fragile_cholesky(y: Tensor) -> None:
 
 
 def half_line(y: Tensor) -> None:
-    """No density where ``mu`` is negative: a hard constraint on an unconstrained site."""
+    """A hard constraint on an unconstrained site: the density is zero if ``mu`` is negative."""
     mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.5), 1.0))
     pyro.factor("positive", torch.where(mu > 0, 0.0 * mu, torch.full_like(mu, -torch.inf)))
     with pyro.plate("data", len(y)):
@@ -98,7 +98,7 @@ SUMMED_OUT = {"enumerate": "parallel"}
 
 
 def mixture(y: Tensor) -> None:
-    """Two Gaussians; the component of each datum is discrete and summed out."""
+    """A mixture of two Gaussians; the component of each datum is discrete and summed out."""
     share = pyro.sample("share", dist.Beta(y.new_tensor(2.0), 2.0))
     loc = pyro.sample("loc", dist.Normal(y.new_tensor([-1.0, 1.0]), 1.0).to_event(1))
     with pyro.plate("data", len(y)):

@@ -391,8 +391,8 @@ def test_export_of_an_amortized_fit() -> None:
 
 
 BAD: dict[str, tuple[Any, tuple[Any, ...], type[ImplicitVIError], str]] = {
-    "no such plate": ("people", (Y,), ModelError, "no plate of the name.*'groups'"),
-    "a misspelt plate": ("group", (Y,), ModelError, "no plate.*Did you mean 'groups'"),
+    "no such plate": ("people", (Y,), ModelError, "plate to amortize must be one of 'groups'"),
+    "a misspelt plate": ("group", (Y,), ModelError, "plate to amortize.*Did you mean 'groups'"),
     "nan in the data": (
         "groups",
         (torch.tensor([1.0, torch.nan, 2.0]),),
@@ -454,7 +454,7 @@ def test_more_that_is_refused() -> None:
     with pytest.raises(ModelError, match="does not sum discrete sites out.*MixtureSameFamily"):
         ImplicitGuide(switched, amortize="groups").setup(Y)
 
-    with pytest.raises(ModelError, match="no plate.*got 'group', .*Did you mean 'groups'"):
+    with pytest.raises(ModelError, match="plate to amortize.*got 'group'.*Did you mean 'groups'"):
         ImplicitGuide(groups, amortize={"group": features}).setup(Y, minibatch=3)
 
     guide = ImplicitGuide(effects, amortize="groups").setup(Y)

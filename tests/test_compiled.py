@@ -1,4 +1,4 @@
-"""Compiled log joints: the numbers of the eager one, for any data and any number of particles."""
+"""A compiled log joint gives the numbers of the eager one, for any data and any number of particles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensors(*of: Any) -> list[Tensor]:
 
 
 def agree(log_joint: LogJoint, count: int, *args: Any, **kwargs: Any) -> None:
-    """Values, with and without gradients, and gradients, beside the loop's; weighted, as a loss weights them."""
+    """Compare values, with and without gradients, and weighted gradients with those of the loop."""
     like = tensors(args, kwargs)[0]
     u = torch.randn(count, log_joint.layout.dim, dtype=like.dtype, requires_grad=True)
     weights = torch.randn(count, dtype=like.dtype)
@@ -77,7 +77,7 @@ def regression(data: dict[str, Any], power: int, *, prior: tuple[Tensor, ...]) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_new_data_give_new_answers(backend: str) -> None:
-    """Tensors nested in containers are inputs, changed in place or exchanged; numbers and shapes choose the graph."""
+    """Tensors in containers are inputs, changed in place or replaced; numbers and shapes decide the graph."""
 
     def data(count: int = 5) -> dict[str, Any]:
         return {"x": [torch.randn(count, 2).double()], "y": torch.randn(count).double()}
@@ -95,7 +95,7 @@ def test_new_data_give_new_answers(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_that_is_no_argument_is_seen_to_change_in_place(backend: str) -> None:
+def test_a_tensor_that_is_not_an_argument_may_change_in_place(backend: str) -> None:
     hidden = torch.zeros(3).double()
 
     def model(y: Tensor) -> None:
@@ -111,7 +111,7 @@ def test_a_tensor_that_is_no_argument_is_seen_to_change_in_place(backend: str) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_minibatches_stay_random_and_are_shared_by_all_particles(backend: str) -> None:
-    """Fifty rows of which two are drawn: every particle has the same ones, every call others."""
+    """Two of fifty rows are drawn: the same for every particle, others in every call."""
     y = torch.randn(50).double()
     log_joint = made(models.global_latents_in_minibatches, y, backend=backend)
     assert log_joint._compiled is not None
@@ -163,17 +163,17 @@ REFUSED: dict[str, tuple[Model, tuple[Any, ...], str]] = {
     "pyro.param": (learns, (), "parameters that learn"),
     "a network that learns": (network, (Decoder(),), "parameters that learn"),
     "random numbers": (draws, (), "draws random numbers of its own"),
-    "numbers read off the data": (looks_at_the_data, (), "tracing raised RuntimeError"),
+    "numbers read off the data": (looks_at_the_data, (), "Tracing raised RuntimeError"),
     "mode loop": (models.branches_on_a_latent, (), "not mode 'loop'"),
-    "an array": (array, (np.ones(3),), "neither tensor nor number.*got ndarray"),
-    "an argument that learns": (array, (torch.ones(3, requires_grad=True),), "an argument needs a gradient"),
+    "an array": (array, (np.ones(3),), "must be a tensor or a number, got ndarray"),
+    "an argument that learns": (array, (torch.ones(3, requires_grad=True),), "An argument needs a gradient"),
 }
 
 
 @pytest.mark.uses_param_store
 @pytest.mark.filterwarnings("ignore:the model is scored one particle at a time")
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_graph_would_freeze_stays_eager_and_says_why(case: str) -> None:
+def test_a_model_that_a_graph_would_freeze_stays_eager_and_says_why(case: str) -> None:
     model, others, why = REFUSED[case]
     args = (torch.tensor([0.5, -0.3, 1.0]), *others)
     with pytest.warns(UserWarning, match=f"without compiling it.*{why}"):
@@ -195,7 +195,7 @@ def test_too_many_forms_of_arguments_go_back_to_eager() -> None:
 
 
 def test_a_graph_that_gives_other_numbers_is_refused() -> None:
-    """A score that counts its calls is not a function of its arguments, and the comparison sees it."""
+    """A score that counts its calls is not a function of its arguments; the comparison detects it."""
     calls = iter(range(1000))
 
     def score(u: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -206,7 +206,7 @@ def test_a_graph_that_gives_other_numbers_is_refused() -> None:
         CompiledScore(score, torch.ones(3, 2), agree=close)(torch.ones(3, 2), (), {})
 
 
-def test_a_particle_that_fails_disturbs_no_other() -> None:
+def test_a_particle_that_fails_does_not_disturb_others() -> None:
     log_joint = made(models.fragile_cholesky, torch.zeros(2).double())
     u = torch.tensor([[0.1], [2.0], [-0.5], [-3.0]], dtype=torch.float64)
     scores = log_joint(u, torch.zeros(2).double())
@@ -243,10 +243,10 @@ def test_compiled_and_eager_fits_draw_the_same_minibatches() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler triggers its own warnings
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_compiled_networks_are_the_same_networks() -> None:
-    """Names in the state, draws and gradients."""
+    """Compare the names in the state, draws and gradients."""
     sampler = GatedSampler(2)
     names, weights = list(sampler.state_dict()), list(sampler.parameters())
     results = []
@@ -268,7 +268,7 @@ def test_pyros_own_loop_takes_the_option() -> None:
     assert "compiled (graph)" in loss._training.target.log_joint.reason  # type: ignore[union-attr]
 
 
-def test_options_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="compile must be one of.*Did you mean 'graph'"):
         fit("grap")
     monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")

@@ -46,7 +46,7 @@ def scaled(model: Model) -> Model:
     ],
     ids=["mixture", "scaled", "markov", "nested"],
 )
-def test_the_sum_is_the_one_written_by_hand(model: Model, by_hand: Model, y: Tensor, mode: str) -> None:
+def test_the_sum_equals_one_written_by_hand(model: Model, by_hand: Model, y: Tensor, mode: str) -> None:
     log_joint = made(model, y, mode=mode)
     u = torch.randn(5, log_joint.layout.dim).double().requires_grad_()
     scores, exact = log_joint(u, y), made(by_hand, y, mode="loop")(u, y)
@@ -58,7 +58,7 @@ def test_the_sum_is_the_one_written_by_hand(model: Model, by_hand: Model, y: Ten
 
 
 def test_discrete_sites_in_minibatches_sum_to_the_full_data_on_average() -> None:
-    """Every minibatch of two of four data, each as often as any other: the mean of their sums is exact."""
+    """Over all minibatches of two of four data, the mean of their sums is exact."""
     subset = torch.tensor([0, 1])
 
     def model(y: Tensor) -> None:
@@ -87,7 +87,7 @@ def test_a_discrete_site_that_all_minibatches_share_is_refused() -> None:
             pyro.sample("obs", dist.Normal(loc[k.long()], 1.0), obs=y[i])
 
     log_joint = made(model, Y)
-    with pytest.raises(ModelError, match=r"different scales; got k: 1.0, obs: 2.5"):
+    with pytest.raises(ModelError, match=r"scale of sites that .* must be one number, got k: 1.0, obs: 2.5"):
         log_joint(torch.zeros(2, 2).double(), Y)
 
 
@@ -97,12 +97,12 @@ def test_a_scale_for_each_datum_of_a_discrete_site_is_refused() -> None:
             models.mixture(y)
 
     log_joint = made(model, Y)
-    with pytest.raises(ModelError, match="different scales"):
+    with pytest.raises(ModelError, match="must be one number"):
         log_joint(torch.zeros(2, 3).double(), Y)
 
 
 def test_the_prior_of_a_mixture_is_summed_too() -> None:
-    """``only`` the latent sites: a latent whose prior depends on a discrete site has a mixture for its prior."""
+    """With ``only`` the latent sites, a latent whose prior depends on a discrete site has a mixture prior."""
 
     def model(y: Tensor) -> None:
         k = pyro.sample("k", dist.Bernoulli(y.new_tensor(0.25)), infer=models.SUMMED_OUT)
@@ -154,8 +154,8 @@ def test_config_enumerate_marks_a_model() -> None:
 def test_infer_discrete_recovers_the_discrete_sites() -> None:
     """Frequencies of 400 draws against the exact conditional, gate 5 standard errors.
 
-    The draw is given inside of `infer_discrete`: around it, where `Predictive` puts it, Pyro's sum does not see it
-    and takes the continuous latents from their prior.
+    `infer_discrete` wraps the conditioned model: conditioned outside, as `Predictive` does, Pyro's sum does not see the
+    draw and takes the continuous latents from their prior.
     """
     guide = ImplicitGuide(models.mixture).setup(Y)
     draws = guide.sample(400)

@@ -174,7 +174,7 @@ def test_a_column_beside_a_row_is_refused() -> None:
     """It would be compared with it each with each, and give another posterior without a word."""
     x, y = torch.randn(50, 3), torch.randn(50)
     ImplicitGuide(regression).setup(x, y)
-    with pytest.raises(ModelError, match=r"shape of its plates; got \(50, 1\), which makes \(50, 50\)"):
+    with pytest.raises(ModelError, match=r"shape of its plates, \(50,\), got \(50, 1\), which makes \(50, 50\)"):
         ImplicitGuide(regression).setup(x, y[:, None])
 
 

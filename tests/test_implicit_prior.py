@@ -1,4 +1,4 @@
-"""Priors that can only be drawn from: plain AVB needs nothing else, and everything else says so."""
+"""Plain AVB needs only draws of the prior; every other method refuses a prior without a density."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {"num_steps": 6, "num_particles": 16, "progress": False,
 
 
 class Pushed(dist.TorchDistribution):  # type: ignore[misc]
-    """A standard normal whose density nobody is told."""
+    """A standard normal without a log_prob."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     support = constraints.real
@@ -84,8 +84,8 @@ def flat_by_a_handler(y: Tensor) -> None:
 
 
 @pytest.mark.parametrize("prior", [flat, flat_vector, flat_by_a_handler])
-def test_a_flat_prior_is_no_contrast(prior: Callable[[Tensor], None]) -> None:
-    """Its site can be drawn, from the distribution that was masked: the posterior would have that for a prior."""
+def test_a_flat_prior_is_refused_as_a_contrast(prior: Callable[[Tensor], None]) -> None:
+    """Its site can be drawn from the masked distribution, which would then become the prior of the posterior."""
 
     def model(y: Tensor) -> None:
         pyro.sample("other", dist.Normal(0.0, 1.0))
@@ -95,7 +95,7 @@ def test_a_flat_prior_is_no_contrast(prior: Callable[[Tensor], None]) -> None:
         AVBSVI(model, ImplicitGuide(model), contrast="prior", **SMALL).run(Y)
 
 
-def test_export_leaves_out_what_needs_the_density() -> None:
+def test_export_leaves_out_groups_that_need_the_density() -> None:
     guide = ImplicitGuide(model)
     AVBSVI(model, guide, contrast="prior", **SMALL).run(Y)
     with pytest.warns(UserWarning, match="'mu'.*not have a density.*sample_stats"):

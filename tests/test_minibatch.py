@@ -1,4 +1,4 @@
-"""Indices of subsampled plates: uniform without replacement, and one draw for all particles."""
+"""Indices of subsampled plates are uniform without replacement, and the same for all particles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from implicitvi.pyro_model.subsampling import PinnedSubsample, draw_subsample
 
 @pytest.mark.parametrize(("size", "count"), [(5, 2), (6, 3), (5, 3), (3, 3)])
 def test_every_set_is_equally_likely(size: int, count: int) -> None:
-    """All sets, 20 000 draws, each frequency within 5 standard errors.
+    """Check each frequency in 20 000 draws, over all sets, to 5 standard errors.
 
     Fails by chance less than once in 100 000 runs. Planted: keeping the lowest of a larger set of distinct draws,
     or filling up with the first numbers that are missing, is 10 and more standard errors off.

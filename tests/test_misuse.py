@@ -1,4 +1,4 @@
-"""Every public name rejects its likeliest misuses with a message that names what to do about them."""
+"""Every public name rejects its likeliest misuses with a message that says how to correct them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def guide() -> ImplicitGuide:
 
 
 def fit() -> Fit:
-    """As little of a fit as there can be."""
+    """Return the smallest possible fit."""
     return AVBSVI(models.normal_normal, guide(), num_steps=1, num_particles=4, warm_start=0, progress=False).run(Y)
 
 
 def of_draws(function: Callable[..., Any]) -> dict[str, tuple[Call, str]]:
-    """The misuses of a function of two sets of draws."""
+    """Return the misuses of a function of two sets of draws."""
     return {
         "of another dimension": (lambda: function(DRAWS, DRAWS[:, :1] + 1), "dimension|columns"),
         "not finite": (lambda: function(NAN, DRAWS), "not finite|finite"),
@@ -124,7 +124,7 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     "sliced_wasserstein": of_draws(sliced_wasserstein),
     "whiten": of_draws(whiten),
 }
-# names whose misuses have their table elsewhere, and the one name that nobody calls
+# names whose misuses are listed in other files, and the one name that users do not call
 ELSEWHERE: dict[str, Sized] = {"AVBSVI": [*test_svi.MISUSES, *test_saved.REFUSED], "diagnose": test_diagnose.MISUSES}
 NO_CALL = {"StopTraining"}  # an exception of a user's own callback; any message will do
 

@@ -1,4 +1,4 @@
-"""Parameters of the model are learned with the posterior, and importance weights tighten the bound that they climb."""
+"""Parameters of the model are learned with the posterior; importance weights tighten the bound that they maximise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.uses_param_store
 
 
 def effects(y: Tensor) -> None:
-    """Evidence: y ~ N(0, scale² + 1), so the best scale is sqrt(mean y² - 1)."""
+    """A model with evidence y ~ N(0, scale² + 1), so the best scale is sqrt(mean y² - 1)."""
     scale = pyro.param("scale", y.new_tensor(0.5), constraint=dist.constraints.positive)
     with pyro.plate("data", len(y)):
         z = pyro.sample("z", dist.Normal(0.0, scale))
@@ -50,7 +50,7 @@ def test_the_parameter_of_greatest_evidence_is_found(num_importance: int) -> Non
     found = pyro.param("scale").item()
     assert abs(found / best - 1) < 0.05
     assert fit.parameters == {"scale": pytest.approx(found)}
-    assert fit.history["beta"][0] == 1.0  # they would climb the tempered bound
+    assert fit.history["beta"][0] == 1.0  # parameters would maximise the tempered bound
 
 
 class Regression(PyroModule[nn.Module]):
@@ -85,9 +85,9 @@ def test_a_parameter_hidden_by_an_older_one_is_refused() -> None:
     AVBSVI(second, ImplicitGuide(second), **SMALL, seed=0).run(X, Z)
 
 
-def test_parameters_that_pyro_does_not_see_are_pointed_out() -> None:
+def test_parameters_that_pyro_does_not_see_cause_a_warning() -> None:
     model = Regression()
-    model.linear = PyroModule[nn.Sequential](nn.Linear(2, 1))  # it goes past Pyro to its layers
+    model.linear = PyroModule[nn.Sequential](nn.Linear(2, 1))  # it calls its layers without Pyro
     with pytest.warns(UserWarning, match=r"not learned: linear.0.weight, linear.0.bias"):
         AVBSVI(model, ImplicitGuide(model), **SMALL, seed=0).run(X, Z)
     model.linear.requires_grad_(False)
@@ -136,7 +136,7 @@ def pair() -> tuple[MultivariateNormal, AVBObjective]:
 
 
 def test_with_the_oracle_the_tightened_bound_is_iwae() -> None:
-    """Value by value: log mean_k p(z_k) / q(z_k), written out."""
+    """Compare each value with log mean_k p(z_k) / q(z_k), written out."""
     q, avb = pair()
     p = gaussian(2)
     seen: list[Tensor] = []
@@ -152,7 +152,7 @@ def test_one_draw_a_bound_changes_nothing() -> None:
     assert importance_weighted(elbo, z, 1) is elbo
 
 
-def test_a_draw_without_density_takes_its_group_with_it() -> None:
+def test_a_draw_without_density_drops_its_group() -> None:
     q, avb = pair()
 
     def log_joint(z: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def test_a_draw_without_density_takes_its_group_with_it() -> None:
 
 
 def test_the_gradient_of_the_tightened_bound_is_iwaes() -> None:
-    """Mean gradient with q held fixed and weights squared, against that of the bound itself, 5 standard errors.
+    """Compare the mean gradient, with q held fixed and weights squared, with that of the bound: 5 standard errors.
 
     Largest gap over 40 seeds: 2.8 standard errors. Without the squared weights it is 38.
     """

@@ -261,9 +261,9 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an array": (
         lambda: small(plain).run(Y.numpy()),
         ModelError,
-        r"data of site 'obs' are not a tensor; got ndarray. Pass torch\.as_tensor",
+        r"data of site 'obs' must be a tensor, got ndarray. Pass torch\.as_tensor",
     ),
-    "a list": (lambda: small(plain).run(Y.tolist()), ModelError, "'obs' are not a tensor; got list"),
+    "a list": (lambda: small(plain).run(Y.tolist()), ModelError, "'obs' must be a tensor, got list"),
     "impossible model": (lambda: small(models.impossible).run(Y), ModelError, "never: log density -inf"),
     "misspelt option": (lambda: small(num_particels=3), TypeError, "num_particels"),
     "no particles": (lambda: small(num_particles=0), OptionError, "num_particles"),
@@ -399,7 +399,7 @@ def test_a_minibatch_larger_than_its_plate_is_refused_by_name() -> None:
         with pyro.plate("data", len(y), subsample_size=9) as index:
             pyro.sample("obs", pyro.distributions.Normal(mu, 1.0), obs=y[index])
 
-    with pytest.raises(ModelError, match="'data' is larger than the plate; got subsample_size=9"):
+    with pytest.raises(ModelError, match="subsample_size of plate 'data' must be at most 3, got 9"):
         small(model).run(Y)
 
 

@@ -1,4 +1,4 @@
-"""Every model of the zoo: scored in a batch as in a loop and then trained, or refused with the documented words."""
+"""Every model of the zoo is scored in a batch as in a loop and then trained, or refused with the documented words."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_zoo_is_large_and_its_names_are_unique() -> None:
 @pytest.mark.uses_param_store
 @named(FITTED)
 def test_batched_equals_looped(animal: Animal) -> None:
-    """Values and gradients, float64, at points that the choice of the mode has not seen, for parameters too."""
+    """Compare values and gradients, for parameters too, in float64, at points new to the choice of the mode."""
     args = animal.args(torch.float64)
     log_joint = made(animal)
     u = torch.randn(7, log_joint.layout.dim).double().requires_grad_()
@@ -62,14 +62,14 @@ def test_batched_equals_looped(animal: Animal) -> None:
 
 
 @named(REFUSED)
-def test_what_cannot_be_fitted_is_refused_by_name(animal: Animal) -> None:
+def test_a_model_that_cannot_be_fitted_is_refused_by_name(animal: Animal) -> None:
     with pytest.raises(ModelError, match=f"(?s){animal.refused}"):
         log_joint = made(animal)
         log_joint(torch.randn(3, log_joint.layout.dim).double(), *animal.args(torch.float64))
 
 
 def trained(animal: Animal, dtype: torch.dtype, num_steps: int) -> AVBSVI:
-    """The first steps of a fit of twenty."""
+    """Run the first steps of a fit of twenty."""
     svi = AVBSVI(
         animal.model, ImplicitGuide(animal.model), num_steps=20, num_particles=16, warm_start=10, progress=False, seed=0
     )
@@ -105,9 +105,9 @@ def test_it_trains_draws_and_resumes(animal: Animal) -> None:
     assert svi.step(*args) == following
 
     pyro.clear_param_store()
-    twin = trained(animal, torch.float64, 4)
-    torch.testing.assert_close(torch.tensor(twin.history["sampler"]), losses[:4], rtol=0, atol=0)
-    twin.guide.load_state_dict(svi.guide.state_dict())
+    second = trained(animal, torch.float64, 4)
+    torch.testing.assert_close(torch.tensor(second.history["sampler"]), losses[:4], rtol=0, atol=0)
+    second.guide.load_state_dict(svi.guide.state_dict())
 
     pyro.clear_param_store()
     single = trained(animal, torch.float32, 4)

@@ -1,7 +1,7 @@
-"""A zoo of small Pyro models: one for each feature that a model may have, and one for each family of priors.
+"""List small Pyro models: one for each feature that a model may have, and one for each family of priors.
 
-Each says how `LogJoint` is expected to score it, or with which words it is refused. ``test_zoo.py`` holds all of them
-to the same laws; a new feature or family joins the list below.
+Each states how `LogJoint` is expected to score it, or the words of the error that refuses it. ``test_zoo.py`` holds all
+of them to the same laws; add a new feature or family to the list below.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ Args = tuple[Any, ...]
 
 
 def five(dtype: torch.dtype) -> Args:
-    """Five observations."""
+    """Return five observations."""
     return (torch.tensor([-1.2, 0.3, 1.9, 0.1, 2.2], dtype=dtype),)
 
 
 @dataclass(frozen=True)
 class Animal:
-    """A model and what is expected of it.
+    """A model with the expected way to score it, or the error that refuses it.
 
     Attributes:
         name: Its name in the list.
         model: The model.
         args: The model's arguments in a dtype.
-        mode: How `LogJoint` scores it.
+        mode: The mode in which `LogJoint` scores it.
         refused: Regular expression of the error that refuses it, ``None`` for a model that can be fitted.
     """
 
@@ -64,7 +64,7 @@ def observe(mean: Tensor, y: Tensor) -> None:
 
 
 def prior(family: Callable[[Tensor], Any]) -> Model:
-    """A model whose one latent has a distribution ``family(one)``; its bounded sum is observed."""
+    """Return a model with one latent, distributed as ``family(one)``, whose bounded sum is observed."""
 
     def model(y: Tensor) -> None:
         z = pyro.sample("z", family(y.new_ones(())))
@@ -165,7 +165,7 @@ FAMILIES: dict[str, Callable[[Tensor], Any]] = {
     ),
 }
 ANGLE = "'z' is an angle: its density repeats along the whole real line"
-NO_MAP = "'z' cannot be mapped to the real line; got {}"
+NO_MAP = "'z' cannot be mapped to the real line, got {}"
 REFUSED_FAMILIES = {
     "VonMises": ANGLE,
     "SineSkewed": ANGLE,
@@ -175,7 +175,7 @@ REFUSED_FAMILIES = {
     "Wishart": NO_MAP.format("Wishart") + ".*LKJCholesky",
     "MixtureSameFamily": NO_MAP.format("MixtureSameFamily") + ".*Sample the component too",
     "GaussianScaleMixture": NO_MAP.format("GaussianScaleMixture"),
-    "Delta": "'z' takes single values only, so it has no density; got Delta",
+    "Delta": "'z' takes single values only, so it has no density, got Delta",
     "LinearHMM": "prior of site 'z' can be drawn from but has no density.*contrast='prior'",
 }
 
@@ -268,7 +268,7 @@ def nested_plates(y: Tensor) -> None:
 
 
 def matrix_product(y: Tensor) -> None:
-    """``X @ w`` and an index into a vector: what a plate of particles would get wrong."""
+    """``X @ w`` and an index into a vector, which a plate of particles would get wrong."""
     w = pyro.sample("w", dist.Normal(0 * y[:2], 1.0).to_event(1))
     group = pyro.sample("group", dist.Normal(0 * y[:3], 1.0).to_event(1))
     observe(torch.stack([y, y**2], -1) @ w + group[torch.tensor([0, 1, 2, 1, 0])], y)
@@ -281,7 +281,7 @@ def undeclared_batch(y: Tensor) -> None:
 
 
 def sums_over_all(y: Tensor) -> None:
-    """The sum that a plate of particles would take over particles too."""
+    """A sum that in a plate of particles would run over particles too."""
     with pyro.plate("parts", len(y)):
         theta = pyro.sample("theta", dist.Normal(0 * y, 1.0))
     observe(theta.sum(), y)
@@ -392,7 +392,7 @@ def fills_a_buffer(y: Tensor) -> None:
 
 
 def buffer_with_particles(y: Tensor) -> None:
-    """Writes in place, and broadcasts: the loop of vmap cannot, a plate of particles can."""
+    """In-place writes that broadcast: a plate of particles can score them, vmap cannot."""
     p = pyro.sample("p", dist.Beta(1 + 0 * y[0], 1.0))
     total = torch.zeros(p.shape).to(y)
     total += p
@@ -401,7 +401,7 @@ def buffer_with_particles(y: Tensor) -> None:
 
 @config_enumerate
 def mixture_of_three(y: Tensor) -> None:
-    """Marked as a whole; the means indexed with Vindex."""
+    """A mixture marked as a whole, its means indexed with Vindex."""
     weights = pyro.sample("weights", dist.Dirichlet(1 + 0 * y[:3]))
     with pyro.plate("components", 3):
         loc = pyro.sample("loc", dist.Normal(0 * y[0], 2.0))
@@ -411,7 +411,7 @@ def mixture_of_three(y: Tensor) -> None:
 
 
 def switch_for_all(y: Tensor) -> None:
-    """A discrete site that all data share and on which a latent depends."""
+    """A discrete site that all data share, and a latent that depends on it."""
     k = pyro.sample("k", dist.Bernoulli(0.3 + 0 * y[0]), infer=SUMMED_OUT)
     z = pyro.sample("z", dist.Normal(3 * k, 1.0))
     observe(z + k, y)
@@ -456,7 +456,7 @@ def other_shape(y: Tensor) -> None:
 
 
 class Unscored(dist.TorchDistribution):  # type: ignore[misc]
-    """An implicit prior: it can be drawn, and has no density."""
+    """An implicit prior, which can be drawn from but has no density."""
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.real
@@ -553,7 +553,7 @@ ZOO: tuple[Animal, ...] = (
     Animal("moving support", moving_support, refused="support of site 'z' depends on other"),
     Animal("support by switch", support_by_switch, refused="support of site 'z' depends on other"),
     Animal("other site", other_site, refused=f"did not have before: 'narrow'.*{CHANGES}"),
-    Animal("fewer sites", fewer_sites, refused=f"not visit its latent sites any more: 'scale'.*{CHANGES}"),
+    Animal("fewer sites", fewer_sites, refused=f"no longer visits its latent sites: 'scale'.*{CHANGES}"),
     Animal("other shape", other_shape, refused="shape of site 'z' has changed"),
     Animal("implicit prior", implicit_prior, refused="can be drawn from but has no density"),
 )

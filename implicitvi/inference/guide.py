@@ -27,7 +27,7 @@ from implicitvi.inference.amortization import (
     sample_in_plates,
 )
 from implicitvi.inference.modes import Mode
-from implicitvi.pyro_model.checks import Readable, check_latents, is_hidden, latent_trace
+from implicitvi.pyro_model.checks import PrepareForGuide, check_latents, is_hidden, latent_trace
 from implicitvi.pyro_model.plates import PlateRun, read_plate
 from implicitvi.pyro_model.sites import Site, SiteLayout
 from implicitvi.pyro_model.target import Target
@@ -145,7 +145,7 @@ class ImplicitGuide(AutoContinuous):
         name: str | None = None,
     ):
         self._make = partial(type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn)
-        super().__init__(Readable()(model), init_loc_fn=init_loc_fn)
+        super().__init__(PrepareForGuide()(model), init_loc_fn=init_loc_fn)
         if isinstance(sampler, str):
             check_choice("sampler", sampler, SAMPLERS)
         self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"

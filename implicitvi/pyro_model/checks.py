@@ -1,20 +1,12 @@
-"""Which latent sites of a model a guide can draw, and what is refused before anything is built."""
+"""Check a model's sites and data before a guide is built for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import (
-    ImproperUniform,
-    Independent,
-    MaskedDistribution,
-    NanMaskedMultivariateNormal,
-    NanMaskedNormal,
-)
-from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions import ImproperUniform, Independent, NanMaskedMultivariateNormal, NanMaskedNormal
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -23,10 +15,11 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint, is_dependent
 
 from implicitvi.errors import ModelError
+from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.enumeration import is_enumerated, is_finite
 from implicitvi.pyro_model.sites import bijection
-from implicitvi.pyro_model.subsampling import check_subsample
-from implicitvi.pyro_model.tracing import is_scored
+from implicitvi.pyro_model.subsampling import check_subsample, is_subsampled
+from implicitvi.pyro_model.tracing import is_scored, unwrapped, vectorized_plates
 
 
 def check_site(name: str, fn: Any) -> None:
@@ -39,44 +32,39 @@ def check_site(name: str, fn: Any) -> None:
         bijection(name, fn)
         return
     if is_finite(fn):
-        raise ModelError(
-            f"the discrete latent site {name!r} is not marked to be summed out",
-            do=f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
-            "@pyro.infer.config_enumerate.",
-            faq="a-discrete-latent-is-refused",
-        )
-    if isinstance(fn, Independent):
-        raise ModelError(
-            f"the discrete latent site {name!r} joins several discrete values with to_event, which Pyro cannot "
-            "enumerate",
-            do="Declare them independent: a pyro.plate in place of to_event.",
-            faq="a-discrete-latent-is-refused",
-        )
-    raise ModelError(
-        f"the discrete latent site {name!r} has infinitely many values, or too many to list, and cannot be summed out",
-        got=type(fn).__name__,
-        do="Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it.",
-        faq="a-discrete-latent-is-refused",
-    )
+        problem = "is not marked to be summed out"
+        do = f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
+        do += "@pyro.infer.config_enumerate."
+    elif isinstance(fn, Independent):
+        problem = "joins several discrete values with to_event, which Pyro cannot enumerate"
+        do = "Declare them independent: a pyro.plate in place of to_event."
+    else:
+        problem = "has infinitely many values, or too many to list, so it cannot be summed out, "
+        problem += f"got {type(fn).__name__}"
+        do = "Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it."
+    raise ModelError(f"The discrete latent site {name!r} {problem}. {do}", faq="a-discrete-latent-is-refused")
 
 
 def check_observed(node: Any) -> None:
-    """Raise `ModelError` unless data have the shape of their plates and lie where their distribution can give them."""
+    """Raise `ModelError` unless data have the shape of their plates and lie in the support of their distribution."""
     name, fn, value = node["name"], node["fn"], node["value"]
     batch = value.shape[: value.dim() - fn.event_dim]
-    if any(frame.vectorized for frame in node["cond_indep_stack"]):
-        # a column beside a row would be compared with it each with each
-        together = torch.broadcast_shapes(fn.batch_shape, batch)
-        if together != fn.batch_shape:
-            raise ModelError(
-                f"the data of site {name!r} do not have the shape of its plates",
-                got=f"{tuple(batch)}, which makes {tuple(together)} log densities",
-                expected=f"a shape that fits into {tuple(fn.batch_shape)}",
-                do="Drop their dimensions of size 1, or declare all of their dimensions: a plate for each.",
-            )
-    support, masks = _base(fn)
-    masks += [node["mask"]]
-    if support is None or value.is_meta or any(mask is False for mask in masks):
+    # a column beside a row would broadcast: each entry scored against every other
+    shape = torch.broadcast_shapes(fn.batch_shape, batch) if vectorized_plates(node) else fn.batch_shape
+    if shape != fn.batch_shape:
+        raise ModelError.must_be(
+            f"The shape of the data of site {name!r}",
+            f"the shape of its plates, {tuple(fn.batch_shape)}",
+            f"{tuple(batch)}, which makes {tuple(shape)} log densities",
+            "Drop dimensions of size 1, or declare a plate for each dimension.",
+        )
+    base, masks = unwrapped(fn)
+    masks.append(node["mask"])
+    support = getattr(type(base), "support", None)
+    if not isinstance(support, Constraint) or is_dependent(support):  # the parameters decide
+        return
+    allows_nan = isinstance(base, NanMaskedNormal | NanMaskedMultivariateNormal)
+    if allows_nan or value.is_meta or any(mask is False for mask in masks):
         return
     inside = support.check(value)
     while inside.dim() > len(batch):
@@ -85,47 +73,32 @@ def check_observed(node: Any) -> None:
         inside = inside | ~mask if isinstance(mask, Tensor) else inside
     if not inside.all():
         inside = inside.expand(batch)
+        found = f"{int((~inside).sum())} of {inside.numel()}, the first of them {value[~inside][0].tolist()}"
         raise ModelError(
-            f"data of site {name!r} lie outside the support of their distribution",
-            got=f"{int((~inside).sum())} of {inside.numel()}, the first of them {value[~inside][0].tolist()}",
-            expected=str(support),
-            do="Correct the data, or take a distribution that can give them. Missing data are left out by obs_mask.",
+            f"The data of site {name!r} lie outside the support of their distribution, {support}, got {found}. Correct "
+            "the data, or choose a distribution that can produce them. Leave out missing data with obs_mask."
         )
 
 
-def _base(fn: Any) -> tuple[Constraint | None, list[Any]]:
-    """Support of a distribution, where its parameters have no part in it, and the masks around it."""
-    masks = []
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        if isinstance(fn, MaskedDistribution):
-            masks.append(fn._mask)
-        fn = fn.base_dist
-    support = getattr(type(fn), "support", None)
-    takes_nan = isinstance(fn, NanMaskedNormal | NanMaskedMultivariateNormal)
-    fixed = isinstance(support, Constraint) and not is_dependent(support) and not takes_nan
-    return (support if fixed else None), masks
+class PrepareForGuide(Messenger):
+    """A messenger that prepares a model for an autoguide: it unrolls sequential plates and fills in improper sites.
 
-
-class Readable(Messenger):
-    """Shows a model to an autoguide: sequential plates unrolled, a value for sites that cannot be drawn.
-
-    Refuses sites of which a continuous guide can make nothing, before anything asks for their support, and data that
-    are no tensors, which Pyro cannot score.
+    It refuses sites that a continuous guide cannot draw, before Pyro asks for their support, and data that are not
+    tensors, which Pyro cannot score.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not isinstance(msg["value"], Tensor):
+            kind = type(msg["value"]).__name__
             raise ModelError(
-                f"the data of site {msg['name']!r} are not a tensor",
-                got=type(msg["value"]).__name__,
-                do="Pass torch.as_tensor(y) in place of y to the model.",
+                f"The data of site {msg['name']!r} must be a tensor, got {kind}. Pass torch.as_tensor(y) to the model."
             )
         if site_is_subsample(msg):
             check_subsample(msg)
         elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
         msg["cond_indep_stack"] = tuple(
-            frame for frame in msg["cond_indep_stack"] if frame.vectorized or frame.full_size not in (None, frame.size)
+            frame for frame in msg["cond_indep_stack"] if frame.vectorized or is_subsampled(frame)
         )
         if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
             shape = msg["fn"].shape()
@@ -133,8 +106,8 @@ class Readable(Messenger):
             msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
 
 
-class CheckedData(Messenger):
-    """Holds the data of a model against its plates and distributions."""
+class CheckData(Messenger):
+    """A messenger that checks a model's data against its plates and distributions."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and is_scored(msg):
@@ -142,39 +115,35 @@ class CheckedData(Messenger):
 
 
 def is_hidden(msg: Any) -> bool:
-    """Whether a guide of the continuous latent sites passes over a site."""
+    """Return whether a guide of the continuous latent sites skips a site."""
     return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
 
 
-def latent_trace(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Trace of the model's unobserved sample sites, those aside that are summed out; its data are checked."""
-    traced = poutine.trace(poutine.block(CheckedData()(Readable()(model)), is_hidden))
+def latent_trace(model: Model, /, *args: Any, **kwargs: Any) -> Any:
+    """Trace the model's latent sites, except those that are summed out, and check its data."""
+    traced = poutine.trace(poutine.block(CheckData()(PrepareForGuide()(model)), is_hidden))
     try:
         with poutine.block():
             return traced.get_trace(*args, **kwargs)
-    except ModelError as error:  # Pyro raises errors again, with a table of shapes
+    except ModelError as error:  # Pyro raises an error again with a table of shapes
         raise error.__cause__ if isinstance(error.__cause__, ModelError) else error from None
 
 
 def check_latents(trace: Any, amortized: str | None = None) -> None:
-    """Raise `ModelError` unless every latent site can be drawn: no minibatch of latents but in an amortized plate."""
+    """Raise `ModelError` unless there are latent sites, none of them in a subsampled plate, except ``amortized``."""
     sites = dict(trace.iter_stochastic_nodes())
     if not sites:
         raise ModelError(
-            "the model has no latent site to draw",
-            do="Check that the sites to infer are not observed, and that observed ones get obs=.",
+            "The model has no latent site to draw. Check that the sites to infer are not observed, and that observed "
+            "ones get obs=.",
             faq="the-model-has-no-latent-site",
         )
-    local = {
-        frame.name
-        for node in sites.values()
-        for frame in node["cond_indep_stack"]
-        if frame.full_size and frame.full_size != frame.size and frame.name != amortized
-    }
+    frames = (frame for node in sites.values() for frame in node["cond_indep_stack"])
+    local = sorted({frame.name for frame in frames if is_subsampled(frame) and frame.name != amortized})
     if local:
         raise ModelError(
-            f"latent sites stand in a subsampled plate: {', '.join(sorted(local))}",
-            do=f"Amortize the guide over it, ImplicitGuide(model, amortize={{{min(local)!r}: features}}) with a "
-            "function of the model's arguments that returns a row for each element; or run the plate in full.",
+            f"Latent sites must not be in a subsampled plate: {', '.join(local)}. Run the plate in full, or amortize "
+            f"it, ImplicitGuide(model, amortize={{{local[0]!r}: features}}), with a function of the model's arguments "
+            "that returns a row for each element.",
             faq="a-latent-for-every-row",
         )

@@ -1,13 +1,12 @@
-"""A batched log density as one graph of tensor operations: traced once, then run without the model's own code.
+"""Compile a batched log density into one graph of tensor operations: traced once, then run without the model's code.
 
-Scoring a Pyro model costs the same time for one particle as for a thousand, most of it in Python. A graph of values
-and gradients leaves that behind: `torch.fx` records it, and PyTorch's compiler may turn it into machine code.
+Scoring a Pyro model takes as long for one particle as for a thousand; most of that time is Python's. A graph of values
+and gradients avoids it: `torch.fx` records the graph, and PyTorch's compiler may turn it into machine code.
 
-Every tensor among the model's arguments is an input of the graph, so that new data of the same shapes are seen; other
+Every tensor among the model's arguments is an input of the graph, so new data of the same shapes take effect; other
 arguments, shapes, dtypes and devices decide which graph is used. A tensor that the model reaches otherwise, as a
-global or an attribute, is read where it was at tracing: changes in place are seen, another tensor under the
-same name is not. The indices of subsampled plates are inputs too, drawn afresh for every call and shared by all
-particles.
+global or an attribute, is the one found at tracing: changes in place take effect, another tensor under the same name
+does not. The indices of subsampled plates are inputs too, drawn again for every call and shared by all particles.
 """
 
 from __future__ import annotations
@@ -28,11 +27,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from implicitvi.errors import ModelError, OptionError, check_choice
 from implicitvi.pyro_model.subsampling import PinnedSubsample
+from implicitvi.pyro_model.tracing import first_line
 
 BACKENDS = ("graph", "inductor")
 MAX_GRAPHS = 8
 Score = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
-Pair = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]
+Form = tuple[TreeSpec, list[Any]]  # of the arguments: how they are nested, and what each of them is
 
 
 def check_compile(backend: str | None) -> None:
@@ -43,29 +44,28 @@ def check_compile(backend: str | None) -> None:
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
     if backend == "inductor" and not any(map(shutil.which, compilers)):
         raise OptionError(
-            "compile='inductor' needs a C++ compiler, and none was found",
-            got=" and ".join(f"no {name}" for name in compilers),
-            do="Install one, name it in the environment variable CXX, or use compile='graph'.",
+            f"compile='inductor' needs a C++ compiler, and none of {', '.join(compilers)} was found. Install one, "
+            "name it in the environment variable CXX, or use compile='graph'."
         )
 
 
 class CompiledScore:
-    """``score(u, args, kwargs)`` of particles ``u [S, D]``, ``[S]``, as one graph for each form of the arguments.
+    """A compiled ``score(u, args, kwargs)`` of particles ``u [S, D]``, with a graph for each form of the arguments.
 
-    A graph is used only after it has given the values and gradients of ``score``, at several numbers of particles.
-    Where one graph cannot take any number of them, particles go through it ``rows`` at a time, the last ones
-    filled up with copies of the first.
+    A graph is used only after it has reproduced the values and gradients of ``score`` at several numbers of particles.
+    A graph that cannot take any number of particles takes ``rows`` at a time, the last ones padded with copies of the
+    first.
 
     Args:
         score: The batched log density; it scores each row of ``u`` by itself.
         points: Particles ``[P, D]`` with finite values and gradients, for tracing and comparing.
-        agree: Whether a result of the graph, and that of ``score``, are equal but for rounding.
+        agree: Returns whether a result of the graph and that of ``score`` are equal up to rounding.
         backend: ``"graph"`` runs the recorded operations one by one; ``"inductor"`` compiles them.
-        minibatch: What gives subsampled plates their indices when ``score`` runs the model.
-        rows: Particles at a time where that number is fixed.
+        minibatch: The messenger that gives subsampled plates their indices when ``score`` runs the model.
+        rows: Particles at a time in a graph for a fixed number.
 
     Attributes:
-        seconds: Time that tracing, compiling and comparing have taken.
+        seconds: Time spent on tracing, compiling and comparing.
     """
 
     def __init__(
@@ -101,45 +101,43 @@ class CompiledScore:
         if torch.is_grad_enabled() and u.requires_grad:
             scores: Tensor = _Differentiable.apply(u, graph, inputs)
             return scores
-        return graph.values(u, inputs)[0]
+        return graph(u, inputs, gradients=False)[0]
 
     def _graph(self, leaves: list[Any], spec: TreeSpec) -> _Graph:
-        """The graph for arguments of this form; a new one is traced and compared."""
-        kinds = [_kind(leaf) for leaf in leaves]
+        """Return the graph for arguments of this form; trace and compare a new one."""
+        form = (spec, [_describe(leaf) for leaf in leaves])
         for graph in self._graphs:
-            if graph.kinds == kinds and graph.spec == spec:
+            if graph.form == form:
                 return graph
         if len(self._graphs) == MAX_GRAPHS:
-            raise ModelError(f"the arguments of the model came in more than {MAX_GRAPHS} forms")
+            raise ModelError(f"The arguments of the model came in more than {MAX_GRAPHS} forms.")
         began = time.perf_counter()
-        # a look at the model that leaves no trace in the random numbers
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            for category in (DeprecationWarning, FutureWarning):  # torch's compiler warns of itself
+            for category in (DeprecationWarning, FutureWarning):  # torch's compiler triggers its own warnings
                 warnings.simplefilter("ignore", category)
             try:
-                graph = self._traced(leaves, spec, kinds, None)
-            except Exception:  # a shape was taken for constant, or worse, which comes again
+                graph = self._trace(leaves, form, None)
+            except Exception:  # a shape was taken for constant, or an error that will be raised again
                 try:
-                    graph = self._traced(leaves, spec, kinds, self.rows)
+                    graph = self._trace(leaves, form, self.rows)
                 except ModelError:
                     raise
                 except Exception as error:
-                    line = (str(error).splitlines() or [""])[0]
-                    raise ModelError(f"tracing raised {type(error).__name__}: {line}") from error
+                    raise ModelError(f"Tracing raised {first_line(error).rstrip('.')}.") from error
         self._graphs.append(graph)
         self.seconds += time.perf_counter() - began
         return graph
 
-    def _traced(self, leaves: list[Any], spec: TreeSpec, kinds: list[Any], rows: int | None) -> _Graph:
-        """A graph for ``rows`` particles, or for any number, that agrees with ``score``."""
+    def _trace(self, leaves: list[Any], form: Form, rows: int | None) -> _Graph:
+        """Trace a graph for ``rows`` particles, or for any number, and check that it agrees with ``score``."""
 
-        def run(u: Tensor, leaves: list[Any], indices: dict[str, Tensor] | None) -> tuple[Pair, dict[str, Tensor]]:
-            args, kwargs = tree_unflatten(leaves, spec)
+        def run(u: Tensor, leaves: list[Any], indices: dict[str, Tensor] | None) -> tuple[Tensors, dict[str, Tensor]]:
+            args, kwargs = tree_unflatten(leaves, form[0])
             with torch.enable_grad(), self.minibatch.pinned(indices) as used:
                 v = u.detach().requires_grad_()
                 scores = self.score(v, args, kwargs)
                 if scores.dim() != 1:
-                    raise ModelError("a particle has more than one score")
+                    raise ModelError("A particle has more than one score.")
                 (gradient,) = torch.autograd.grad(scores.sum(), v)
             return (scores.detach(), gradient), used
 
@@ -147,7 +145,7 @@ class CompiledScore:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         inputs = [leaves[i] for i in places] + list(indices.values())
 
-        def both(u: Tensor, *inputs: Tensor) -> Pair:
+        def values_and_gradients(u: Tensor, *inputs: Tensor) -> Tensors:
             filled = list(leaves)
             for i, given in zip(places, inputs, strict=False):
                 filled[i] = given
@@ -155,26 +153,25 @@ class CompiledScore:
             return run(u, filled, dict(names))[0]
 
         sizes = {size for tensor in (self.points, *inputs) for size in tensor.shape}
-        # where the number of particles is open, no other size may be taken for it
+        # an open number of particles must differ from every other size, or the two are taken for one
         count = rows or next(n for n in range(5, 10**6) if n not in sizes)
-        traced = make_fx(both, tracing_mode="real" if rows else "symbolic", _allow_non_fake_inputs=True)(
-            _repeat(self.points, count), *inputs
-        )
-        _refuse_what_would_be_frozen(traced)
-        graph = _Graph(traced, spec, kinds, tuple(indices), rows, self.backend)
+        tracer = make_fx(values_and_gradients, tracing_mode="real" if rows else "symbolic", _allow_non_fake_inputs=True)
+        traced = tracer(_repeat(self.points, count), *inputs)
+        _check_graph(traced)
+        graph = _Graph(traced, form, tuple(indices), rows, self.backend)
         for several in (1, len(self.points), 2 * count + 1):
             u = _repeat(self.points, several)
             exact = run(u, leaves, indices)[0]
-            for fast in (graph.both(u, inputs), graph.values(u, inputs)):
-                if not all(map(self.agree, fast, exact)):
-                    raise ModelError("the graph and the model disagree")
+            for gradients in (True, False):
+                if not all(map(self.agree, graph(u, inputs, gradients=gradients), exact)):
+                    raise ModelError("The graph and the model disagree.")
         return graph
 
 
 def compile_networks(*modules: nn.Module | None) -> None:
-    """Compile, in place, the networks that ``modules`` are made of; names in their state stay what they are.
+    """Compile the child networks of ``modules`` in place; the names in their state do not change.
 
-    Noise is drawn outside of them, by torch's own generators as before.
+    Noise is drawn outside of them, by torch's own generators.
     """
     for module in modules:
         for child in [] if module is None else module.children():
@@ -182,34 +179,19 @@ def compile_networks(*modules: nn.Module | None) -> None:
 
 
 class _Graph:
-    """One traced function ``(u [S, D], *inputs) -> (values [S], gradients [S, D])``, and its first half alone."""
+    """A traced function ``(u [S, D], *inputs) -> (values [S], gradients [S, D])``, and one of the values alone."""
 
-    def __init__(
-        self,
-        traced: GraphModule,
-        spec: TreeSpec,
-        kinds: list[Any],
-        plates: tuple[str, ...],
-        rows: int | None,
-        backend: str,
-    ):
-        self.spec = spec
-        self.kinds = kinds
+    def __init__(self, traced: GraphModule, form: Form, plates: tuple[str, ...], rows: int | None, backend: str):
+        self.form = form
         self.plates = plates
         self.rows = rows
-        self._both = _compiled(traced, backend, rows)
-        self._values = _compiled(_first_half(traced), backend, rows)
-
-    def both(self, u: Tensor, inputs: list[Tensor]) -> Pair:
-        """Values ``[S]`` and gradients ``[S, D]``."""
-        return self._run(self._both, u, inputs)
-
-    def values(self, u: Tensor, inputs: list[Tensor]) -> Pair:
-        """Values ``[S]`` alone."""
-        return self._run(self._values, u, inputs)
+        self._values_and_gradients = _compiled(traced, backend, rows)
+        self._values = _compiled(_without_gradients(traced), backend, rows)
 
     @torch.no_grad()
-    def _run(self, graph: Callable[..., Pair], u: Tensor, inputs: list[Tensor]) -> Pair:
+    def __call__(self, u: Tensor, inputs: list[Tensor], *, gradients: bool) -> Tensors:
+        """Return values ``[S]``, and gradients ``[S, D]`` if asked for."""
+        graph = self._values_and_gradients if gradients else self._values
         count, rows = len(u), self.rows or max(len(u), 2)  # one particle has a shape of its own
         missing = -count % rows
         if missing:
@@ -221,11 +203,11 @@ class _Graph:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The values of a graph, with its gradients in ``u``."""
+    """A function from ``u`` to the values of a graph, differentiated by the graph's own gradients."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, graph: _Graph, inputs: list[Tensor]) -> Tensor:
-        values, gradient = graph.both(u, inputs)
+        values, gradient = graph(u, inputs, gradients=True)
         ctx.save_for_backward(gradient)
         return values
 
@@ -236,15 +218,15 @@ class _Differentiable(torch.autograd.Function):
         return outer[:, None] * gradient, None, None
 
 
-def _compiled(traced: GraphModule, backend: str, rows: int | None) -> Callable[..., Pair]:
+def _compiled(traced: GraphModule, backend: str, rows: int | None) -> Callable[..., Tensors]:
     if backend == "graph":
         return traced
-    compiled: Callable[..., Pair] = torch.compile(traced, dynamic=rows is None)
+    compiled: Callable[..., Tensors] = torch.compile(traced, dynamic=rows is None)
     return compiled
 
 
-def _first_half(traced: GraphModule) -> GraphModule:
-    """The graph without its gradients, and without what only they need."""
+def _without_gradients(traced: GraphModule) -> GraphModule:
+    """Return the graph without its gradients and without the operations that only they need."""
     graph = deepcopy(traced.graph)
     (output,) = graph.find_nodes(op="output")
     output.args = (output.args[0][:1],)
@@ -252,31 +234,30 @@ def _first_half(traced: GraphModule) -> GraphModule:
     return GraphModule(traced, graph)
 
 
-def _refuse_what_would_be_frozen(traced: GraphModule) -> None:
-    """Raise `ModelError` where a graph would leave out what the model does."""
+def _check_graph(traced: GraphModule) -> None:
+    """Raise `ModelError` if a graph holds learned parameters or random numbers fixed."""
     for node in traced.graph.nodes:
         if node.op == "get_attr" and getattr(getattr(traced, node.target), "requires_grad", False):
-            raise ModelError("the model has parameters that learn, and a graph gives them no gradient")
+            raise ModelError("The model has parameters that learn, and a graph does not give them a gradient.")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ModelError(
-                f"the model draws random numbers of its own ({node.target}), which all particles must share"
+                f"The model draws random numbers of its own ({node.target}), which all particles must share."
             )
 
 
-def _kind(leaf: Any) -> tuple[Any, ...]:
-    """What decides which graph is used for an argument."""
+def _describe(leaf: Any) -> tuple[Any, ...]:
+    """Return the properties of an argument that decide which graph is used."""
     if isinstance(leaf, Tensor):
         if leaf.requires_grad:
-            raise ModelError("an argument needs a gradient, which a graph does not give")
+            raise ModelError("An argument needs a gradient, which a graph does not give.")
         return tuple(leaf.shape), leaf.dtype, leaf.device
     constant = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device
     if isinstance(leaf, constant) or callable(leaf):
         return type(leaf), leaf
-    raise ModelError(
-        "an argument is neither tensor nor number, and a graph would not see it change", got=type(leaf).__name__
-    )
+    kind = type(leaf).__name__
+    raise ModelError(f"An argument must be a tensor or a number, got {kind}, whose changes a graph would not see.")
 
 
 def _repeat(points: Tensor, count: int) -> Tensor:
-    """``count`` particles, the points over and over."""
+    """Return ``count`` particles, repeating the points."""
     return points.repeat(-(-count // len(points)), 1)[:count]

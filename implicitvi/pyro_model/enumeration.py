@@ -1,4 +1,4 @@
-"""Discrete latent sites, summed out exactly: ``log Σ_k p(x, z, k)`` of an enumerated trace.
+"""Sum discrete latent sites out exactly: ``log Σ_k p(x, z, k)`` of an enumerated trace.
 
 A site is *enumerated* if it is marked ``infer={"enumerate": "parallel"}``, as with `pyro.infer.config_enumerate`, and
 its support is finite. Pyro's `EnumMessenger` runs the model at all values of such sites at once, each along a dimension
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,13 +24,14 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from implicitvi.errors import ImplicitVIError, ModelError
-from implicitvi.pyro_model.tracing import is_summed
+from implicitvi.numerics.types import Model
+from implicitvi.pyro_model.tracing import is_summed, vectorized_plates
 
 FALLBACK = "There is a performance drop because we have not yet implemented the batching rule"
 
 
 def is_finite(fn: Any) -> bool:
-    """Whether all values of a discrete distribution can be listed."""
+    """Return whether all values of a discrete distribution can be listed."""
     if not getattr(fn, "has_enumerate_support", False):
         return False
     try:
@@ -41,7 +42,7 @@ def is_finite(fn: Any) -> bool:
 
 
 def is_enumerated(node: dict[str, Any]) -> bool:
-    """Whether a sample site is marked to be summed out, and can be."""
+    """Return whether a sample site is marked to be summed out, and can be."""
     infer = node["infer"]
     return (
         infer.get("enumerate") == "parallel"
@@ -52,11 +53,11 @@ def is_enumerated(node: dict[str, Any]) -> bool:
 
 
 class SharedSiteError(ImplicitVIError, ValueError):
-    """Several observations hang on one discrete site, so that none has a log density of its own."""
+    """Several observations depend on one discrete site, so none of them has a log density of its own."""
 
 
 class Enumerate(EnumMessenger):
-    """Pyro's messenger, with shapes read in a way that a batch of particles allows too."""
+    """A variant of Pyro's messenger that reads shapes in a way that a batch of particles allows too."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value, infer = msg["value"], msg["infer"]
@@ -69,10 +70,10 @@ class Enumerate(EnumMessenger):
 
 
 def log_sum(trace: Any) -> Tensor:
-    """``log Σ_k`` of the density of a scored trace over its enumerated sites: a scalar, in nats.
+    """Return the log density of a scored trace, summed over its enumerated sites: ``log Σ_k``, a scalar in nats.
 
-    Sites that depend on no enumerated one are simply added. Of the others masks are applied inside the sum and the
-    scale, which they must share, outside of it, as in `pyro.infer.TraceEnum_ELBO`.
+    Sites that do not depend on an enumerated one are added. For the others, masks apply inside the sum and the scale,
+    which they must share, outside, as in `pyro.infer.TraceEnum_ELBO`.
 
     Raises:
         ModelError: The sum is not defined, or is exponential in the size of the data.
@@ -83,59 +84,54 @@ def log_sum(trace: Any) -> Tensor:
     if not dependent:
         return sum(rest, torch.zeros(()))
     scales = {name: nodes[name]["scale"] for name in dependent}
-    if any(isinstance(s, Tensor) and s.dim() for s in scales.values()) or (
-        len({float(scale) for scale in scales.values()}) > 1
-    ):
-        raise ModelError(
-            "sites that depend on one enumerated site have different scales",
-            got=", ".join(f"{name}: {scale}" for name, scale in scales.items()),
-            expected="one number",
-            do="Keep minibatches and poutine.scale away from discrete sites that all data share, or pass all data.",
+    several = any(isinstance(scale, Tensor) and scale.dim() for scale in scales.values())
+    if several or len({float(scale) for scale in scales.values()}) > 1:
+        raise ModelError.must_be(
+            "The scale of sites that depend on one enumerated site",
+            "one number",
+            ", ".join(f"{name}: {scale}" for name, scale in scales.items()),
+            "Keep minibatches and poutine.scale away from discrete sites that all data share, or pass all data.",
             faq="a-discrete-latent-is-refused",
         )
     try:
         total = _contract(trace, dependent, frozenset())
     except NotImplementedError as error:
-        raise ModelError(
-            "the discrete sites of the model cannot be summed out exactly",
-            got=str(error),
-            faq="a-discrete-latent-is-refused",
-        ) from error
+        message = f"The discrete sites of the model cannot be summed out exactly, got {error}."
+        raise ModelError(message, faq="a-discrete-latent-is-refused") from error
     summed: Tensor = scales[next(iter(scales))] * total
     return sum(rest, summed)
 
 
 def log_sum_of(trace: Any, name: str) -> Tensor:
-    """Log density of each observation of one site with its discrete sites summed out, without the scale.
+    """Return the unscaled log density of each observation of a site, in nats, discrete sites summed out.
 
-    Returns:
-        In nats; its shape broadcasts with the batch shape of the site.
+    Its shape broadcasts with the batch shape of the site.
 
     Raises:
-        SharedSiteError: It is not defined observation by observation, because a discrete site stands outside the
-            plates of the observations or other sites depend on it too.
+        SharedSiteError: It is not defined for each observation: a discrete site lies outside the plates of the
+            observations, or other sites depend on it too.
     """
     dependent = _dependent_terms(trace)
     node = trace.nodes[name]
     if name not in dependent:
         plain: Tensor = node["masked_log_prob"]
         return plain
-    family = _family(trace, dependent, name)
-    plates = _plates(trace, name)
-    for other in sorted(family - {name}):
+    connected = _connected_sites(trace, dependent, name)
+    plates = _plate_symbols(trace, name)
+    for other in sorted(connected - {name}):
         if not is_summed(trace.nodes[other]):
-            raise SharedSiteError(f"{name!r} and {other!r} depend on the same discrete site")
-        if _plates(trace, other) != plates:
-            raise SharedSiteError(f"observations of {name!r} share the discrete site {other!r}")
-    total = _contract(trace, {k: v for k, v in dependent.items() if k in family}, plates)
+            raise SharedSiteError(f"{name!r} and {other!r} depend on the same discrete site.")
+        if _plate_symbols(trace, other) != plates:
+            raise SharedSiteError(f"Observations of {name!r} share the discrete site {other!r}.")
+    total = _contract(trace, {k: v for k, v in dependent.items() if k in connected}, plates)
     summed: Tensor = packed.unpack(total, trace.symbol_to_dim)
     return summed
 
 
 def discrete_draw(
-    model: Callable[..., Any], values: dict[str, Tensor], nesting: int, /, *args: Any, **kwargs: Any
+    model: Model, values: dict[str, Tensor], nesting: int, /, *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """The enumerated sites, drawn together from their exact conditional at ``values`` and the data."""
+    """Draw the enumerated sites jointly from their exact conditional given ``values`` and the data."""
     sampler = infer_discrete(condition(model, data=values), first_available_dim=-1 - nesting)
     with block():
         nodes = trace(sampler).get_trace(*args, **kwargs).nodes
@@ -143,7 +139,7 @@ def discrete_draw(
 
 
 class _SafeLog(torch.autograd.Function):
-    """Pyro's logarithm with a bounded gradient, in the form that `torch.func.vmap` asks for."""
+    """A logarithm with a bounded gradient, Pyro's, in the form that `torch.func.vmap` requires."""
 
     generate_vmap_rule = True
 
@@ -165,9 +161,9 @@ class _SafeLog(torch.autograd.Function):
 
 @contextmanager
 def batchable(*, quiet: bool = False) -> Iterator[None]:
-    """Let Pyro's sums over discrete values, hidden Markov models' too, run under `torch.func.vmap`.
+    """Let Pyro's sums over discrete values, those of hidden Markov models too, run under `torch.func.vmap`.
 
-    ``quiet`` hides the warning that vmap loops inside an operation, which it repeats for every call.
+    ``quiet`` hides the warning that vmap loops inside an operation, which torch repeats in every call.
     """
     original = special._SafeLog
     setattr(special, "_SafeLog", _SafeLog)  # noqa: B010
@@ -181,7 +177,7 @@ def batchable(*, quiet: bool = False) -> Iterator[None]:
 
 
 def _dependent_terms(trace: Any) -> dict[str, Tensor]:
-    """Packed log densities of the sites that an enumerated value reaches, by name."""
+    """Return the packed log densities of the sites that depend on an enumerated one, by name."""
     trace.symbolize_dims()
     plates = set(trace.plate_to_symbol.values())
     terms = {}
@@ -201,7 +197,7 @@ def _contract(trace: Any, terms: dict[str, Tensor], plates: frozenset[str]) -> T
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     sizes: dict[str, int] = {}
     for name, term in terms.items():
-        tree.setdefault(_plates(trace, name), []).append(term)
+        tree.setdefault(_plate_symbols(trace, name), []).append(term)
         sizes |= zip(_dims(term), term.shape, strict=True)
     sum_dims = set(sizes) - set(trace.plate_to_symbol.values())
     ring = LogRing(dim_to_size=sizes)
@@ -209,24 +205,22 @@ def _contract(trace: Any, terms: dict[str, Tensor], plates: frozenset[str]) -> T
     return total
 
 
-def _plates(trace: Any, name: str) -> frozenset[str]:
-    """Symbols of the vectorised plates of a site."""
-    return frozenset(
-        trace.plate_to_symbol[frame.name] for frame in trace.nodes[name]["cond_indep_stack"] if frame.vectorized
-    )
+def _plate_symbols(trace: Any, name: str) -> frozenset[str]:
+    """Return the symbols of the vectorized plates of a site."""
+    return frozenset(trace.plate_to_symbol[frame.name] for frame in vectorized_plates(trace.nodes[name]))
 
 
-def _family(trace: Any, terms: dict[str, Tensor], name: str) -> set[str]:
-    """Names of the sites that are tied to one by enumerated values, itself included."""
+def _connected_sites(trace: Any, terms: dict[str, Tensor], name: str) -> set[str]:
+    """Return the names of the sites that enumerated values connect with one, itself included."""
     plates = set(trace.plate_to_symbol.values())
     symbols = {other: set(_dims(term)) - plates for other, term in terms.items()}
-    family, frontier = {name}, [name]
+    connected, frontier = {name}, [name]
     while frontier:
         reached = symbols[frontier.pop()]
-        near = {other for other in symbols if symbols[other] & reached} - family
-        family |= near
+        near = {other for other in symbols if symbols[other] & reached} - connected
+        connected |= near
         frontier.extend(near)
-    return family
+    return connected
 
 
 def _dims(term: Tensor) -> str:

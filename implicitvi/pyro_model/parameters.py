@@ -1,9 +1,8 @@
-"""The parameters of a Pyro model, which a fit learns beside the posterior."""
+"""Find the parameters of a Pyro model, which a fit learns together with the posterior."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -11,32 +10,30 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from implicitvi.errors import ModelError
+from implicitvi.numerics.types import Model
 
 
-def model_parameters(
-    model: Callable[..., Any], values: dict[str, Tensor], *args: Any, **kwargs: Any
-) -> dict[str, Tensor]:
-    """The unconstrained leaves of every ``pyro.param`` and ``PyroModule`` parameter that the model meets.
+def model_parameters(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Return the unconstrained leaf of every ``pyro.param`` and ``PyroModule`` parameter that the model uses.
 
-    Warns of parameters of the model's own module that it does not meet, as those of a plain layer in a PyroModule.
-
-    The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show what has been learned.
+    The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show the learned values. Parameters of
+    the model's own module that Pyro does not see, as those of a plain layer in a PyroModule, cause a warning.
 
     Args:
         model: The Pyro model; it is run once.
-        values: Values of its latent sites, so that it is run where it is known to work.
+        values: Values of its latent sites at which it is known to run.
         *args: Its arguments.
         **kwargs: Its keyword arguments.
 
     Returns:
-        ``{name: leaf}``, those that do not ask for a gradient left out.
+        ``{name: leaf}`` of those that require a gradient.
 
     Raises:
-        ModelError: A parameter of the model's own module is hidden by an older one of its name in Pyro's store.
+        ModelError: An older parameter of the same name in Pyro's store hides one of the model's own module.
     """
     with poutine.block():
-        there = poutine.condition(model, data=values)
-        trace = poutine.trace(there, param_only=True).get_trace(*args, **kwargs)
+        conditioned = poutine.condition(model, data=values)
+        trace = poutine.trace(conditioned, param_only=True).get_trace(*args, **kwargs)
     own = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     leaves = {}
     for name, node in trace.nodes.items():
@@ -47,32 +44,31 @@ def model_parameters(
             leaf = leaf.unconstrained()
         if name in own and own[name] is not leaf:
             raise ModelError(
-                f"the model's parameter {name} is hidden by an older one of that name in Pyro's store",
-                do="Call pyro.clear_param_store() before the second model, or set "
-                "pyro.settings.set(module_local_params=True).",
+                f"The model's parameter {name} is hidden by an older one of that name in Pyro's store. Call "
+                "pyro.clear_param_store() before the second model, or pyro.settings.set(module_local_params=True).",
                 faq="a-parameter-keeps-its-old-value",
             )
         if leaf.requires_grad:
             leaves[name] = leaf
-    met = {id(leaf) for leaf in leaves.values()}
-    unseen = [name for name, leaf in own.items() if leaf.requires_grad and id(leaf) not in met]
+    seen = {id(leaf) for leaf in leaves.values()}
+    unseen = [name for name, leaf in own.items() if leaf.requires_grad and id(leaf) not in seen]
     if unseen:
         warnings.warn(
-            f"the model has parameters that Pyro does not see, which therefore are not learned: {', '.join(unseen)}. "
-            "Make every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model; "
-            "requires_grad_(False) says that it is meant",
+            f"Pyro does not see these parameters of the model, so they are not learned: {', '.join(unseen)}. Make "
+            "every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model. If that is "
+            "intended, call requires_grad_(False).",
             stacklevel=2,
         )
     return leaves
 
 
 def parameter_values(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The present values of parameters, constrained, without gradients."""
+    """Return the current values of parameters, constrained, without gradients."""
     store = pyro.get_param_store()
     return {name: (store[name] if name in store else leaf).detach().clone() for name, leaf in leaves.items()}
 
 
 def show_parameters(leaves: dict[str, Tensor]) -> None:
-    """Let whoever watches, such as `pyro.infer.SVI`, see these parameters."""
+    """Call ``pyro.param`` for these parameters, so that an enclosing trace, as that of `pyro.infer.SVI`, has them."""
     for name in leaves.keys() & pyro.get_param_store().keys():
         pyro.param(name)

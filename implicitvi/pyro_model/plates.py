@@ -1,4 +1,4 @@
-"""Latents local to a plate: which sites they are, and how they stand on one vector for each datum."""
+"""Read the latents local to a plate, and lay them out on one vector for each datum."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor
 from implicitvi.errors import ModelError, did_you_mean
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.enumeration import is_enumerated
-from implicitvi.pyro_model.sites import Site, SiteLayout, latent_nodes
+from implicitvi.pyro_model.sites import Site, SiteLayout
+from implicitvi.pyro_model.subsampling import full_size
+from implicitvi.pyro_model.tracing import latent_nodes
 
 
 @dataclass(frozen=True)
 class LocalLayout:
-    """The latent sites of a model with a plate whose elements have latents of their own.
+    """The latent sites of a model, split into those shared and those local to a plate.
 
     Attributes:
-        all: Every latent site, as the log joint takes them, ``u [D]``.
-        shared: Those outside the plate, ``g [G]``.
-        local: Those inside, with the plate's axis among the batch dimensions of each, counted from the right.
-        size: Elements ``B`` of the plate in a run of the model.
-        full_size: Elements ``N`` of the whole plate.
+        all: Every latent site, in the order of the log joint, ``u [G + B D]``.
+        shared: Sites outside the plate, ``g [G]``.
+        local: Sites inside, each with the plate's axis among its batch dimensions, counted from the right.
+        size: Number of elements ``B`` of the plate in a run of the model.
+        full_size: Number of elements ``N`` of the whole plate.
     """
 
     all: SiteLayout
@@ -40,58 +42,55 @@ class LocalLayout:
         return sum(site.size // self.size for site, _ in self.local)
 
     def resized(self, size: int) -> LocalLayout:
-        """The same sites in a plate of ``size`` elements."""
+        """Return the layout of the same sites in a plate of ``size`` elements."""
         resized = {site.name: (_resized(site, dim, size), dim) for site, dim in self.local}
         everything = (resized.get(site.name, (site, 0))[0] for site in self.all.sites)
         return LocalLayout(SiteLayout(tuple(everything)), self.shared, tuple(resized.values()), size, self.full_size)
 
     def join(self, g: Tensor | None, z: Tensor) -> Tensor:
-        """Shared ``g [S, G]`` and local ``z [S, B, D]`` to ``u [S, G + B D]`` in the order of the sites."""
+        """Join shared ``g [S, G]`` and local ``z [S, B, D]`` to ``u [S, G + B D]``, in the order of the sites."""
         parts = {} if g is None else {site.name: flat for site, flat in self.shared.split(g)}
         sizes = [site.size // self.size for site, _ in self.local]
         for (site, dim), flat in zip(self.local, z.split(sizes, -1), strict=True):
-            rest, axis = _without(site, dim)
+            rest, axis = list(site.unconstrained_shape), _plate_axis(site, dim)
+            del rest[axis]
             value = flat.reshape(*flat.shape[:-1], *rest).movedim(1, axis)
             parts[site.name] = value.reshape(len(z), -1)
         return torch.cat([parts[site.name] for site in self.all.sites], -1)
 
     def part(self, u: Tensor) -> tuple[Tensor | None, Tensor]:
-        """``u [S, G + B D]`` to ``g [S, G]``, ``None`` where nothing is shared, and ``z [S, B, D]``: undoes `join`."""
+        """Part ``u [S, G + B D]`` into ``g [S, G]``, ``None`` if nothing is shared, and ``z [S, B, D]``."""
         flats = {site.name: flat for site, flat in self.all.split(u)}
         columns = []
         for site, dim in self.local:
-            _, axis = _without(site, dim)
-            value = flats[site.name].reshape(len(u), *site.unconstrained_shape)
-            columns.append(value.movedim(axis, 1).reshape(len(u), self.size, -1))
+            value = site.unflatten(flats[site.name]).movedim(_plate_axis(site, dim), 1)
+            columns.append(value.reshape(len(u), self.size, -1))
         shared = [flats[site.name] for site in self.shared.sites]
         return (torch.cat(shared, -1) if shared else None), torch.cat(columns, -1)
 
 
 def _resized(site: Site, dim: int, size: int) -> Site:
-    """A site whose plate, at batch dimension ``dim``, has ``size`` elements."""
+    """Return a site whose plate, at batch dimension ``dim``, has ``size`` elements."""
     shape, unconstrained = list(site.shape), list(site.unconstrained_shape)
     shape[dim - site.event_dim] = size
-    unconstrained[dim - (len(unconstrained) - len(shape) + site.event_dim)] = size
+    unconstrained[_plate_axis(site, dim)] = size
     return replace(site, shape=tuple(shape), unconstrained_shape=tuple(unconstrained))
 
 
-def _without(site: Site, dim: int) -> tuple[tuple[int, ...], int]:
-    """Unconstrained shape of a site without its plate, and the plate's axis there, counted from the right."""
-    shape = list(site.unconstrained_shape)
-    axis = dim - (len(shape) - len(site.shape) + site.event_dim)
-    del shape[axis]
-    return tuple(shape), axis
+def _plate_axis(site: Site, dim: int) -> int:
+    """Return the axis of a plate, at batch dimension ``dim``, in the unconstrained shape, counted from the right."""
+    return dim - (len(site.unconstrained_shape) - len(site.shape) + site.event_dim)
 
 
 @dataclass(frozen=True)
 class PlateRun:
-    """One run of a model, read for a plate.
+    """A run of a model, read for a plate.
 
     Attributes:
         layout: The latent sites.
-        indices: Elements ``[B]`` of the plate that were in the run.
-        observed: What the model observes inside the plate, one row for each element, ``[B, C]``; ``None`` for nothing.
-        u: The latents of the run on one vector, ``[G + B D]``.
+        indices: Indices ``[B]`` of the plate's elements in the run.
+        observed: Observed values inside the plate, one row for each element, ``[B, C]``; ``None`` if there are none.
+        u: The latents of the run as one vector, ``[G + B D]``.
         frames: The plates of each latent site.
     """
 
@@ -103,7 +102,7 @@ class PlateRun:
 
 
 def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
-    """Run the model once and read what there is inside a plate.
+    """Run the model once and read the sites inside a plate.
 
     Raises:
         ModelError: There is no such plate, or it has no latent site, or cannot be amortized.
@@ -112,24 +111,20 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
         trace: Any = poutine.trace(model).get_trace(*args, **kwargs)
     frames = {f.name: f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())}
     if plate not in frames:
-        raise ModelError(
-            "the model has no plate of the name to amortize",
-            got=repr(plate),
-            expected=f"one of {', '.join(map(repr, sorted(frames))) or 'none: it has no plate'}",
-            do=did_you_mean(plate, sorted(frames)),
-            faq="a-latent-for-every-row",
-        )
+        names = sorted(frames)
+        expected = f"one of {', '.join(map(repr, names))}" if names else "left out, as the model has no plate"
+        hint = did_you_mean(plate, names)
+        raise ModelError.must_be("The plate to amortize", expected, repr(plate), hint, faq="a-latent-for-every-row")
     frame = frames[plate]
     if not frame.vectorized:
-        raise ModelError(f"plate {plate!r} is sequential", do="Write it as a context: with pyro.plate(...).")
+        raise ModelError(f"Plate {plate!r} must not be sequential. Write it as a context: with pyro.plate(...).")
     latents = dict(latent_nodes(trace))
     inside = {name for name, node in latents.items() if frame in node["cond_indep_stack"]}
     if not inside:
-        raise ModelError(f"plate {plate!r} has no latent site inside", do="Leave amortize= out of the guide.")
+        raise ModelError(f"Plate {plate!r} has no latent site inside. Leave amortize= out of the guide.")
     if any(map(is_enumerated, latents.values())):
         raise ModelError(
-            "a guide amortized over a plate does not sum discrete sites out",
-            do="Sum them out by hand, for instance with dist.MixtureSameFamily.",
+            "A guide amortized over a plate does not sum discrete sites out. Sum by hand (dist.MixtureSameFamily).",
             faq="a-discrete-latent-is-refused",
         )
     everything = SiteLayout.from_trace(trace)
@@ -138,7 +133,7 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
         shared=SiteLayout(tuple(s for s in everything.sites if s.name not in inside)),
         local=tuple((s, frame.dim) for s in everything.sites if s.name in inside),
         size=frame.size,
-        full_size=frame.full_size or frame.size,
+        full_size=full_size(frame),
     )
     rows = [_rows(node, frame) for node in trace.nodes.values() if _is_data(node, frame)]
     return PlateRun(
@@ -151,24 +146,20 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
 
 
 def _is_data(node: Any, frame: Any) -> bool:
-    return bool(
-        node["type"] == "sample"
-        and node["is_observed"]
-        and frame in node["cond_indep_stack"]
-        and not site_is_subsample(node)
-    )
+    is_observation = node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node)
+    return bool(is_observation and frame in node["cond_indep_stack"])
 
 
 def _rows(node: Any, frame: Any) -> Tensor:
-    """The value of a site, one row for each element of the plate: ``[B, ...]``."""
+    """Return the value of a site as one row for each element of the plate: ``[B, C]``."""
     value: Tensor = node["value"].expand(node["fn"].shape())
     return value.movedim(frame.dim - node["fn"].event_dim, 0).reshape(frame.size, -1)
 
 
 def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:
-    """A scored trace to the log density outside a plate, then of each element in it: ``[1 + B]`` in nats.
+    """Split the log density of a scored trace by datum: outside a plate, then of each element in it: ``[1 + B]``, nats.
 
-    The weight ``N / B`` of a subsampled plate is taken out of its elements.
+    The weight ``N / B`` of a subsampled plate is removed from its elements.
 
     Args:
         trace: Pyro trace whose nodes have a ``log_prob``.
@@ -185,7 +176,7 @@ def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:
         if frame is None:
             outside += [term.sum() for term in (node["log_prob"], *log_det)]
         else:
-            share = frame.size / (frame.full_size or frame.size)
+            share = frame.size / full_size(frame)
             terms = (share * node["log_prob"], *log_det)
             inside += [term.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) for term in terms]
     each = torch.stack(inside).sum(0)

@@ -1,4 +1,4 @@
-"""The prior of a Pyro model on its unconstrained vector, as a distribution."""
+"""Wrap the prior of a Pyro model on its unconstrained vector as a distribution."""
 
 from __future__ import annotations
 
@@ -17,28 +17,26 @@ from implicitvi.pyro_model.tracing import first_line, unvalidated
 
 
 class _FreshNoise(TorchFunctionMode):
-    """Draws in-place noise out of place, so that under vmap every particle gets its own."""
+    """A mode that replaces in-place noise by new tensors, so that under vmap every particle gets its own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.normal_ and len(args) == 1 and not kwargs:
-            return torch.randn(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-        if func in (Tensor.exponential_, Tensor.cauchy_) and len(args) == 1 and not kwargs:
-            uniform = torch.rand(args[0].shape, dtype=args[0].dtype, device=args[0].device)
-            if func is Tensor.exponential_:
-                return -torch.log1p(-uniform)
-            return torch.tan(torch.pi * (uniform - 0.5))
-        return func(*args, **kwargs)
+        if func not in (Tensor.normal_, Tensor.exponential_, Tensor.cauchy_) or len(args) != 1 or kwargs:
+            return func(*args, **(kwargs or {}))
+        draw = torch.randn if func is Tensor.normal_ else torch.rand
+        noise = draw(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        if func is Tensor.exponential_:
+            return -torch.log1p(-noise)
+        return noise if func is Tensor.normal_ else torch.tan(torch.pi * (noise - 0.5))
 
 
 class ModelPrior(Distribution):
-    """The prior of a model on its unconstrained vector ``u [D]``: drawn by running it, scored by `LogJoint`.
+    """A distribution of ``u [D]``, the prior of a model: sampled by running the model, scored by `LogJoint`.
 
     Args:
-        log_prior: The model's log joint over its latent sites only.
+        log_prior: The model's log joint, restricted to its latent sites.
         args: The model's arguments.
         kwargs: The model's keyword arguments.
-        like: A tensor ``[D]`` that gives dtype and device.
+        like: A tensor with the dtype and device of the draws.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -53,13 +51,13 @@ class ModelPrior(Distribution):
         self._loops = False
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Run the model forward: ``u [*sample_shape, D]``."""
+        """Draw ``u [*sample_shape, D]`` by running the model."""
         count = torch.Size(sample_shape).numel()
         with torch.no_grad(), unvalidated():
             return self._draw(count).reshape(*sample_shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log prior density of ``value [..., D]`` in nats, ``log|J|`` included: ``[...]``."""
+        """Return the log prior density of ``value [..., D]`` in nats, ``log|J|`` included: ``[...]``."""
         flat = value.reshape(-1, *self.event_shape)
         return self._log_prior(flat, *self._args, **self._kwargs).reshape(value.shape[:-1])
 
@@ -72,9 +70,8 @@ class ModelPrior(Distribution):
                 return draws
             except RuntimeError as error:  # a sampler that cannot be batched, such as a rejection loop
                 self._loops = True
-                warnings.warn(
-                    f"the prior is drawn one particle at a time, about 1 ms each ({first_line(error)})", stacklevel=2
-                )
+                message = f"the prior is drawn one particle at a time, about 1 ms each ({first_line(error)})"
+                warnings.warn(message, stacklevel=2)
         return torch.stack([self._draw_one(self._like.new_zeros(())) for _ in range(count)])
 
     def _draw_one(self, blank: Tensor) -> Tensor:
@@ -83,10 +80,7 @@ class ModelPrior(Distribution):
             with poutine.block():
                 trace = poutine.trace(self._log_prior.model).get_trace(*self._args, **self._kwargs)
         except NotImplementedError as error:
-            raise ModelError(
-                "the prior contrast needs a prior that can be sampled, and a site cannot",
-                got=str(error),
-                do="Use contrast='gaussian' or 'flow'.",
-            ) from error
+            problem = f"contrast='prior' needs a prior that can be sampled, got {first_line(error).rstrip('.')}."
+            raise ModelError(f"{problem} Use contrast='gaussian' or 'flow'.") from error
         values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in layout.names}
         return layout.pack(values) + blank

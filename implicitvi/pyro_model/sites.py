@@ -1,4 +1,4 @@
-"""The sites of a Pyro model on one flat unconstrained vector ``u [..., D]``."""
+"""Map the latent sites of a Pyro model to one flat unconstrained vector ``u [..., D]``, and back."""
 
 from __future__ import annotations
 
@@ -9,34 +9,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from implicitvi.errors import ModelError
+from implicitvi.pyro_model.tracing import latent_nodes, unwrapped, vectorized_plates
 
 CIRCULAR = ("VonMises", "SineBivariateVonMises", "SineSkewed")
 HINTS = {
     "Wishart": "Sample LKJCholesky and scales, and multiply them.",
     "ProjectedNormal": "Write poutine.reparam(model, config={site: ProjectedNormalReparam()}).",
-    "MixtureSameFamily": "Sample the component too, as a discrete site marked "
-    'infer={"enumerate": "parallel"}, which is summed out.',
+    "MixtureSameFamily": 'Sample the component too, as a discrete site marked infer={"enumerate": "parallel"}.',
 }
 
 
 @dataclass(frozen=True)
 class Site:
-    """One latent site of a model.
+    """A latent site of a model.
 
     Attributes:
         name: The site's name.
         shape: Shape of its value.
-        unconstrained_shape: Shape of its image under the inverse transform; a simplex loses one entry.
+        unconstrained_shape: Shape of its unconstrained value; a simplex loses one entry.
         event_dim: Number of rightmost dimensions that belong together in the value.
         transform: Bijection from unconstrained values to the support.
-        dims: Names of the site's plates, one for each batch dimension of ``shape``, ``None`` where unnamed.
+        dims: Names of the site's plates, one for each batch dimension of ``shape``; ``None`` where there is none.
     """
 
     name: str
@@ -48,7 +46,7 @@ class Site:
 
     @property
     def size(self) -> int:
-        """Number of entries of ``u`` that the site takes."""
+        """Number of entries of ``u`` that belong to the site."""
         return prod(self.unconstrained_shape)
 
     @property
@@ -57,12 +55,12 @@ class Site:
         return len(self.shape) - self.event_dim
 
     def unflatten(self, flat: Tensor) -> Tensor:
-        """``flat [..., size]`` to the site's unconstrained values ``[..., *unconstrained_shape]``."""
+        """Reshape ``flat [..., size]`` to unconstrained values ``[..., *unconstrained_shape]``."""
         shape = self.unconstrained_shape
         return flat.unflatten(-1, shape) if shape else flat[..., 0]
 
     def constrain(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [..., *batch shape]``."""
+        """Map ``flat [..., size]`` to the value ``[..., *shape]`` and ``log|J| [..., *batch shape]``."""
         u = self.unflatten(flat)
         value = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, value)
@@ -71,13 +69,13 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """Where each latent site of a model stands in the flat vector ``u``, in the model's order."""
+    """The layout of a model's latent sites on the flat vector ``u``, in the model's order."""
 
     sites: tuple[Site, ...]
 
     @classmethod
     def from_trace(cls, trace: Any) -> SiteLayout:
-        """Read the layout off a Pyro trace."""
+        """Read the layout from a Pyro trace."""
         return cls(tuple(_site(name, node) for name, node in latent_nodes(trace)))
 
     @property
@@ -91,31 +89,27 @@ class SiteLayout:
         return tuple(site.name for site in self.sites)
 
     def split(self, u: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        """Each site with its part of ``u [..., D]``."""
+        """Yield each site with its part of ``u [..., D]``."""
         yield from zip(self.sites, u.split([site.size for site in self.sites], -1), strict=True)
 
     def unpack(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """``u [..., D]`` to values ``{name: [..., *site shape]}`` and ``log|J| [...]`` in nats."""
-        values = {}
-        log_det = u.new_zeros(u.shape[:-1])
-        for site, flat in self.split(u):
-            values[site.name], each = site.constrain(flat)
-            log_det = log_det + sum_rightmost(each, site.batch_dim)
-        return values, log_det
+        """Map ``u [..., D]`` to values ``{name: [..., *site shape]}`` and ``log|J| [...]`` in nats."""
+        values, log_dets = self.unpack_each(u)
+        each = (sum_rightmost(log_dets[site.name], site.batch_dim) for site in self.sites)
+        return values, sum(each, u.new_zeros(u.shape[:-1]))
 
     def unpack_each(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As `unpack`, with the ``log|J| [..., *batch shape]`` of every site by itself."""
+        """Unpack with the ``log|J| [..., *batch shape]`` of each site kept apart."""
         pairs = {site.name: site.constrain(flat) for site, flat in self.split(u)}
         return {k: value for k, (value, _) in pairs.items()}, {k: log_det for k, (_, log_det) in pairs.items()}
 
     def plate_size(self, plate: str) -> int:
-        """Number of elements of a plate that a site stands in."""
-        sites = (site for site in self.sites if plate in site.dims)
-        site = next(sites)
+        """Return the number of elements of a plate that contains a site."""
+        site = next(site for site in self.sites if plate in site.dims)
         return site.shape[site.dims.index(plate)]
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Values ``{name: [..., *site shape]}`` to ``u [..., D]``; the inverse of `unpack`."""
+        """Map values ``{name: [..., *site shape]}`` to ``u [..., D]``; the inverse of `unpack`."""
         parts = []
         for site in self.sites:
             u = site.transform.inv(values[site.name])
@@ -124,7 +118,7 @@ class SiteLayout:
         return torch.cat(parts, -1)
 
     def coordinates(self) -> list[str]:
-        """A name for each entry of ``u``: ``"eta[3]"``; for a simplex they count unconstrained entries."""
+        """Name each entry of ``u``: ``"eta[3]"``; indices of a simplex count its unconstrained entries."""
         return [
             site.name + (f"[{','.join(map(str, index))}]" if index else "")
             for site in self.sites
@@ -132,71 +126,43 @@ class SiteLayout:
         ]
 
 
-def latent_nodes(trace: Any) -> Iterator[tuple[str, Any]]:
-    """Names and nodes of the unobserved sites of a Pyro trace."""
-    for name, node in trace.iter_stochastic_nodes():
-        if not site_is_subsample(node):
-            yield name, node
-
-
 def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:
-    """Names of the plates of a traced site, one for each batch dimension of its value."""
+    """Return the names of a traced site's plates, one for each batch dimension of its value."""
     dims: list[str | None] = [None] * (node["value"].dim() - node["fn"].event_dim)
-    for frame in node["cond_indep_stack"]:
-        if frame.vectorized and -frame.dim <= len(dims):
+    for frame in vectorized_plates(node):
+        if -frame.dim <= len(dims):
             dims[frame.dim] = frame.name
     return tuple(dims)
 
 
 def bijection(name: str, fn: Any) -> Transform:
-    """The bijection from unconstrained values to the support of a continuous latent site.
+    """Return the bijection from unconstrained values to the support of a continuous latent site.
 
     Raises:
-        ModelError: There is none: the message names the site and says what to write instead.
+        ModelError: There is none; the message names the site and what to write instead.
     """
-    kind = _kind(fn)
+    kind = type(unwrapped(fn)[0]).__name__
+    cause: Exception | None = None
     if kind in CIRCULAR:
-        raise ModelError(
-            f"site {name!r} is an angle: its density repeats along the whole real line",
-            got=kind,
-            do="Sample Uniform(-π, π) and add the density with pyro.factor, or use ProjectedNormal with "
-            "ProjectedNormalReparam.",
-            faq="a-site-cannot-be-mapped-to-the-real-line",
-        )
-    if kind in ("Delta", "Empirical"):
-        raise ModelError(
-            f"site {name!r} takes single values only, so it has no density",
-            got=kind,
-            do="Use pyro.deterministic for a value that follows from others.",
-            faq="a-site-cannot-be-mapped-to-the-real-line",
-        )
-    try:
-        transform: Transform = biject_to(fn.support)
-    except (AttributeError, NotImplementedError) as error:
-        raise ModelError(
-            f"site {name!r} cannot be mapped to the real line",
-            got=f"{kind}: {str(error).splitlines()[0] if str(error) else 'no support'}",
-            do=HINTS.get(kind, "Reparameterise the site (pyro.infer.reparam)."),
-            faq="a-site-cannot-be-mapped-to-the-real-line",
-        ) from error
-    return transform
-
-
-def _kind(fn: Any) -> str:
-    """Name of a distribution's class, wrappers aside."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return type(fn).__name__
+        problem = f"is an angle: its density repeats along the whole real line, got {kind}"
+        do = "Use ProjectedNormal with ProjectedNormalReparam, or Uniform(-π, π) and the density in a pyro.factor."
+    elif kind in ("Delta", "Empirical"):
+        problem = f"takes single values only, so it has no density, got {kind}"
+        do = "Use pyro.deterministic for a value that follows from others."
+    else:
+        try:
+            transform: Transform = biject_to(fn.support)
+            return transform
+        except (AttributeError, NotImplementedError) as error:
+            cause = error
+            line = str(error).splitlines()[0] if str(error) else "no support"
+            problem = f"cannot be mapped to the real line, got {kind}: {line}"
+            do = HINTS.get(kind, "Reparameterise the site (pyro.infer.reparam).")
+    raise ModelError(f"Site {name!r} {problem}. {do}", faq="a-site-cannot-be-mapped-to-the-real-line") from cause
 
 
 def _site(name: str, node: dict[str, Any]) -> Site:
     fn, value = node["fn"], node["value"]
     transform = bijection(name, fn)
-    return Site(
-        name=name,
-        shape=tuple(value.shape),
-        unconstrained_shape=tuple(transform.inv(value).shape),
-        event_dim=fn.event_dim,
-        transform=transform,
-        dims=plate_names(node),
-    )
+    unconstrained_shape = tuple(transform.inv(value).shape)
+    return Site(name, tuple(value.shape), unconstrained_shape, fn.event_dim, transform, plate_names(node))

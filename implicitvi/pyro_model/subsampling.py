@@ -1,4 +1,4 @@
-"""Random minibatches: the indices of subsampled plates, drawn once for all particles."""
+"""Draw the indices of subsampled plates once for all particles."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ Plate = tuple[int, int, str | torch.device]
 
 
 def draw_subsample(size: int, subsample_size: int, device: str | torch.device = "cpu") -> Tensor:
-    """``subsample_size`` of the numbers below ``size``, each set equally likely: ``[subsample_size]``, ascending.
+    """Draw ``subsample_size`` of the numbers below ``size``, each set equally likely: ``[subsample_size]``, ascending.
 
-    Numbers are drawn until enough are distinct, in time that does not grow with ``size`` as that of a random
-    permutation does. A permutation is used where nearly all numbers are wanted, and on an accelerator, which
-    permutes faster than it counts.
+    Numbers are drawn until enough are distinct, in time that does not grow with ``size``, unlike a random permutation.
+    A permutation is used for more than half of the numbers, and on an accelerator, where it is faster.
 
     >>> draw_subsample(10, 10)
     tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
@@ -30,7 +29,7 @@ def draw_subsample(size: int, subsample_size: int, device: str | torch.device = 
     if 2 * subsample_size > size or torch.device(device).type != "cpu":
         drawn = torch.randperm(size, device=device)[:subsample_size].sort().values
         return drawn
-    # what is new among further draws is uniform over what is left
+    # new numbers among further draws are uniform over the remaining ones
     drawn = torch.randint(size, (subsample_size,)).unique()
     while len(drawn) < subsample_size:
         more = torch.randint(size, (subsample_size - len(drawn),))
@@ -39,24 +38,31 @@ def draw_subsample(size: int, subsample_size: int, device: str | torch.device = 
 
 
 def check_subsample(msg: Any) -> None:
-    """Raise `ModelError` where a plate is asked for more elements than it has."""
+    """Raise `ModelError` if a minibatch is larger than its plate."""
     plate = msg["fn"]
     if plate.subsample_size is not None and plate.subsample_size > plate.size >= 0:
-        raise ModelError(
-            f"the minibatch of plate {msg['name']!r} is larger than the plate",
-            got=f"subsample_size={plate.subsample_size}",
-            expected=f"at most {plate.size}",
-        )
+        what = f"subsample_size of plate {msg['name']!r}"
+        raise ModelError.must_be(what, f"at most {plate.size}", plate.subsample_size)
+
+
+def full_size(frame: Any) -> int:
+    """Return the number of elements of a whole plate, of which a run may see a minibatch."""
+    return int(frame.full_size or frame.size)
+
+
+def is_subsampled(frame: Any) -> bool:
+    """Return whether a run sees only a minibatch of a plate."""
+    return full_size(frame) != int(frame.size)
 
 
 class PinnedSubsample(Messenger):
-    """Gives the subsampled plates of a model their indices.
+    """A messenger that gives the subsampled plates of a model their indices.
 
     Within `pinned` a plate keeps the indices of its first use, so that all particles see the same rows.
 
     Attributes:
-        plates: Size, subsample size and device of every subsampled plate met, by name.
-        indices: The indices in use.
+        plates: Size, subsample size and device of every subsampled plate seen so far, by name.
+        indices: The indices in use, by name of the plate.
     """
 
     def __init__(self) -> None:
@@ -66,7 +72,7 @@ class PinnedSubsample(Messenger):
 
     @contextmanager
     def pinned(self, indices: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Use ``indices`` within, by name of the plate, and draw those of other plates once."""
+        """Use these indices, by name of the plate, inside the ``with`` block; draw those of other plates once."""
         outside, self.indices = self.indices, dict(indices or {})
         try:
             yield self.indices
@@ -74,7 +80,7 @@ class PinnedSubsample(Messenger):
             self.indices = outside
 
     def draw(self, name: str) -> Tensor:
-        """Fresh indices of a plate that has been met."""
+        """Draw new indices of a plate that has been seen."""
         return draw_subsample(*self.plates[name])
 
     def _pyro_sample(self, msg: Any) -> None:

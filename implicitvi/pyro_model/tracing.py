@@ -1,4 +1,4 @@
-"""One run of a Pyro model at given values of its latent sites, and the log density of each of its sites."""
+"""Run a Pyro model at given values of its latent sites, and score each of its sites."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Independent, MaskedDistribution
+from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -22,7 +22,7 @@ PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # typ
 
 
 def run_at(model: Model, values: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-    """Pyro trace of ``model`` with its latent sites fixed to ``values``, nothing scored yet."""
+    """Return the Pyro trace of ``model`` with its latent sites fixed to ``values``; nothing is scored yet."""
     with poutine.block():
         return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
 
@@ -30,10 +30,10 @@ def run_at(model: Model, values: dict[str, Tensor], /, *args: Any, **kwargs: Any
 def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) -> None:
     """Write ``masked_log_prob``, ``log_prob`` (with the scale) and ``log_prob_sum`` into every sample node of a trace.
 
-    A mask takes entries of *observed* sites out. A masked entry of a latent site is scored by its own
-    distribution all the same: it then integrates to one and leaves every other posterior as it is, where a log
-    density of zero would be improper, and a sampler would follow it to infinity. The one exception is a latent
-    masked by a plain ``False``, Pyro's way to write a flat prior.
+    A mask removes entries of *observed* sites. A masked entry of a latent site is scored by its own distribution: it
+    then integrates to one and leaves every other posterior unchanged, whereas a log density of zero would be
+    improper, and a sampler would follow it to infinity. The one exception is a latent masked by a plain ``False``,
+    Pyro's way to write a flat prior.
 
     Raises:
         ModelError: A site has no density.
@@ -47,14 +47,14 @@ def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) ->
         try:
             log_prob = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
         except NotImplementedError as error:
-            raise _no_density(name, latent=name in latent, got=str(error) or None) from error
+            raise _no_density(name, error, latent=name in latent) from error
         node["masked_log_prob"] = scale_and_mask(log_prob, mask=mask)
         node["log_prob"] = scale_and_mask(log_prob, node["scale"], mask)
         node["log_prob_sum"] = node["log_prob"].sum()
 
 
 def sites_without_density(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-    """Names of the latent sites, of those in ``values``, that can be drawn from but not scored."""
+    """Return the names of the latent sites in ``values`` that can be sampled but not scored."""
     implicit = []
     trace = run_at(model, values, *args, **kwargs)
     for name in values:
@@ -67,84 +67,85 @@ def sites_without_density(model: Model, values: dict[str, Tensor], *args: Any, *
 
 
 def flat_sites(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-    """Names of the latent sites, of those in ``values``, with a flat prior: masked by a plain ``False``."""
+    """Return the names of the latent sites in ``values`` with a flat prior: masked by a plain ``False``."""
     nodes = run_at(model, values, *args, **kwargs).nodes
-    return tuple(name for name in values if _is_flat(nodes[name]))
+    masks = {name: (nodes[name]["mask"], *unwrapped(nodes[name]["fn"])[1]) for name in values}
+    return tuple(name for name in values if any(mask is False for mask in masks[name]))
 
 
-def _is_flat(node: Any) -> bool:
-    fn = _unmasked(node["fn"])
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return node["mask"] is False or isinstance(fn, MaskedDistribution)
+def latent_nodes(trace: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and nodes of the unobserved sites of a Pyro trace."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node):
+            yield name, node
 
 
 def is_scored(node: Any) -> bool:
-    """Whether a node of a trace has a log density that counts: not a parameter, minibatch or `pyro.deterministic`."""
+    """Return whether a node has a log density that counts: not a parameter, minibatch or `pyro.deterministic`."""
     return node["type"] == "sample" and not site_is_subsample(node) and not node["infer"].get("_deterministic")
 
 
 def is_deterministic(node: Any) -> bool:
-    """Whether a sample node is a `pyro.deterministic`, or what a reparameterisation left in place of its site."""
-    fn = node["fn"]
-    while isinstance(fn, MaskedDistribution | Independent):
-        fn = fn.base_dist
-    return bool(node["is_observed"]) and isinstance(fn, Delta)
+    """Return whether a sample node is a `pyro.deterministic`, or the one that a reparameterised site leaves behind."""
+    return bool(node["is_observed"]) and isinstance(unwrapped(node["fn"])[0], Delta)
 
 
 def is_summed(node: Any) -> bool:
-    """Whether a node of an enumerated trace stands for all values of its site."""
+    """Return whether a node of an enumerated trace stands for all values of its site."""
     return node["type"] == "sample" and "_enumerate_dim" in node["infer"]
 
 
 def check_sites(trace: Any, shapes: Mapping[str, tuple[int, ...]], *, wider: bool) -> None:
-    """Raise `ModelError` unless every random site of a trace is accounted for.
+    """Raise `ModelError` unless the latent sites of a trace are the known ones, with the known shapes.
 
     Args:
         trace: The trace.
-        shapes: The latent sites that the model is known for: ``{name: shape}``.
+        shapes: The known latent sites: ``{name: shape}``.
         wider: Whether sites may have further dimensions on the left.
     """
-    visited = 0
-    for name, node in trace.nodes.items():
-        known = shapes.get(name)
-        if known is not None:
-            visited += 1
-            shape = node["fn"].batch_shape + node["fn"].event_shape
-            if shape != known and not (wider and shape[len(shape) - len(known) :] == known):
-                raise ModelError(
-                    f"the shape of site {name!r} has changed",
-                    got=tuple(shape),
-                    expected=known,
-                    do="Give the model data of the same size in every call, or make a new guide.",
-                    faq="sites-or-shapes-have-changed",
-                )
-        elif (
-            node["type"] == "sample" and not node["is_observed"] and not is_summed(node) and not site_is_subsample(node)
-        ):
-            raise ModelError(
-                f"the model visits a latent site that it did not have before: {name!r}",
-                expected=", ".join(shapes),
-                do=SAME_SITES,
-                faq="sites-or-shapes-have-changed",
-            )
-    if visited < len(shapes):
-        missing = ", ".join(repr(name) for name in shapes if name not in trace.nodes)
-        raise ModelError(
-            f"the model does not visit its latent sites any more: {missing}",
-            do=SAME_SITES,
-            faq="sites-or-shapes-have-changed",
-        )
+    for change in _changes(trace, shapes, wider):
+        raise ModelError(change, faq="sites-or-shapes-have-changed")
+
+
+def _changes(trace: Any, shapes: Mapping[str, tuple[int, ...]], wider: bool) -> Iterator[str]:
+    """Yield the reasons why the latent sites of a trace are not the known ones; the caller raises at the first."""
+    known = ", ".join(shapes)
+    for name, node in latent_nodes(trace):
+        if name not in shapes and not is_summed(node):
+            yield f"The model has a latent site that it did not have before: {name!r}, beside {known}. {SAME_SITES}"
+    missing = [repr(name) for name in shapes if name not in trace.nodes]
+    if missing:
+        yield f"The model no longer visits its latent sites: {', '.join(missing)}. {SAME_SITES}"
+    for name, expected in shapes.items():
+        fn = trace.nodes[name]["fn"]
+        shape = fn.batch_shape + fn.event_shape
+        if shape != expected and not (wider and shape[len(shape) - len(expected) :] == expected):
+            change = f"The shape of site {name!r} has changed from {expected} to {tuple(shape)}."
+            yield f"{change} Give the model data of the same size in every call, or make a new guide."
+
+
+def unwrapped(fn: Any) -> tuple[Any, list[Any]]:
+    """Return the distribution inside `Independent`, expanded and masked ones, and the masks."""
+    masks = []
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            masks.append(fn._mask)
+        fn = fn.base_dist
+    return fn, masks
+
+
+def vectorized_plates(node: Any) -> list[Any]:
+    """Return the frames of a node's plates that take a dimension each."""
+    return [frame for frame in node["cond_indep_stack"] if frame.vectorized]
 
 
 def plate_nesting(nodes: Iterable[Any]) -> int:
-    """How many dimensions the vectorised plates of sample nodes take."""
-    frames = (frame for node in nodes for frame in node["cond_indep_stack"])
-    return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+    """Return the number of dimensions that the vectorized plates of sample nodes take."""
+    return max((-frame.dim for node in nodes for frame in vectorized_plates(node)), default=0)
 
 
 def _unmasked(fn: Any) -> Any:
-    """A distribution without its masks; a flat one, masked by a plain ``False``, stays as it is."""
+    """Return a distribution without its masks; a flat one, masked by a plain ``False``, is returned unchanged."""
     if isinstance(fn, MaskedDistribution):
         return fn if fn._mask is False else _unmasked(fn.base_dist)
     if isinstance(fn, Independent):
@@ -153,34 +154,28 @@ def _unmasked(fn: Any) -> Any:
     return fn
 
 
-def _no_density(name: str, *, latent: bool, got: str | None) -> ModelError:
+def _no_density(name: str, error: NotImplementedError, *, latent: bool) -> ModelError:
+    problem = f"The distribution of site {name!r} has no density"
+    do = "Observe it through a distribution with a log_prob, or reparameterise it (pyro.infer.reparam)."
     if latent:
-        return ModelError(
-            f"the prior of site {name!r} can be drawn from but has no density",
-            got=got,
-            do="Use contrast='prior', which needs none, or give the site a distribution with a log_prob.",
-            faq="a-distribution-has-no-density",
-        )
-    return ModelError(
-        f"the distribution of site {name!r} has no density",
-        got=got,
-        do="Observe it through a distribution with a log_prob, or reparameterise it (pyro.infer.reparam).",
-        faq="a-distribution-has-no-density",
-    )
+        problem = f"The prior of site {name!r} can be drawn from but has no density"
+        do = "Use contrast='prior', which needs no density, or give the site a distribution with a log_prob."
+    why = f", got {error}" if str(error) else ""
+    return ModelError(f"{problem}{why}. {do}", faq="a-distribution-has-no-density")
 
 
 @contextmanager
 def unvalidated() -> Iterator[None]:
-    """Run model code without argument checks: they branch on values, which a batch of particles cannot."""
+    """Run model code without argument checks: these branch on values, which a batch of particles cannot do."""
     with pyro.validation_enabled(False):
         yield
 
 
 def is_particles_fault(error: Exception) -> bool:
-    """Whether an error may come from the values of one particle, as a failed Cholesky factorisation does."""
+    """Return whether an error may come from the values of one particle, as a failed Cholesky factorisation does."""
     return isinstance(error, PARTICLE_ERRORS) and not isinstance(error, ImplicitVIError)
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of an error."""
+    """Return the kind and the first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
