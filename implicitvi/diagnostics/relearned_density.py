@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from implicitvi.diagnostics.stein import standardise
 from implicitvi.errors import ShapeError
-from implicitvi.numerics.gaussian import frame
+from implicitvi.numerics.gaussian import mean_and_cholesky, whiten
 from implicitvi.numerics.types import LogDensity
 
 LEAST = 400  # draws; from fewer no network learns a density
@@ -228,7 +227,7 @@ class _Mixture:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 
-        self.loc, self.scale_tril = frame(z)
+        self.loc, self.scale_tril = mean_and_cholesky(z)
         w = self.standardise(z).numpy()
         fits = [
             GaussianMixture(count, max_iter=40, reg_covar=1e-4, init_params="k-means++", random_state=seed)
@@ -242,7 +241,7 @@ class _Mixture:
         self.generator = torch.Generator().manual_seed(seed)
 
     def standardise(self, z: Tensor) -> Tensor:
-        return standardise(z, self.loc, self.scale_tril).contiguous()
+        return whiten(z, self.loc, self.scale_tril).contiguous()
 
     def log_prob(self, z: Tensor) -> Tensor:
         scores = torch.from_numpy(self.fit.score_samples(self.standardise(z).numpy()))

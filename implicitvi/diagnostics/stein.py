@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.numerics.gaussian import _scale, frame
+from implicitvi.numerics.gaussian import mean_and_cholesky, standard_deviations, whiten
 
 LEAST = 20  # draws
 FRAME = 20  # draws for each dimension, of which a covariance is taken
@@ -79,7 +79,7 @@ def kernel_stein(
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
     loc, scale_tril = _frame_for(z if reference is None else reference.detach().to(z))
-    w = standardise(z, loc, scale_tril)
+    w = whiten(z, loc, scale_tril)
     s = score @ scale_tril
     square = torch.nn.functional.pdist(w[:1000]).median().item() ** 2
     generator = torch.Generator().manual_seed(seed)
@@ -163,14 +163,8 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
 def _frame_for(draws: Tensor) -> tuple[Tensor, Tensor]:
     """The `frame` of draws ``[R, D]``, of their variances alone where they are too few for more."""
     if len(draws) >= FRAME * draws.shape[1]:
-        return frame(draws)
-    return draws.mean(0), torch.diag(_scale(draws))
-
-
-def standardise(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    """``z [S, D]`` in the coordinates of a `frame` ``[D]``, ``[D, D]``: ``scale_tril⁻¹ (z - loc)``."""
-    rows: Tensor = torch.linalg.solve_triangular(scale_tril, (z - loc).mT, upper=False)
-    return rows.mT
+        return mean_and_cholesky(draws)
+    return draws.mean(0), torch.diag(standard_deviations(draws))
 
 
 def _stein_kernel(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, square: float) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
-from implicitvi.numerics.gaussian import frame
-from implicitvi.numerics.gaussian import whiten as standardise
+from implicitvi.numerics import gaussian
 
 __all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]
 
@@ -294,7 +293,7 @@ def whiten(draws: Draws, reference: Draws) -> Tensor:
     draws, reference = _pair(draws, reference, least_rows=1)
     _check_rows("the second set", reference, reference.shape[1] + 1)
     _spread(reference)  # names the constant dimensions
-    return standardise(draws, *frame(reference))
+    return gaussian.whiten(draws, *gaussian.mean_and_cholesky(reference))
 
 
 def _pair(first: Draws, second: Draws, *, least_rows: int) -> tuple[Tensor, Tensor]:
