@@ -255,7 +255,7 @@ class _Chains:
 
 @torch.enable_grad()
 def _climb(at: Evaluate, start: Tensor, enough: Tensor, num_steps: int = 200) -> Tensor:
-    """Climb from ``start [C, D]`` by Adam until ``log p`` is ``enough``, with step sizes that grow with the distance."""
+    """Climb from ``start [C, D]`` by Adam until ``log p`` is ``enough``; step sizes grow with the distance."""
     rate = (start.abs().amax(1, keepdim=True) / 20).clamp(min=0.1)
     steps = torch.zeros_like(start, requires_grad=True)  # in units of the rate
     top, climbing = start, torch.ones(len(start), 1, dtype=torch.bool, device=start.device)

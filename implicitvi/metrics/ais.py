@@ -5,10 +5,10 @@ integral is ``p(x)``, along the path
 
     log f_β(u) = (1 - β) log f_0(u) + β log f_1(u)                         β = 0 … 1
 
-A chain makes one transition at each ``β`` in between and accumulates the log weight ``Σ (β' - β) (log f_1 - log f_0)(u)``.
-The expected weight is ``p(x)``, so its logarithm is a lower bound in expectation, ``Var[log weight] / 2`` too low where
-the log weights of single chains are about Gaussian. From an exact draw of the posterior the same path in reverse gives
-the weight ``1 / p(x)``, hence an upper bound: `bidirectional` does this on simulated data.
+A chain makes one transition at each ``β`` in between and sums the log weight ``(β' - β) (log f_1 - log f_0)(u)``. The
+expected weight is ``p(x)``, so its logarithm is a lower bound in expectation, ``Var[log weight] / 2`` too low where the
+log weights of single chains are about Gaussian. From an exact draw of the posterior the same path in reverse gives the
+weight ``1 / p(x)``, hence an upper bound: `bidirectional` does this on simulated data.
 
 References:
     Annealed importance sampling, Radford Neal, 2001.
@@ -256,7 +256,7 @@ class _Path:
             log_p = self.log_joint(self.loc + self.scale * near)
             if log_p.shape != u.shape[:-1]:
                 expected = f"of shape {tuple(u.shape[:-1])} for codes {tuple(u.shape)}"
-                raise ShapeError.must_be("the log joint", expected, tuple(log_p.shape))
+                raise ShapeError.must_be("The log joint", expected, tuple(log_p.shape))
             if not log_p.requires_grad:
                 do = "Leave out detach() and no_grad(), or use method='iwae'."
                 raise ModelError(f"The log joint has no gradient with respect to the codes. {do}")

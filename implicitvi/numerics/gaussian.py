@@ -135,13 +135,13 @@ class GaussianMixture(Distribution):
         return self.log_joint(value).logsumexp(-1)
 
     def local(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``value [..., D]`` standardised by each component, averaged by responsibility; and these ``[..., K]``."""
+        """Return ``value [..., D]`` standardised by component, averaged by responsibility; and these ``[..., K]``."""
         standard, joint = self._both(value)
         shares = joint.softmax(-1)
         return (shares[..., None, :] @ standard).squeeze(-2), shares
 
     def _both(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``value`` standardised by each component ``[..., K, D]`` and `log_joint`; kept for the last ``value``."""
+        """Return ``value`` standardised by component ``[..., K, D]`` and `log_joint`, kept for the last ``value``."""
         tracked = torch.is_grad_enabled()
         if self._last is None or self._last[0] is not value or self._last[1] != tracked:
             flat = self._inverses.flatten(0, 1)

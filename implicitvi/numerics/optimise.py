@@ -27,7 +27,7 @@ def gradients(log_joint: LogDensity, z: Tensor, *, chunk: int = 2000) -> tuple[T
 def descend(
     loss: Callable[[], Tensor | None], groups: list[dict[str, Any]], num_steps: int, *, normalised: bool = False
 ) -> None:
-    """Minimise a loss by Adam with rates that fall to a twentieth; steps with a gradient that is not finite are skipped.
+    """Minimise a loss by Adam with rates that fall to a twentieth; skip steps whose gradient is not finite.
 
     Args:
         loss: Returns the loss, a scalar; ``None`` skips the step.
@@ -58,6 +58,6 @@ def descend(
 
 
 def finite_draws(log_p: Tensor, group: int = 1) -> Tensor:
-    """Return a mask ``[S]`` of draws with finite ``log_p [S, ...]``; ``group`` draws, ``S / group`` apart, share theirs."""
+    """Return a mask ``[S]`` of finite ``log_p [S, ...]``, equal for ``group`` draws that lie ``S / group`` apart."""
     finite = log_p.isfinite().flatten(1).all(1) if log_p.dim() > 1 else log_p.isfinite()
     return finite if group == 1 else finite.view(group, -1).all(0).repeat(group)
