@@ -337,7 +337,7 @@ def test_a_misspelt_option_is_refused() -> None:
 def test_moments_that_are_none_are_refused(method: Callable[..., Tensor]) -> None:
     loc, scale = SMALL.posterior()
     for bad in (0 * scale, -scale, scale / 0):
-        with pytest.raises(OptionError, match="not the moments of a Gaussian"):
+        with pytest.raises(OptionError, match="must be finite, and scale above 0"):
             method(SMALL.log_joint, loc, bad)
     with pytest.raises(ShapeError, match=r"shapes \(3, 2\) and \(2,\)"):
         method(SMALL.log_joint, loc, scale[0])
@@ -375,9 +375,9 @@ def test_quadrature_refuses_a_grid_that_does_not_hold_the_posterior() -> None:
     assert quadrature(given.log_joint, loc, scale).isfinite().all()
     with pytest.raises(OptionError, match="too coarse"):
         quadrature(given.log_joint, loc, scale, points=60)
-    with pytest.raises(OptionError, match="ends where the posterior does not"):
+    with pytest.raises(OptionError, match="smaller than the posterior"):
         quadrature(given.log_joint, loc, scale, low=-6.0, high=loc.max().item())
-    with pytest.raises(OptionError, match="one or two latent dimensions; got 10"):
+    with pytest.raises(OptionError, match="one or two latent dimensions, got 10"):
         quadrature(IMAGES.log_joint, *IMAGES.posterior())
     with pytest.raises(OptionError, match="high - low"):
         quadrature(given.log_joint, loc, scale, low=1.0, high=-1.0)

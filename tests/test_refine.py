@@ -146,7 +146,7 @@ def test_what_cannot_be_refined_is_refused() -> None:
     model = TARGETS["several sites"].model
     with pytest.raises(SetupError, match="not been trained"):
         resample(ImplicitGuide(model), model)
-    with pytest.raises(SetupError, match="no draws to refine; got dict, expected a fit or"):
+    with pytest.raises(SetupError, match="must be a fit or an ImplicitGuide, got dict"):
         polish({"z": Y}, model)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="num_samples"):
         polish(exact("several sites"), model, num_samples=0)

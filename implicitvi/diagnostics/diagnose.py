@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,9 +74,8 @@ def diagnose(
             u = guide.sample_unconstrained(max(num_samples, 2 * target.layout.dim))
             pool = guide.sample_unconstrained(max(POOL_DRAWS, 40 * target.layout.dim))
     elif isinstance(guide, Mapping):
-        draws = cast(Draws, guide)
-        target = Target.of(model, args, kwargs, _first(draws), seed)
-        u, pool = thin(target.unconstrain(draws), num_samples), None
+        target = Target.of(model, args, kwargs, _first(guide), seed)
+        u, pool = thin(target.unconstrain(guide), num_samples), None
         _check_count(len(u), max(LEAST, 2 * target.layout.dim))
     else:
         expected = "a fit, an ImplicitGuide, or draws {site: [S, *site shape]}"

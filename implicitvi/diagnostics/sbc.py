@@ -171,7 +171,8 @@ def simulate(model: Model, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
         with poutine.block():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     except NotImplementedError as error:
-        raise ModelError(f"{SIMULATED}, but a site cannot be drawn: {error}. Give it a proper prior.") from error
+        why = str(error).splitlines()[0]
+        raise ModelError(f"{SIMULATED}, but a site cannot be drawn: {why}. Give it a proper prior.") from error
     latents: Values = {}
     data: Values = {}
     nodes: dict[str, Any] = trace.nodes
@@ -273,7 +274,7 @@ def _log_likelihood(
     each = [{name: value[i] for name, value in latents.items()} for i in range(count)]
     nodes = [node for node in run_at(given, each[0], *args, **kwargs).nodes.values() if node["type"] == "sample"]
     enumerates = any(map(is_enumerated, nodes))
-    model: Any = Enumerate(-1 - plate_nesting(nodes))(given) if enumerates else given  # type: ignore[operator]
+    model: Any = Enumerate(-1 - plate_nesting(nodes))(given) if enumerates else given
 
     def scored(values: Values, leave_out: Callable[[str], bool]) -> Any:
         trace = run_at(model, values, *args, **kwargs)

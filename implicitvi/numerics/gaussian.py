@@ -229,5 +229,5 @@ def standard_deviations(z: Tensor) -> Tensor:
     constant = ~(scale > 1e-12 * z.abs().amax(0))
     if constant.any():
         where = constant.nonzero().flatten().tolist()
-        raise OptionError(f"The draws are constant in dimensions {where}. Leave these out, or pass draws that vary.")
+        raise OptionError(f"Draws must vary in every dimension, got constant dimensions {where}. Leave these out.")
     return scale
