@@ -19,7 +19,7 @@ from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.rng import RandomStream
 from planted import PLANTED, TARGETS, bare, draw_several, dressed, exact, planted, several_sites, short_fit
 
-# which check is meant to see each; others may too
+# the check that must flag each; others may too
 SEEN_BY = {
     "one mode missing": "other modes",
     "variance halved": "spread",
@@ -38,7 +38,7 @@ SEEN_BY = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_failure_is_flagged(name: str) -> None:
-    """Rates over seeds stand in docs/results/diagnose.md."""
+    """Rates over seeds are in docs/results/diagnose.md."""
     source, model = planted(name, seed=0)
     report = diagnose(source, model)
     assert not report.ok
@@ -199,7 +199,7 @@ def wide(dim: int) -> Any:
 
 
 def test_a_guide_of_many_dimensions_is_not_passed_unseen() -> None:
-    """More draws than were asked for, where they are too few to judge by."""
+    """The diagnosis takes more draws than requested if these are too few."""
     guide = ImplicitGuide(wide(150)).setup()
     report = diagnose(guide, wide(150), num_samples=200)
     assert not report.ok and report["sites"].state == "failed"

@@ -383,7 +383,7 @@ def test_quadrature_refuses_a_grid_that_does_not_hold_the_posterior() -> None:
         quadrature(given.log_joint, loc, scale, low=1.0, high=-1.0)
 
 
-# the door of a model
+# the method of a model
 
 POINTS = torch.eye(4)
 

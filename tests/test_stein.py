@@ -130,7 +130,7 @@ def test_a_lost_mode_is_found_and_a_kept_one_is_not_lost(dim: int) -> None:
 
 
 def test_the_discrepancy_is_blind_to_a_far_mode() -> None:
-    """What the chains are for: half of the posterior is missing, and its gradient does not show it."""
+    """Chains are needed: half of the posterior is missing, and its gradient does not show it."""
     z = draw_two_modes(2000)
     kept = z[z[:, 0] > 0][:800].requires_grad_()
     (score,) = torch.autograd.grad(log_two_modes(kept).sum(), kept)

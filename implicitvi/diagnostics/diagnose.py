@@ -76,7 +76,8 @@ def diagnose(
     elif isinstance(guide, Mapping):
         target = Target.of(model, args, kwargs, _first(guide), seed)
         u, pool = thin(target.unconstrain(guide), num_samples), None
-        _check_count(len(u), max(LEAST, 2 * target.layout.dim))
+        if len(u) < (least := max(LEAST, 2 * target.layout.dim)):
+            raise ShapeError(f"There must be at least {least} draws, got {len(u)}.")
     else:
         expected = "a fit, an ImplicitGuide, or draws {site: [S, *site shape]}"
         raise SetupError.must_be("source", expected, type(source).__name__)
@@ -105,16 +106,7 @@ def diagnose(
 def stein_error(
     guide: TrainedGuide, model: Model, *args: Any, num_samples: int = STEIN_DRAWS, seed: int = 0, **kwargs: Any
 ) -> float:
-    """Return `KernelStein.score_error` of a guide's draws, by which restarts are compared; infinite if not defined.
-
-    Args:
-        guide: A trained guide.
-        model: The Pyro model.
-        *args: Its arguments.
-        num_samples: Number of draws to judge.
-        seed: Seed of the draws.
-        **kwargs: Its keyword arguments.
-    """
+    """Return `KernelStein.score_error` of a guide's draws, by which restarts are compared; infinite if not defined."""
     target = target_of(guide, model, args, kwargs, seed)
     with RandomStream(seed):
         pool = guide.sample_unconstrained(max(num_samples, DRAWS_PER_DIM * target.layout.dim))
@@ -130,8 +122,3 @@ def _first(draws: Draws) -> dict[str, Tensor]:
     """Return the first draw of every site."""
     values = {name: torch.as_tensor(value) for name, value in draws.items()}
     return {name: value[0] for name, value in values.items() if value.dim() and len(value)}
-
-
-def _check_count(count: int, least: int) -> None:
-    if count < least:
-        raise ShapeError(f"There must be at least {least} draws, got {count}.")

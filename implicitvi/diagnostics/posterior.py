@@ -26,11 +26,11 @@ class TrainedGuide(Protocol):
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the guide has its networks."""
+        """True once the guide has its networks."""
 
     @property
     def has_log_density(self) -> bool:
-        """Whether the guide has a learned log density."""
+        """True if the guide has a learned log density."""
 
     @property
     def layout(self) -> SiteLayout:
@@ -52,31 +52,23 @@ class TrainedGuide(Protocol):
 
 @runtime_checkable
 class TrainedFit(Protocol):
-    """A finished run with its record, such as a `Fit`."""
+    """A finished run with its record, such as a `Fit`.
 
-    @property
-    def guide(self) -> TrainedGuide:
-        """The trained guide."""
+    Attributes:
+        guide: The trained guide.
+        history: Losses and metrics of all steps.
+        num_steps: Number of steps.
+        skipped: Number of skipped turns.
+        stop_reason: Reason why training stopped.
+        agreement: Agreement of restarts; ``None`` for a single fit.
+    """
 
-    @property
-    def history(self) -> History:
-        """Losses and metrics of all steps."""
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps."""
-
-    @property
-    def skipped(self) -> int:
-        """Number of skipped turns."""
-
-    @property
-    def stop_reason(self) -> str:
-        """Why training stopped."""
-
-    @property
-    def agreement(self) -> Agreement | None:
-        """Agreement of restarts; ``None`` for a single fit."""
+    guide: TrainedGuide
+    history: History
+    num_steps: int
+    skipped: int
+    stop_reason: str
+    agreement: Agreement | None
 
 
 def is_guide(source: object) -> TypeGuard[TrainedGuide]:

@@ -58,7 +58,6 @@ def knn_kl(q_draws: Draws, p_draws: Draws, *, k: int = 5) -> float:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with more than ``k`` rows each.
         OptionError: ``k`` is below 1, a value is not finite, or draws are repeated, so distances are zero.
 
-    >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
     >>> q, p = torch.randn(2, 4000, 2, generator=generator)
     >>> abs(knn_kl(q, p)) < 0.1
@@ -103,7 +102,6 @@ def mmd(x: Draws, y: Draws, *, bandwidth: float | None = None) -> float:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or the bandwidth is not positive and finite.
 
-    >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
     >>> x, y = torch.randn(2, 1000, 3, generator=generator)
     >>> abs(mmd(x, y)) < 0.005
@@ -146,7 +144,6 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with ``folds`` rows or more each.
         OptionError: ``folds`` is below 2, a value is not finite, or a dimension of ``y`` is constant.
 
-    >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
     >>> x, y = torch.randn(2, 300, 2, generator=generator)
     >>> c2st(x + 5, y, folds=2) > 0.99
@@ -186,7 +183,6 @@ def mean_error(draws: Draws, reference: Draws) -> float:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or a dimension of the reference is constant.
 
-    >>> import torch
     >>> reference = torch.tensor([[0.0, 0.0], [2.0, 20.0], [4.0, 40.0]])
     >>> mean_error(reference + torch.tensor([1.0, 5.0]), reference)
     0.5
@@ -209,7 +205,6 @@ def sd_ratio(draws: Draws, reference: Draws) -> tuple[float, float]:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or a dimension of the reference is constant.
 
-    >>> import torch
     >>> reference = torch.tensor([[0.0, 0.0], [2.0, 20.0], [4.0, 40.0]])
     >>> sd_ratio(reference * torch.tensor([0.5, 2.0]), reference)
     (0.5, 2.0)
@@ -240,7 +235,6 @@ def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: 
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or ``num_projections`` is below 1.
 
-    >>> import torch
     >>> x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
     >>> abs(sliced_wasserstein(x, x + 1) - 1) < 0.1
     True
@@ -277,7 +271,6 @@ def whiten(draws: Draws, reference: Draws) -> Tensor:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]``, or ``M <= D``.
         OptionError: A value is not finite, or the reference lies on a plane of lower dimension.
 
-    >>> import torch
     >>> reference = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     >>> white = whiten(reference, reference)
     >>> torch.allclose(white.T.cov(), torch.eye(2, dtype=white.dtype))
@@ -329,16 +322,12 @@ def _refuse_repeats(q: NDArray[np.float64], p: NDArray[np.float64]) -> None:
 
 def _median_distance(x: Tensor, y: Tensor) -> float:
     """Return the median distance between pooled draws, on evenly spaced rows of each set."""
-    pooled = torch.cat([_every_nth(x), _every_nth(y)])
+    pooled = torch.cat([each[:: math.ceil(len(each) / _MEDIAN_ROWS)] for each in (x, y)])
     median = float(torch.nn.functional.pdist(pooled).median())
     if median == 0:
         do = "Pass a bandwidth, or independent draws of a continuous distribution."
         raise OptionError(f"More than half of the distances between draws are zero. {do}")
     return median
-
-
-def _every_nth(x: Tensor) -> Tensor:
-    return x[:: math.ceil(len(x) / _MEDIAN_ROWS)]
 
 
 def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
@@ -371,5 +360,4 @@ def _held_out_accuracy(
         max_iter=epochs + 1,
         random_state=seed,
     )
-    network.fit(features[train], labels[train])
-    return float(network.score(features[test], labels[test]))
+    return float(network.fit(features[train], labels[train]).score(features[test], labels[test]))
