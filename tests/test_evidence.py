@@ -85,7 +85,7 @@ def wrong_starts(given: LinearGaussian) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def mean_weight_error(run: Annealed, log_truth: Tensor) -> Tensor:
-    """How far the mean weight ``[B]`` is from the truth, in its standard errors."""
+    """Return the error of the mean weight ``[B]``, in its standard errors."""
     weights = (run.log_weights - log_truth).exp()
     return (weights.mean(0) - 1) / (weights.std(0) / len(weights) ** 0.5)
 
