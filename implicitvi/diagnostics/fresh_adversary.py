@@ -67,13 +67,13 @@ def train_adversary(q: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor], seed: in
     optimiser = torch.optim.Adam(parameters, lr=2e-3)
     cooling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
 
-    def loss(rows_q: Tensor | slice, rows_r: Tensor | slice) -> Tensor:
+    def loss(rows_q: Tensor | slice = slice(cut), rows_r: Tensor | slice = slice(cut)) -> Tensor:
         t_q = adversary.network(w_q[rows_q]) + base_q[rows_q]
         t_r = adversary.network(w_r[rows_r]) + base_r[rows_r]
         return -logsigmoid(t_q).mean() - logsigmoid(-t_r).mean()
 
     with torch.no_grad():
-        best, kept = loss(slice(0, cut), slice(0, cut)).item(), deepcopy(adversary.state_dict())
+        best, kept = loss().item(), deepcopy(adversary.state_dict())
     for step in range(1, _STEPS + 1):
         rows = [torch.randint(cut, len(w_q), (_BATCH,), generator=generator) for _ in range(2)]
         with torch.enable_grad():
@@ -84,7 +84,7 @@ def train_adversary(q: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor], seed: in
         cooling.step()
         if step % 25 == 0:
             with torch.no_grad():
-                held_out = loss(slice(0, cut), slice(0, cut)).item()
+                held_out = loss().item()
             if held_out < best:
                 best, kept = held_out, deepcopy(adversary.state_dict())
     adversary.load_state_dict(kept)

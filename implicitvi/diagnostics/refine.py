@@ -37,10 +37,9 @@ class Resampled:
     k_hat: float
 
     def __str__(self) -> str:
-        return (
-            f"{len(next(iter(self.draws.values())))} draws of {self.num_pool}, worth {self.num_effective:.0f} of the "
-            f"posterior; Pareto k {self.k_hat:.2f}"
-        )
+        count = len(next(iter(self.draws.values())))
+        worth = f"worth {self.num_effective:.0f} of the posterior"
+        return f"{count} draws of {self.num_pool}, {worth}; Pareto k {self.k_hat:.2f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +57,8 @@ class Polished:
     acceptance: float
 
     def __str__(self) -> str:
-        return (
-            f"{len(next(iter(self.draws.values())))} draws after {self.num_steps} transitions, {self.acceptance:.0%} "
-            "accepted"
-        )
+        count = len(next(iter(self.draws.values())))
+        return f"{count} draws after {self.num_steps} transitions, {self.acceptance:.0%} accepted"
 
 
 def resample(

@@ -97,14 +97,9 @@ class Report:
                 if check.state in states and check.advice:
                     said.setdefault(check.advice, []).append(check.name)
             lines += [title] if said else []
-            lines += [
-                fill(
-                    f"{', '.join(names)}: {advice}",
-                    100,
-                    initial_indent="  ",
-                    subsequent_indent="    ",
-                    break_long_words=False,
-                )
-                for advice, names in said.items()
-            ]
+            lines += [_wrapped(f"{', '.join(names)}: {advice}") for advice, names in said.items()]
         return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, 100, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
