@@ -1,7 +1,8 @@
-"""How often `diagnose` flags what it should, and what it should not: `make diagnose-rates` writes ``docs/results``.
+"""Measure how often `diagnose` flags failures and exact draws: `make diagnose-rates` writes ``docs/results``.
 
-Every planted failure of `planted.py` over several seeds, exact draws dressed as fits, and fits by the defaults (with
-fewer steps: the targets are small). The share of reports that are not ok, and which checks failed.
+The cases are every planted failure of `planted.py` over several seeds, exact draws dressed as fits, and fits by the
+defaults (with fewer steps: the targets are small). The results are the share of reports that are not ok, and which
+checks failed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from planted import PLANTED, TARGETS, exact, planted, short_fit
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "diagnose.json"
 FIT_STEPS = 600
-FIRST_SEED = 100  # the limits were chosen by what was seen at small ones
+FIRST_SEED = 100  # the limits were chosen at smaller ones
 
 
 def cases(planted_seeds: int, exact_seeds: int, fit_seeds: int) -> list[tuple[str, str, int]]:
-    """Kind, name and seed of everything that is diagnosed."""
+    """Return kind, name and seed of every case."""
     found = [("planted", name, seed) for name in PLANTED for seed in range(planted_seeds)]
     found += [("exact", name, seed) for name in TARGETS for seed in range(exact_seeds)]
     found += [("fit", name, seed) for name in TARGETS for seed in range(fit_seeds)]
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=5, help="seeds of each planted failure")
     parser.add_argument("--exact", type=int, default=4, help="seeds of each target, exact draws")
     parser.add_argument("--fits", type=int, default=4, help="seeds of each target, default fits")
-    parser.add_argument("--again", action="store_true", help="measure anew what has a row")
+    parser.add_argument("--again", action="store_true", help="measure again what has a row")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     kept = options.output.exists() and not options.again

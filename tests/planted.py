@@ -1,4 +1,4 @@
-"""Failures planted on purpose, and draws that are exact: what a diagnosis must and must not flag."""
+"""Failures planted on purpose, which a diagnosis must flag, and exact draws, which it must not."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ TARGETS = {
 
 
 class Drawn(Sampler):
-    """A sampler that is given as a function."""
+    """A sampler defined by a function."""
 
     def __init__(self, latent_dim: int, draw: Draw):
         super().__init__(latent_dim)
@@ -143,7 +143,7 @@ class Drawn(Sampler):
 
 
 def dressed(target: Target, draw: Draw, log_q: LogDensity) -> ImplicitGuide:
-    """Draws and a claimed log density as a trained guide."""
+    """Return draws and a claimed log density as a trained guide."""
     guide = ImplicitGuide(target.model, sampler=lambda dim: Drawn(dim, draw)).setup()
     guide.set_log_density(log_q)
     return guide
@@ -178,7 +178,7 @@ def mean_shifted() -> Any:
 
 
 def collapsed() -> Any:
-    """With a learned density that makes its loss look perfect."""
+    """Collapse the sampler, with a learned density that makes its loss look perfect."""
     return dressed(TARGETS["several sites"], scaled(0.01), log_several)
 
 
@@ -188,7 +188,7 @@ def tails_cut() -> Any:
 
 
 def wrong_jacobian() -> Any:
-    """The positive site as if its density did not change with the transform: ``exp(-u)`` too much."""
+    """Draw the positive site as if its density did not change with the transform: ``exp(-u)`` too much."""
     u = draw_several(2000)
     u[:, 2] -= 0.8**2
     return bare(TARGETS["several sites"], u)
@@ -204,14 +204,14 @@ def gaussian_of(z: Tensor) -> dist.MultivariateNormal:
 
 
 def with_ratio(share: float) -> Any:
-    """A Gaussian contrast of banana draws, with so much of its true log ratio learned."""
+    """Return a Gaussian contrast of banana draws, with a share of its true log ratio learned."""
     r = gaussian_of(draw_banana(20_000))
     learned = lambda z: r.log_prob(z) + share * (log_banana(z) - r.log_prob(z))  # noqa: E731
     return dressed(TARGETS["banana"], draw_banana, learned)
 
 
 def stale_contrast() -> Any:
-    """The contrast of draws that have moved on by one standard deviation, with the ratio of today."""
+    """Return the contrast of draws one standard deviation away, with the current ratio."""
     r = gaussian_of(draw_banana(20_000))
     off = r.stddev * torch.tensor([1.0, -1.0])
     learned = lambda z: log_banana(z) - r.log_prob(z) + r.log_prob(z - off)  # noqa: E731
@@ -234,7 +234,7 @@ def short_fit(model: Callable[[], None], **options: Any) -> Any:
 
 
 def adversary_off_half_way() -> Any:
-    """Training goes on against the adversary of half-way."""
+    """Train against an adversary that is frozen half-way."""
     kept: dict[str, Any] = {}
 
     def freeze(trainer: Any) -> None:
@@ -285,7 +285,7 @@ MODELS = {
 
 
 def planted(name: str, seed: int) -> tuple[Any, Callable[[], None]]:
-    """The source of a planted failure and its model."""
+    """Return the source of a planted failure and its model."""
     with RandomStream(seed):
         source = PLANTED[name]()
     return source, getattr(source, "model", MODELS.get(name, several_sites))

@@ -1,8 +1,8 @@
-"""What refinement does to draws that need it: `make refinement` runs this and writes ``docs/results``.
+"""Measure the effect of refinement on draws of bad fits: `make refinement` runs this and writes ``docs/results``.
 
-On every target of the suite a fit that was stopped far too early, and its draws before and after ``fit.resample()`` and
-``fit.polish()``: the squared kernel Stein discrepancy to the posterior, in the frame of the posterior's own draws, the
-same for all of them, beside as many exact draws. Its standard error is that over parts of the draws.
+On every target of the suite a fit is stopped far too early, and its draws before and after ``fit.resample()`` and
+``fit.polish()`` are compared with as many exact draws by the squared kernel Stein discrepancy to the posterior, in
+coordinates that whiten exact draws. Its standard error is that over parts of the draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from suite.target import Target
 from suite.targets import TARGETS
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "refinement.json"
-STEPS = (20, 100)  # of fits that leave something to be mended
+STEPS = (20, 100)  # of fits with errors to correct
 DRAWS, PARTS = 4000, 8
 UNREFINED, EXACT = "as drawn", "exact draws"
 NO_BREAK, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
@@ -41,12 +41,12 @@ Row = dict[str, Any]
 
 
 def judged(target: Target, found: Tensor) -> Row:
-    """The discrepancy of draws ``[S, D]`` in the coordinates of judgement, and how far their moments are off."""
+    """Return the discrepancy of draws ``[S, D]`` in whitened coordinates, and the errors of their moments."""
     dtype = torch.get_default_dtype()
-    frame = target.unconstrain(target.reference[-target.num_draws :]).to(dtype)
+    reference = target.unconstrain(target.reference[-target.num_draws :]).to(dtype)
     u = target.unconstrain(of_method(target, found).found).to(dtype)
     parts = zip(u.chunk(PARTS), target.score(u)[1].chunk(PARTS), strict=True)
-    each = [kernel_stein(*part, reference=frame, num_bootstrap=1).discrepancy for part in parts]
+    each = [kernel_stein(*part, reference=reference, num_bootstrap=1).discrepancy for part in parts]
     low, high = sd_ratio(found, target.reference)
     return {
         "discrepancy": statistics.fmean(each),
@@ -58,7 +58,7 @@ def judged(target: Target, found: Tensor) -> Row:
 
 
 def measure(target: Target, steps: int, seed: int) -> list[Row]:
-    """A row for each way to refine, for the draws as they are, and for exact ones."""
+    """Return a row for each way to refine, for the draws as they are, and for exact ones."""
     fit = fitted(target, seed=seed, quick=False, num_steps=steps)
 
     def refined(how: str) -> Tensor:
@@ -80,7 +80,7 @@ def measure(target: Target, steps: int, seed: int) -> list[Row]:
 
 
 def change(before: Row, after: Row) -> str:
-    """In words, beyond two standard errors of the difference."""
+    """Describe the change, if it exceeds two standard errors of the difference."""
     if "refused" in after:
         return "refused"
     difference = after["discrepancy"] - before["discrepancy"]
@@ -90,7 +90,7 @@ def change(before: Row, after: Row) -> str:
 
 
 def count(how: str, fits: list[dict[str, Row]]) -> str:
-    """On how many fits a way to refine did what, in words."""
+    """Count the fits that a way to refine lowered, raised or refused, in words."""
     changes = [change(found[UNREFINED], found[how]) for found in fits]
     visible = [
         verdict
@@ -105,7 +105,7 @@ def count(how: str, fits: list[dict[str, Row]]) -> str:
 
 
 def table(result: Row) -> str:
-    """The result in Markdown: how often each way lowered the discrepancy, then a line for each fit."""
+    """Return the result in Markdown: how often each way lowered the discrepancy, then a line for each fit."""
     fits: dict[tuple[str, int, int], dict[str, Row]] = {}
     for row in result["rows"]:
         fits.setdefault((row["target"], row["steps"], row["seed"]), {})[row["how"]] = row
@@ -137,7 +137,7 @@ def table(result: Row) -> str:
 
 
 def number(row: Row, figure: str, error: str | None = None) -> str:
-    """A figure, with its standard error where it has one, on one line; a dash where there are no draws."""
+    """Format a figure, with its standard error if it has one, on one line; a dash if there are no draws."""
     if figure not in row:
         return "–"
     shown = f"{row[figure]:.3f}" if error is None else f"{row[figure]:.4f} ± {row[error]:.4f}"

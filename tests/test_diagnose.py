@@ -19,7 +19,7 @@ from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.rng import RandomStream
 from planted import PLANTED, TARGETS, bare, draw_several, dressed, exact, planted, several_sites, short_fit
 
-# which check is meant to see each; others may too
+# the check that must flag each; others may too
 SEEN_BY = {
     "one mode missing": "other modes",
     "variance halved": "spread",
@@ -38,7 +38,7 @@ SEEN_BY = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_failure_is_flagged(name: str) -> None:
-    """Rates over seeds stand in docs/results/diagnose.md."""
+    """Rates over seeds are in docs/results/diagnose.md."""
     source, model = planted(name, seed=0)
     report = diagnose(source, model)
     assert not report.ok
@@ -125,10 +125,10 @@ MISUSES: list[tuple[Any, type[Exception], str]] = [
     (lambda d: d | {"c": d["a"]}, ShapeError, "unknown 'c'"),
     (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' have the wrong shape.*\[S, 2\]"),
     (lambda d: d | {"a": half(d["a"])}, ShapeError, "different numbers of draws"),
-    (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "too few draws"),
+    (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "at least 200 draws, got 50"),
     (lambda d: d | {"s": -d["s"]}, ModelError, "site 's' lie outside its support; got 400 of 400"),
     (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "outside its support"),
-    (lambda d: torch.zeros(3), SetupError, "nothing to diagnose; got Tensor"),
+    (lambda d: torch.zeros(3), SetupError, "must be a fit, an ImplicitGuide, or draws .* got Tensor"),
     (lambda d: ImplicitGuide(several_sites), SetupError, "has not been trained"),
     (lambda d: exact("banana"), ModelError, "does not have the guide's latent sites"),
 ]
@@ -176,7 +176,7 @@ def test_a_report_prints_and_goes_through_json() -> None:
     assert not report.ok  # a figure that is not a number fails
     assert "two, three: No sampler." in str(report)
     assert [check["name"] for check in json.loads(json.dumps(report.to_dict()))["checks"]] == ["one", "two", "three"]
-    with pytest.raises(KeyError, match="no check 'four'; there are one, two, three"):
+    with pytest.raises(KeyError, match="no check 'four', only one, two, three"):
         report["four"]
 
 
@@ -199,7 +199,7 @@ def wide(dim: int) -> Any:
 
 
 def test_a_guide_of_many_dimensions_is_not_passed_unseen() -> None:
-    """More draws than were asked for, where they are too few to judge by."""
+    """The diagnosis takes more draws than requested if these are too few."""
     guide = ImplicitGuide(wide(150)).setup()
     report = diagnose(guide, wide(150), num_samples=200)
     assert not report.ok and report["sites"].state == "failed"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import models
+from frechet import FeatureNet
 from implicitvi import AVBSVI, Fit, ImplicitGuide
 from implicitvi.diagnostics.sbc import sbc
-from implicitvi.metrics.frechet import FeatureNet
 from implicitvi.vae import VAE
 from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
 from implicitvi.vae.encoders import GaussianEncoder

@@ -1,4 +1,4 @@
-"""Refinement: weighed draws have the posterior's moments, moved draws too; what cannot be mended is said."""
+"""Refinement: resampled and moved draws have the posterior's moments; fits beyond repair are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def score_error(u: Tensor) -> float:
 
 
 def off(draws: dict[str, Tensor]) -> float:
-    """Of the mean of ``a``, in standard deviations."""
+    """Return the error of the mean of ``a``, in standard deviations."""
     return (draws["a"].mean().item() - 1) / 0.5
 
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_refined_is_refused() -> None:
     model = TARGETS["several sites"].model
     with pytest.raises(SetupError, match="not been trained"):
         resample(ImplicitGuide(model), model)
-    with pytest.raises(SetupError, match="no draws to refine; got dict, expected a fit or"):
+    with pytest.raises(SetupError, match="must be a fit or an ImplicitGuide, got dict"):
         polish({"z": Y}, model)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="num_samples"):
         polish(exact("several sites"), model, num_samples=0)
@@ -166,12 +166,12 @@ def test_what_cannot_be_refined_is_refused() -> None:
 
 
 def test_fewer_draws_than_dimensions_may_be_polished() -> None:
-    """The chains take their frame from more draws of the guide."""
+    """The chains take their coordinates from more draws of the guide."""
     moved = polish(exact("several sites"), TARGETS["several sites"].model, num_samples=2)
     assert moved.draws["z"].shape == (2, 2) and moved.acceptance > 0.5
 
 
-# what is measured of it
+# the benchmark
 
 
 def test_a_change_is_one_beyond_two_standard_errors() -> None:
@@ -187,7 +187,7 @@ def test_a_change_is_one_beyond_two_standard_errors() -> None:
 
 
 def test_draws_that_are_off_have_a_discrepancy_and_exact_ones_have_none() -> None:
-    """In the frame of the posterior's own draws: those of draws too narrow by half would hide it in part."""
+    """Exact draws give the coordinates: those of draws too narrow by half would hide it in part."""
     target = replace(SUITE["mixture_4_modes_2d"](), num_draws=1000, num_reference=4000)
     exact_ones = judged(target, target.reference[:1000])
     assert abs(exact_ones["discrepancy"]) < 4 * exact_ones["error"]

@@ -81,7 +81,7 @@ def test_identities_say_which_coordinate_is_off_and_how() -> None:
     z[:, 1] = 2.0 * z[:, 1]
     z[:, 2] += 0.5
     found = stein_identities(z, -z)
-    assert found.significance()[0] < 5
+    assert abs(found.mean[0]) < 5 * found.mean_error[0] and abs(found.spread[0]) < 5 * found.spread_error[0]
     assert found.spread[1].item() == pytest.approx(3.0, abs=5 * found.spread_error[1].item())
     assert found.mean[2].item() == pytest.approx(0.5, abs=5 * found.mean_error[2].item())
 
@@ -91,7 +91,7 @@ def test_identities_say_which_coordinate_is_off_and_how() -> None:
     [
         (torch.zeros(50), torch.zeros(50), ShapeError, "matrices of one shape"),
         (torch.randn(50, 2), torch.zeros(50, 3), ShapeError, "matrices of one shape"),
-        (torch.randn(5, 2), torch.zeros(5, 2), ShapeError, "too few draws"),
+        (torch.randn(5, 2), torch.zeros(5, 2), ShapeError, "at least 20 draws, got 5"),
         (torch.randn(50, 2), torch.full((50, 2), torch.nan), OptionError, "50 bad rows"),
         (torch.ones(50, 2), torch.zeros(50, 2), OptionError, "constant"),
         (torch.randn(50, 1).expand(-1, 2), torch.zeros(50, 2), OptionError, "lie on a plane"),
@@ -130,7 +130,7 @@ def test_a_lost_mode_is_found_and_a_kept_one_is_not_lost(dim: int) -> None:
 
 
 def test_the_discrepancy_is_blind_to_a_far_mode() -> None:
-    """What the chains are for: half of the posterior is missing, and its gradient does not show it."""
+    """Chains are needed: half of the posterior is missing, and its gradient does not show it."""
     z = draw_two_modes(2000)
     kept = z[z[:, 0] > 0][:800].requires_grad_()
     (score,) = torch.autograd.grad(log_two_modes(kept).sum(), kept)
@@ -185,7 +185,7 @@ def test_the_newer_arviz_is_given_what_it_weighs_by_the_negative_of(monkeypatch:
     assert k == 0.3
 
 
-def test_the_audit_leaves_the_random_state_alone() -> None:
+def test_relearning_a_density_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     relearn_density(draws(0, 400, 2), standard)
     assert torch.equal(state, torch.get_rng_state())

@@ -66,8 +66,7 @@ class ResidualAdversary(_NetworkAdversary):
 
     def __init__(self, latent_dim: int, *, context_dim: int = 0, width: int = 128, blocks: int = 2):
         super().__init__()
-        check_at_least("width", width, 1)
-        check_at_least("blocks", blocks, 0)
+        _check_sizes(width, blocks)
         self.net = nn.Sequential(
             nn.Linear(latent_dim + context_dim, width),
             nn.ELU(),

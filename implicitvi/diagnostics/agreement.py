@@ -1,4 +1,4 @@
-"""Whether independent fits of one posterior agree: R-hat with the fits as chains, and how they share out the modes."""
+"""Compare independent fits of one posterior: R-hat with the fits as chains, and the share of each mode."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from implicitvi.avb.multimodal import MixtureSampler
 from implicitvi.diagnostics.posterior import TrainedGuide
 
 R_HAT = 1.01  # above it fits disagree; their means then differ by about 0.15 standard deviations
-
-
-# of the draws: a mode whose share differs by more is lost, or found, by some of the fits
-SHARE = 0.1
+SHARE = 0.1  # of the draws: a mode whose share differs by more is lost, or found, by some of the fits
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far independent fits of one posterior are from each other.
+    """A comparison of independent fits of one posterior.
 
     Agreement proves little, as all may miss the same mode; disagreement proves that some are wrong.
 
     Attributes:
         r_hat: Rank-normalised split R-hat of every entry of every latent site, the fits as chains; 1 is best.
-        shares: Share of each fit's draws in each far mode, ``[R, K]``; the modes are those of the fit that has most.
+        shares: Share of each fit's draws in each far mode, ``[R, K]``; the modes are those of the fit with the most.
     """
 
     r_hat: dict[str, float]
@@ -35,18 +32,18 @@ class Agreement:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The entry whose R-hat is largest, one that is not finite before all others."""
+        """Name and R-hat of the entry whose R-hat is largest; one that is not finite comes first."""
         name = max(self.r_hat, key=lambda k: self.r_hat[k] if isfinite(self.r_hat[k]) else 1e30)
         return name, self.r_hat[name]
 
     @property
     def spread(self) -> float:
-        """The largest difference of two fits in the share of a mode."""
+        """Largest difference between two fits in the share of a mode."""
         return (self.shares.amax(0) - self.shares.amin(0)).max().item()
 
     @property
     def ok(self) -> bool:
-        """Whether every R-hat is at most 1.01 and all fits give each mode the same share, to within 0.1."""
+        """True if every R-hat is at most 1.01 and all fits give each mode the same share, to within 0.1."""
         return self.worst[1] <= R_HAT and self.spread <= SHARE
 
     def __str__(self) -> str:
@@ -65,7 +62,7 @@ def agreement(guides: Sequence[TrainedGuide], *, num_samples: int = 4000) -> Agr
 
     Args:
         guides: Trained guides of the same model, at least two.
-        num_samples: Draws of each.
+        num_samples: Number of draws of each.
 
     References:
         Rank-normalization, folding, and localization: An improved R-hat for assessing convergence of MCMC, Aki Vehtari,
@@ -82,7 +79,7 @@ def agreement(guides: Sequence[TrainedGuide], *, num_samples: int = 4000) -> Agr
 
 
 def _shares(guides: Sequence[TrainedGuide], u: Tensor) -> Tensor:
-    """Share of draws ``u [R, S, D]`` in each mode of the guide that has most: ``[R, K]``."""
+    """Return the share of draws ``u [R, S, D]`` in each mode of the guide with the most modes: ``[R, K]``."""
     most = max(guides, key=lambda guide: guide.num_modes).sampler
     if not isinstance(most, MixtureSampler):
         return u.new_ones(len(u), 1)

@@ -1,9 +1,9 @@
-"""Where Markov chains go: those that start at the draws should not go anywhere, those from afar should come back.
+"""Diagnose draws with short chains of Hamiltonian Monte Carlo: moments must not drift, distant chains must return.
 
-Transitions of Hamiltonian Monte Carlo leave ``p`` as it is. So draws of ``p`` have, after some of them, the same
-mean, spread and tails as before (`moved`), and what has changed says in which direction the draws were wrong. Chains
-that start far from the draws end where there is mass; an end far from all draws is mass that the draws do not have
-(`elsewhere`).
+Transitions of Hamiltonian Monte Carlo leave ``p`` invariant. After some of them, draws of ``p`` have the same mean,
+spread and tails as before; `moment_drift` measures the change, which also says in which direction the draws were
+wrong. Chains that start far from the draws end where ``p`` has mass; an end far from all draws is mass that the draws
+miss (`find_missed_modes`).
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import check_at_least
-from implicitvi.numerics.gaussian import frame
-from implicitvi.numerics.gaussian import whiten as standardise
-from implicitvi.numerics.optimise import gradients
+from implicitvi.numerics.gaussian import mean_and_cholesky, whiten
+from implicitvi.numerics.hmc import Evaluate, Point, transition
+from implicitvi.numerics.optimise import descend, gradients
 from implicitvi.numerics.types import LogDensity
 
 TAIL = 0.01  # share of the draws that counts as their tail
 _ACCEPTANCE = 0.8
-_FAR = 1.5  # times the distance of the most solitary draw
+_FAR = 1.5  # times the largest distance of a draw to its nearest neighbour
 
 
 @dataclass(frozen=True, eq=False)
 class MomentDrift:
-    """What transitions that leave ``p`` alone have changed in the draws.
+    """A comparison of draws before and after transitions that leave ``p`` invariant.
 
     Attributes:
         mean: Change of the mean of each coordinate ``[D]``, in standard deviations of the draws.
         mean_error: Its standard error.
         sd: Ratio of standard deviations after to before, ``[D]``.
         sd_error: Standard error of its logarithm.
-        tail: Share of the moved draws in what were the draws' outermost hundredth, the least likely under ``p``.
+        tail: Share of the moved draws in the outermost hundredth of the draws, those least likely under ``p``.
         tail_error: Its standard error.
         acceptance: Share of the transitions that were accepted.
     """
@@ -52,14 +52,14 @@ class MomentDrift:
 def moment_drift(
     log_joint: LogDensity, z: Tensor, *, num_steps: int = 15, num_leapfrog: int = 6, seed: int = 0
 ) -> MomentDrift:
-    """Move every draw by Hamiltonian Monte Carlo and compare; for draws of ``p`` nothing changes.
+    """Move every draw by Hamiltonian Monte Carlo and compare moments; those of draws of ``p`` do not change.
 
     Args:
         log_joint: ``log p`` of points ``[S, D]`` up to a constant, ``[S]``, with gradients.
-        z: Draws ``[S, D]``, unconstrained, independent.
+        z: Independent draws ``[S, D]``, unconstrained.
         num_steps: Transitions of each draw.
         num_leapfrog: Gradients in each.
-        seed: Of momenta and acceptances.
+        seed: Seed of momenta and acceptances.
 
     >>> z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     >>> change = moment_drift(lambda z: -((z - 1) ** 2).sum(1) / 8, z)  # draws of N(0, 1), target N(1, 2²)
@@ -97,10 +97,10 @@ def transitions(
     reference: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
-    """Hamiltonian Monte Carlo from every draw: where each is afterwards ``[S, D]``, and the share of moves taken.
+    """Run Hamiltonian Monte Carlo from every draw.
 
-    The chains work in coordinates in which the reference has covariance ``I``. A pilot of the same length finds the
-    step size; the transitions that count start at the draws again and keep it.
+    The chains work in coordinates in which the reference has covariance ``I``. A pilot run of the same length adapts
+    the step size; the final run starts at the draws again and keeps it.
 
     Args:
         log_joint: ``log p`` of points ``[S, D]`` up to a constant, ``[S]``, with gradients.
@@ -108,26 +108,29 @@ def transitions(
         num_steps: Transitions of each draw.
         num_leapfrog: Gradients in each.
         reference: Draws ``[R, D]``, more than ``D``; ``None`` for ``z``.
-        seed: Of momenta and acceptances.
+        seed: Seed of momenta and acceptances.
+
+    Returns:
+        The last point of every chain ``[S, D]``, and the share of transitions that were accepted.
     """
     check_at_least("num_steps", num_steps, 1)
     check_at_least("num_leapfrog", num_leapfrog, 1)
-    chain = _Chain(log_joint, *_placed(z if reference is None else reference), seed)
-    w = chain.whiten(z)
-    size, _, _ = chain.run(w, num_steps, num_leapfrog, 1.0 / w.shape[1] ** 0.25, adapt=True)
-    _, there, acceptance = chain.run(w, num_steps, num_leapfrog, size)
-    return chain.unwhiten(there), acceptance
+    chains = _Chains(log_joint, z if reference is None else reference, seed)
+    w = chains.whiten(z)
+    size, _, _ = chains.run(w, num_steps, num_leapfrog, 1.0 / w.shape[1] ** 0.25, adapt=True)
+    _, there, acceptance = chains.run(w, num_steps, num_leapfrog, size)
+    return chains.unwhiten(there), acceptance
 
 
 @dataclass(frozen=True, eq=False)
 class MissedModes:
-    """Where chains from afar have ended.
+    """The ends of chains that started far from the draws.
 
     Attributes:
-        ends: Their ends ``[C, D]``.
-        is_far: Which ends lie by themselves, further out than any draw does, at a density as high as theirs ``[C]``.
-        share: Share of these among the ends that have come to such a density at all.
-        arrived: Number of those.
+        ends: Last point of each chain ``[C, D]``.
+        is_far: Mask ``[C]`` of ends farther out than any draw, at a density as high as that of the draws.
+        share: Share of these among the ends at such a density.
+        arrived: Number of ends at such a density.
     """
 
     ends: Tensor
@@ -145,71 +148,67 @@ def find_missed_modes(
     num_steps: int = 15,
     seed: int = 0,
 ) -> MissedModes:
-    """Look for mass where there are no draws, by chains from far away.
+    """Search for mass where there are no draws, by chains from far away.
 
-    Each start climbs until it has the median density of the draws, or is at a top, then moves by Hamiltonian Monte
-    Carlo, which takes it into the bulk of whatever it has found. It is compared with the draws by the distance to the
-    nearest one, and coordinate by coordinate. What no chain meets is not found: the fewer dimensions and the wider
-    the modes, the surer it is. The share of the chains says nothing about the weight of a mode.
+    Each chain climbs until it reaches the median density of the draws, or a maximum, then moves by Hamiltonian Monte
+    Carlo into the bulk of the mode. Its end is compared with the draws by the distance to the nearest one, and
+    coordinate by coordinate. Modes that no chain reaches are not found: the search is the more reliable the fewer the
+    dimensions and the wider the modes. The share of the chains does not measure the weight of a mode.
 
     Args:
-        log_joint: As for `moved`.
+        log_joint: As for `moment_drift`.
         z: Draws ``[S, D]``.
-        starts: Points ``[C, D]`` to start from, such as draws of the prior; besides, ``num_chains`` start
-            from Gaussians 2 to 20 times as wide as the draws.
+        starts: Points ``[C, D]`` to start from, such as draws of the prior; ``num_chains`` more start from Gaussians 2
+            to 20 times as wide as the draws.
         num_chains: Number of those.
-        num_steps: Transitions of each chain after its climb.
-        seed: Of everything that is random.
+        num_steps: Half the number of transitions after the climb.
+        seed: Random seed.
     """
     check_at_least("num_chains", num_chains, 1)
-    chain = _Chain(log_joint, *_placed(z), seed)
-    w = chain.whiten(z)
+    chains = _Chains(log_joint, z, seed)
+    w = chains.whiten(z)
     widths = torch.logspace(0.301, 1.301, num_chains, dtype=w.dtype, device=w.device)
-    begin = widths[:, None] * chain.noise(num_chains, w.shape[1])
+    begin = widths[:, None] * chains.noise(num_chains, w.shape[1])
     if starts is not None:
-        begin = torch.cat([begin, chain.whiten(starts[starts.isfinite().all(1)])])
-    # no gradient leads away from where there is no density
-    begin = begin[chain.log_p(begin).isfinite()]
-    log_p = chain.log_p(w)
+        begin = torch.cat([begin, chains.whiten(starts[starts.isfinite().all(1)])])
+    # without density there is no gradient to follow
+    begin = begin[chains.log_p(begin).isfinite()]
+    log_p = chains.log_p(w)
     log_p = log_p[log_p.isfinite()]
-    top = chain.climb(begin, log_p.median())
-    _, ends, _ = chain.run(top, 2 * num_steps, 6, 0.3 / w.shape[1] ** 0.25, adapt=True)
+    top = _climb(chains.at, begin, log_p.median())
+    _, ends, _ = chains.run(top, 2 * num_steps, 6, 0.3 / w.shape[1] ** 0.25, adapt=True)
     known = w.double().numpy(force=True)
     tree = cKDTree(known)
     between = tree.query(known, k=[2], workers=1)[0][:, 0]
-    reached = ends.isfinite().all(1) & (chain.log_p(ends) >= log_p.quantile(0.02) - 1)
+    reached = ends.isfinite().all(1) & (chains.log_p(ends) >= log_p.quantile(0.02) - 1)
     where = ends.nan_to_num(0.0)
     distance = torch.from_numpy(tree.query(where.double().numpy(force=True), workers=1)[0])
     far = distance > _FAR * float(between.max())
-    # in many dimensions all draws are far from each other, but not in each of them
-    far |= (_beyond(where, w) | _beyond(chain.unwhiten(where), z)).cpu()
+    # in many dimensions all draws are far from each other, but not in each coordinate
+    far |= (_beyond(where, w) | _beyond(chains.unwhiten(where), z)).cpu()
     far &= reached.cpu()
     arrived = int(reached.sum())
-    return MissedModes(chain.unwhiten(ends), far, int(far.sum()) / max(arrived, 1), arrived)
+    return MissedModes(chains.unwhiten(ends), far, int(far.sum()) / max(arrived, 1), arrived)
 
 
 def _beyond(ends: Tensor, z: Tensor) -> Tensor:
-    """Which of the ends ``[C, D]`` have a coordinate far outside those of all draws ``[S, D]``."""
+    """Return a mask of ends ``[C, D]`` with a coordinate far outside those of all draws ``[S, D]``."""
     middle = z.median(0).values
     high, low = z.amax(0) - middle, middle - z.amin(0)
     off = ends - middle
     return ((off > _FAR * high) | (-off > _FAR * low)).any(1)
 
 
-def _placed(z: Tensor) -> tuple[Tensor, Tensor]:
-    loc, scale_tril = frame(z.double())
-    return loc.to(z), scale_tril.to(z)
+class _Chains:
+    """A set of Hamiltonian Monte Carlo chains in coordinates ``w`` that whiten the reference draws ``[R, D]``."""
 
-
-class _Chain:
-    """Hamiltonian Monte Carlo of many chains in the coordinates ``w`` of a frame, with random numbers of its own."""
-
-    def __init__(self, log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, seed: int):
-        self.log_joint, self.loc, self.scale_tril = log_joint, loc, scale_tril
+    def __init__(self, log_joint: LogDensity, reference: Tensor, seed: int):
+        self.log_joint = log_joint
+        self.loc, self.scale_tril = (each.to(reference) for each in mean_and_cholesky(reference.double()))
         self.generator = torch.Generator().manual_seed(seed)
 
     def whiten(self, z: Tensor) -> Tensor:
-        return standardise(z, self.loc, self.scale_tril)
+        return whiten(z, self.loc, self.scale_tril)
 
     def unwhiten(self, w: Tensor) -> Tensor:
         return self.loc + w @ self.scale_tril.mT
@@ -218,61 +217,57 @@ class _Chain:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.loc)
 
     def log_p(self, w: Tensor) -> Tensor:
-        """``log p [C]``, ``-inf`` where there is none."""
+        """Return ``log p [C]``, ``-inf`` where it is not finite."""
         with torch.no_grad():
             log_p = self.log_joint(self.unwhiten(w))
         return log_p.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
-    def at(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """``log p [C]``, ``-inf`` where there is none, and its gradient in ``w``, 0 there."""
+    def at(self, w: Tensor) -> Point:
+        """Evaluate ``log p [C]`` and its gradient in ``w``: ``-inf`` and 0 where one of them is not finite."""
         log_p, slope = gradients(self.log_joint, self.unwhiten(w))
         slope = slope @ self.scale_tril
         known = log_p.isfinite() & slope.isfinite().all(1)
-        return log_p.where(known, -torch.inf), slope.where(known[:, None], 0.0)
+        return Point(w, log_p.where(known, -torch.inf), slope.where(known[:, None], 0.0))
 
     def run(
         self, w: Tensor, num_steps: int, num_leapfrog: int, size: float, *, adapt: bool = False
     ) -> tuple[float, Tensor, float]:
-        """Step size at the end, positions ``[C, D]`` at the end, and the mean acceptance."""
-        log_p, slope = self.at(w)
+        """Return the last step size, the last positions ``[C, D]`` and the mean acceptance."""
+        here = self.at(w)
         accepted = 0.0
         for _ in range(num_steps):
             momentum = self.noise(*w.shape)
-            # each chain varies its steps, lest a trajectory be a period of the posterior
             uniform = torch.rand(2, len(w), generator=self.generator, dtype=torch.float64).to(w)
-            eps = (size * (0.5 + uniform[0]))[:, None]
-            there, there_log_p, there_slope, p = w, log_p, slope, momentum
-            for _ in range(num_leapfrog):
-                p = p + eps / 2 * there_slope
-                there = there + eps * p
-                there_log_p, there_slope = self.at(there)
-                p = p + eps / 2 * there_slope
-            gain = there_log_p - log_p + (momentum.square() - p.square()).sum(1) / 2
-            chance = gain.exp().clamp(max=1).nan_to_num(0.0)
-            # from where there is no density, whatever has one is better
-            chance = chance.where(log_p.isfinite(), there_log_p.isfinite().to(w))
-            take = uniform[1] < chance
-            w = torch.where(take[:, None], there, w)
-            log_p = torch.where(take, there_log_p, log_p)
-            slope = torch.where(take[:, None], there_slope, slope)
+            here, chance = transition(
+                self.at,
+                here,
+                momentum=momentum,
+                uniform=uniform[1],
+                step_size=size * (0.5 + uniform[0]),  # varied: a trajectory must not be a period of the posterior
+                num_leapfrog=num_leapfrog,
+            )
             rate = chance.mean().item()
             accepted += rate / num_steps
             if adapt:
                 size *= 2 ** ((rate - _ACCEPTANCE) / max(_ACCEPTANCE, 1 - _ACCEPTANCE))
-        return size, w, accepted
+        return size, here.position, accepted
 
-    def climb(self, w: Tensor, enough: Tensor, num_steps: int = 200) -> Tensor:
-        """Uphill from ``w [C, D]`` by Adam until ``log p`` is ``enough``, each with steps by its distance."""
-        rate = (w.abs().amax(1, keepdim=True) / 20).clamp(min=0.1)
-        mean, square = torch.zeros_like(w), torch.zeros_like(w)
-        cooling = 0.05 ** (1 / num_steps)
-        for step in range(1, num_steps + 1):
-            log_p, slope = self.at(w)
-            mean = 0.8 * mean + 0.2 * slope
-            square = 0.95 * square + 0.05 * slope.square()
-            ahead = mean / (1 - 0.8**step) / ((square / (1 - 0.95**step)).sqrt() + 1e-12)
-            going = (log_p < enough)[:, None]
-            if not going.any():
-                break
-            w = torch.where(going, w + rate * cooling**step * ahead, w)
-        return w
+
+@torch.enable_grad()
+def _climb(at: Evaluate, start: Tensor, enough: Tensor, num_steps: int = 200) -> Tensor:
+    """Climb from ``start [C, D]`` by Adam until ``log p`` is ``enough``; step sizes grow with the distance."""
+    rate = (start.abs().amax(1, keepdim=True) / 20).clamp(min=0.1)
+    steps = torch.zeros_like(start, requires_grad=True)  # in units of the rate
+    top, climbing = start, torch.ones(len(start), 1, dtype=torch.bool, device=start.device)
+
+    def loss() -> Tensor | None:
+        nonlocal top, climbing
+        if not climbing.any():
+            return None
+        top = torch.where(climbing, start + rate * steps.detach(), top)
+        here = at(top)
+        climbing = (here.log_p < enough)[:, None]
+        return -(rate * here.gradient * steps).sum()
+
+    descend(loss, [{"params": [steps], "lr": 0.05 ** (1 / num_steps), "betas": (0.8, 0.95), "eps": 1e-12}], num_steps)
+    return torch.where(climbing, start + rate * steps.detach(), top)

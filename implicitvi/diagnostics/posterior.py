@@ -1,9 +1,10 @@
-"""The trained guides and fits that a diagnosis can judge, told by what they can do."""
+"""Protocols of the trained guides and fits that a diagnosis can judge, and the density that they approximate."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from implicitvi.errors import ModelError, SetupError
@@ -11,21 +12,25 @@ from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream
+from implicitvi.training import History
+
+if TYPE_CHECKING:
+    from implicitvi.diagnostics.agreement import Agreement
 
 
 class TrainedGuide(Protocol):
-    """A guide whose draws can be judged: an `ImplicitGuide` is one."""
+    """A guide whose draws can be judged, such as an `ImplicitGuide`."""
 
     sampler: Any
     amortization: Any
 
     @property
     def is_set_up(self) -> bool:
-        """Whether the guide has its networks."""
+        """True once the guide has its networks."""
 
     @property
     def has_log_density(self) -> bool:
-        """Whether the guide has a learned log density."""
+        """True if the guide has a learned log density."""
 
     @property
     def layout(self) -> SiteLayout:
@@ -45,36 +50,56 @@ class TrainedGuide(Protocol):
         """Return the distribution of ``u [D]``."""
 
 
+@runtime_checkable
+class TrainedFit(Protocol):
+    """A finished run with its record, such as a `Fit`.
+
+    Attributes:
+        guide: The trained guide.
+        history: Losses and metrics of all steps.
+        num_steps: Number of steps.
+        skipped: Number of skipped turns.
+        stop_reason: Reason why training stopped.
+        agreement: Agreement of restarts; ``None`` for a single fit.
+    """
+
+    guide: TrainedGuide
+    history: History
+    num_steps: int
+    skipped: int
+    stop_reason: str
+    agreement: Agreement | None
+
+
 def is_guide(source: object) -> TypeGuard[TrainedGuide]:
-    """Return whether ``source`` is a guide, trained or not; its properties are not asked for."""
+    """Return whether ``source`` is a guide, trained or not, without reading its properties."""
     return hasattr(type(source), "sample_unconstrained")
 
 
 def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Target:
-    """The density that a trained guide stands for.
+    """Return the posterior density that a trained guide approximates.
 
     Raises:
         SetupError: The guide has not been trained, or is amortized.
         ModelError: The model has other latent sites.
     """
     if not guide.is_set_up:
-        raise SetupError("the guide has not been trained yet", do="Train it with AVBSVI first.")
+        raise SetupError("The guide has not been trained. Train it with AVBSVI first.")
     if guide.amortization is not None:
-        raise SetupError(
-            "an amortized guide has many posteriors, and this is about one",
-            do="Draw from it with the model's arguments, draws = guide.sample(2000, ...), and diagnose those: "
-            "diagnose(draws, model, ...).",
-        )
+        do = "Diagnose draws at the model's arguments: diagnose(guide.sample(2000, ...), model, ...)."
+        raise SetupError(f"An amortized guide has many posteriors, and this needs one. {do}")
     with RandomStream(seed):
         first = {name: value[0] for name, value in guide.sample(1).items()}
-    density = Target.of(model, args, kwargs, first, seed)
-    both = (guide.layout, density.layout)
-    mine, theirs = ({site.name: site.shape for site in each.sites} for each in both)
+    target = Target.of(model, args, kwargs, first, seed)
+    mine, theirs = ({site.name: site.shape for site in each.sites} for each in (guide.layout, target.layout))
     if mine != theirs:
-        raise ModelError(
-            "the model does not have the guide's latent sites",
-            got=theirs,
-            expected=mine,
-            do="Pass the model and the arguments that the guide was trained with.",
-        )
-    return density
+        do = "Pass the model and the arguments with which the guide was trained."
+        raise ModelError(f"The model does not have the guide's latent sites {mine}, got {theirs}. {do}")
+    return target
+
+
+def thin(u: Tensor, count: int) -> Tensor:
+    """Return at most ``count`` evenly spaced rows."""
+    if len(u) <= count:
+        return u
+    return u[torch.linspace(0, len(u) - 1, count, dtype=torch.float64).long()]

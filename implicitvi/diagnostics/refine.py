@@ -1,40 +1,34 @@
-"""Better draws from a fit, at the price of a few hundred looks at the model: weighed, or moved on."""
+"""Improve posterior draws after training, by importance resampling or by a few steps of HMC."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitvi.diagnostics.chains import transitions
-from implicitvi.diagnostics.posterior import TrainedGuide, is_guide, target_of
+from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide, is_guide, target_of
 from implicitvi.diagnostics.relearned_density import LEAST, psis, relearn_density
-from implicitvi.diagnostics.stein import FRAME
+from implicitvi.diagnostics.stein import DRAWS_PER_DIM
 from implicitvi.errors import ModelError, SetupError, check_at_least
+from implicitvi.numerics.types import Model
 from implicitvi.rng import RandomStream
 
-_POOL = 4  # draws of the guide for each that is kept
+_POOL = 4  # draws of the guide for each draw to return
 _PARETO_K = 0.7
-
-
-class Fitted(Protocol):
-    """What has a trained guide: a `Fit`."""
-
-    guide: TrainedGuide
 
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """Draws of a fit chosen again by importance weights.
+    """A set of draws resampled by importance weights.
 
     Attributes:
         draws: ``{site: [S, *site shape]}``, constrained; some occur more than once.
-        num_pool: Draws of the guide that they were chosen from.
-        num_effective: As many independent draws of the posterior would be worth as much as those, ``1 / Σ w²``.
-        k_hat: Pareto shape of the weights; above 0.7 only where they hardly differ, and it says nothing.
+        num_pool: Number of draws of the guide that were weighted.
+        num_effective: Effective sample size of those, ``1 / Σ w²``.
+        k_hat: Pareto shape of the weights; above 0.7 only where they hardly differ and it is meaningless.
     """
 
     draws: dict[str, Tensor]
@@ -43,19 +37,18 @@ class Resampled:
     k_hat: float
 
     def __str__(self) -> str:
-        return (
-            f"{len(next(iter(self.draws.values())))} draws of {self.num_pool}, worth {self.num_effective:.0f} of the "
-            f"posterior; Pareto k {self.k_hat:.2f}"
-        )
+        count = len(next(iter(self.draws.values())))
+        worth = f"worth {self.num_effective:.0f} of the posterior"
+        return f"{count} draws of {self.num_pool}, {worth}; Pareto k {self.k_hat:.2f}"
 
 
 @dataclass(frozen=True, eq=False)
 class Polished:
-    """Draws of a fit after some transitions of a Markov chain that leaves the posterior as it is.
+    """A set of draws after some transitions of a Markov chain that leaves the posterior invariant.
 
     Attributes:
         draws: ``{site: [S, *site shape]}``, constrained.
-        num_steps: Transitions of each.
+        num_steps: Transitions of each draw.
         acceptance: Share of the transitions that were accepted.
     """
 
@@ -64,71 +57,61 @@ class Polished:
     acceptance: float
 
     def __str__(self) -> str:
-        return (
-            f"{len(next(iter(self.draws.values())))} draws after {self.num_steps} transitions, {self.acceptance:.0%} "
-            "accepted"
-        )
+        count = len(next(iter(self.draws.values())))
+        return f"{count} draws after {self.num_steps} transitions, {self.acceptance:.0%} accepted"
 
 
 def resample(
-    guide: TrainedGuide | Fitted,
-    model: Callable[..., Any],
-    *args: Any,
-    num_samples: int = 4000,
-    seed: int = 0,
-    **kwargs: Any,
+    guide: TrainedGuide | TrainedFit, model: Model, *args: Any, num_samples: int = 4000, seed: int = 0, **kwargs: Any
 ) -> Resampled:
-    """Choose among a guide's draws by their importance weights, Pareto-smoothed, through a density learned afresh.
+    """Resample a guide's draws by Pareto-smoothed importance weights, through a relearned density.
 
-    The density is that of `relearned_density`, cross-fitted: no draw is weighed by a network that was trained
-    on it. It corrects shape and the weights of modes that are there; what has no draws it cannot bring.
+    The density is that of `relearn_density`, cross-fitted: the network that weights a draw was not trained on it.
+    Resampling corrects the shape and the weights of modes that have draws; it cannot add a mode without draws.
 
     Args:
-        guide: A guide that has been trained, or the fit of one.
+        guide: A trained guide, or the fit of one.
         model: The Pyro model.
         *args: Its arguments, as in training.
-        num_samples: Draws to return, of four times as many of the guide.
-        seed: Of the draws, the fresh adversary and the choice.
+        num_samples: Number of draws to return, from four times as many of the guide.
+        seed: Seed of the draws, the relearned density and the choice.
         **kwargs: Its keyword arguments.
 
     Raises:
-        SetupError: The guide has not been trained, or is amortized, or is none.
-        ModelError: The density cannot be learned well enough to weigh draws by, or a few have most of the weight.
+        SetupError: ``guide`` has not been trained, is amortized, or is not a guide.
+        ModelError: The density cannot be learned well enough to weight draws, or a few draws have most of the weight.
 
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
     """
     check_at_least("num_samples", num_samples, 1)
     guide = _guide_of(guide)
-    density = target_of(guide, model, args, kwargs, seed)
-    count = max(_POOL * num_samples, LEAST, 40 * density.layout.dim)
+    target = target_of(guide, model, args, kwargs, seed)
+    count = max(_POOL * num_samples, LEAST, 40 * target.layout.dim)
     with RandomStream(seed):
         pool = guide.sample_unconstrained(count)
-    density.choose(pool)
-    found = relearn_density(pool, density, seed=seed)
+    target.choose(pool)
+    found = relearn_density(pool, target, seed=seed)
     if not found.trusted:
+        errors = f"{abs(found.auc_corrected - 0.5):.2f} in AUC and {found.log_mass:+.2f} nats in mass"
         raise ModelError(
-            "the density of the draws cannot be learned well enough to weigh them by",
-            got=f"a fresh adversary {abs(found.auc_corrected - 0.5):.2f} off in AUC and {found.log_mass:+.2f} nats in "
-            f"mass, with halves {found.unsure:.1f} nats apart",
-            do="Use fit.polish(), which needs no density.",
+            f"The density of the draws cannot be learned well enough to weight them: a fresh adversary is off by "
+            f"{errors}, its halves by {found.unsure:.1f} nats. Use fit.polish(), which needs no density."
         )
     log_weights, k_hat = psis(found.log_weights.nan_to_num(-torch.inf))
     weights = log_weights.softmax(0)
     num_effective = 1 / weights.square().sum().item()
-    # of weights that hardly differ the tail has a shape too, which says nothing
+    # the tail of weights that hardly differ has a shape too, which is meaningless
     if k_hat > _PARETO_K and num_effective < count / 2:
         raise ModelError(
-            "a few draws have most of the weight: the fit misses mass, or its density is not known well enough",
-            got=f"Pareto k {k_hat:.2f}, and {count} draws worth {num_effective:.0f} of the posterior",
-            expected=f"Pareto k below {_PARETO_K}",
-            do="Train longer, look at fit.diagnose(), or use fit.polish(), which needs no weights.",
+            f"A few draws have most of the weight: Pareto k must be below {_PARETO_K}, got {k_hat:.2f}, and {count} "
+            f"draws are worth {num_effective:.0f}. Train longer, see fit.diagnose(), or use fit.polish()."
         )
     with RandomStream(seed):
         places = (torch.arange(num_samples) + torch.rand(())).double() / num_samples
     chosen = torch.searchsorted(weights.cumsum(0), places).clamp(max=count - 1)
     return Resampled(
-        draws=density.layout.unpack(pool[chosen.to(pool.device)])[0],
+        draws=target.layout.unpack(pool[chosen.to(pool.device)])[0],
         num_pool=count,
         num_effective=num_effective,
         k_hat=k_hat,
@@ -136,45 +119,43 @@ def resample(
 
 
 def polish(
-    guide: TrainedGuide | Fitted,
-    model: Callable[..., Any],
+    guide: TrainedGuide | TrainedFit,
+    model: Model,
     *args: Any,
     num_steps: int = 15,
     num_samples: int = 4000,
     seed: int = 0,
     **kwargs: Any,
 ) -> Polished:
-    """Move a guide's draws on by Hamiltonian Monte Carlo, all chains at once.
+    """Move a guide's draws by Hamiltonian Monte Carlo, all chains at once.
 
-    Each transition leaves the posterior as it is and brings the draws nearer to it, in directions in which a chain gets
-    anywhere within ``num_steps``: details of shape, hardly the weights of modes that lie apart.
+    Each transition leaves the posterior invariant and brings the draws nearer to it, in directions that a chain
+    explores within ``num_steps``: details of shape, hardly the weights of separate modes.
 
     Args:
-        guide: A guide that has been trained, or the fit of one.
+        guide: A trained guide, or the fit of one.
         model: The Pyro model.
         *args: Its arguments, as in training.
-        num_steps: Transitions, of six gradients each; as many again find the step size.
-        num_samples: Draws, each a chain.
-        seed: Of the draws, the momenta and the acceptances.
+        num_steps: Transitions, of six gradients each; as many again adapt the step size.
+        num_samples: Number of draws, each a chain.
+        seed: Seed of the draws, the momenta and the acceptances.
         **kwargs: Its keyword arguments.
 
     Raises:
-        SetupError: The guide has not been trained, or is amortized, or is none.
+        SetupError: ``guide`` has not been trained, is amortized, or is not a guide.
     """
     check_at_least("num_samples", num_samples, 1)
     guide = _guide_of(guide)
-    density = target_of(guide, model, args, kwargs, seed)
+    target = target_of(guide, model, args, kwargs, seed)
     with RandomStream(seed):
-        pool = guide.sample_unconstrained(max(num_samples, FRAME * density.layout.dim))
-    density.choose(pool)
-    u, acceptance = transitions(density, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed)
-    return Polished(density.layout.unpack(u)[0], num_steps, acceptance)
+        pool = guide.sample_unconstrained(max(num_samples, DRAWS_PER_DIM * target.layout.dim))
+    target.choose(pool)
+    u, acceptance = transitions(target, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed)
+    return Polished(target.layout.unpack(u)[0], num_steps, acceptance)
 
 
-def _guide_of(source: TrainedGuide | Fitted) -> TrainedGuide:
+def _guide_of(source: TrainedGuide | TrainedFit) -> TrainedGuide:
     guide = getattr(source, "guide", source)
     if not is_guide(guide):
-        raise SetupError(
-            "there are no draws to refine", got=type(source).__name__, expected="a fit or an ImplicitGuide"
-        )
+        raise SetupError.must_be("guide", "a fit or an ImplicitGuide", type(source).__name__)
     return guide

@@ -1,59 +1,50 @@
-"""A fresh adversary: the density of a sampler learned anew, by someone who knows nothing of its training.
+"""Re-estimate a sampler's density with an independent classifier.
 
 A Gaussian mixture ``r`` is fitted to half of the draws, then a small network learns ``log q - log r`` from that half
 and draws of ``r``. On the other half, which neither has seen,
 
     log q̂ = log r + T̂
 
-is an honest estimate: with it go importance weights, and the learned ``log q`` of a fit is held against it.
+is a held-out estimate: it gives importance weights, and `RelearnedDensity.compare` checks a learned ``log q``.
 """
 
 from __future__ import annotations
 
 import warnings
-from copy import deepcopy
 from dataclasses import dataclass
 from math import log, nan
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, silu
+from torch import Tensor
 
-from implicitvi.diagnostics.stein import standardise
+from implicitvi.diagnostics.fresh_adversary import auc, train_adversary
 from implicitvi.errors import ShapeError
-from implicitvi.numerics.gaussian import frame
+from implicitvi.numerics.gaussian import mean_and_cholesky, whiten
 from implicitvi.numerics.types import LogDensity
 
-LEAST = 400  # draws; from fewer no network learns a density
-TRUSTED_AUC, _TRUSTED_MASS, _TRUSTED_DOUBT = 0.15, 0.2, 3.0
-_CLIP = 20.0  # nats by which the log joint may speak for or against a draw
-_REACH = 4.0  # standard deviations up to which the network can tell places apart
-_STEPS, _BATCH = 500, 512
-_COMPONENTS = (1, 8)
+LEAST = 400  # draws; fewer are not enough to learn a density
+_COMPONENTS = (1, 8)  # of the mixture; the BIC decides
+TRUSTED_AUC, _TRUSTED_MASS, _TRUSTED_DIFFERENCE = 0.15, 0.2, 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class RelearnedDensity:
-    """A density learned afresh on one half of the draws and judged on the other, both ways.
+    """A density learned on one half of the draws and evaluated on the other, for both halves.
 
-    The same number of draws of ``q`` and of the mixtures ``r`` stand behind all figures, each held out from
-    what judges it.
+    All figures use the same number of draws of ``q`` and of the mixtures ``r``, held out from the classifier.
 
     Attributes:
         log_p: ``log p [S]`` of the draws of ``q``.
-        log_q: The fresh ``log q̂ [S]`` of the same draws.
-        kl_contrast: ``KL(q‖r)`` that the fresh adversary has found, in nats: what there was to be learned.
+        log_q: The relearned ``log q̂ [S]`` of the same draws.
         log_mass: ``log E_r exp T̂``, 0 for a normalised density.
-        auc: How well the fresh adversary tells ``q`` from ``r``: 0.5 where ``r`` is ``q``.
-        auc_corrected: How well ``log p`` and it tell ``q`` from ``r`` weighted by ``exp T̂``: 0.5 where ``T̂`` is
-            right.
-        unsure: Mean difference between the densities learned on the two halves, over the hundredth of the draws that
-            weigh most, in nats: where it is large, their weights say nothing.
+        auc: AUC of ``T̂`` between ``q`` and ``r``: 0.5 where ``r`` is ``q``.
+        auc_corrected: AUC of ``log p - log q̂`` between ``q`` and ``r`` weighted by ``exp T̂``: 0.5 where ``T̂`` is right.
+        unsure: Mean absolute difference between the densities learned on the two halves, over the hundredth of the
+            draws with the largest weights, in nats: where it is large, the weights are meaningless.
     """
 
     log_p: Tensor
     log_q: Tensor
-    kl_contrast: float
     log_mass: float
     auc: float
     auc_corrected: float
@@ -64,78 +55,67 @@ class RelearnedDensity:
 
     @property
     def log_weights(self) -> Tensor:
-        """``log p - log q̂ [S]``, in the order of the draws."""
+        """Importance weights ``log p - log q̂ [S]``, in the order of the draws."""
         return self.log_p - self.log_q
 
     @property
     def trusted(self) -> bool:
-        """Whether the fresh density is good enough to weigh draws by: it passes its own tests, on draws held out."""
+        """Return whether the density is good enough to weight draws by: it passes its own tests on held-out draws."""
         return (
             abs(self.auc_corrected - 0.5) < TRUSTED_AUC
             and abs(self.log_mass) < _TRUSTED_MASS
-            and self.unsure < _TRUSTED_DOUBT
+            and self.unsure < _TRUSTED_DIFFERENCE
         )
 
     def compare(self, log_q: LogDensity, z: Tensor) -> DensityComparison:
-        """Hold a learned density against the fresh one.
+        """Compare the density that a fit has learned with this one.
 
         Args:
             log_q: Learned log density of points ``[S, D]``: ``[S]`` in nats.
-            z: The draws that were audited ``[S, D]``.
+            z: The draws ``[S, D]`` from which this density was learned.
         """
         with torch.no_grad():
-            # together: some contrasts take their moments from whatever they are shown
+            # in one batch: some contrasts take their moments from it
             both = log_q(torch.cat([z, self._r_draws.to(z)])).double().cpu()
         mine, at_r = both.split(len(z))
         claimed = (mine - self._log_r[0], at_r - self._log_r[1])
         finite = mine.isfinite()
         if not finite.any():
-            return DensityComparison(nan, nan, nan, nan, nan, nan)
-        off = (self.log_q - mine)[finite]
+            return DensityComparison(nan, nan, nan)
         residual = tuple(fresh - old for fresh, old in zip(self._ratio, claimed, strict=True))
         return DensityComparison(
-            kl_gap=off.mean().item(),
-            kl_gap_error=off.std().item() / len(off) ** 0.5,
-            scatter=off.std().item(),
-            auc=_auc(residual[0], residual[1], claimed[1]),
+            kl_gap=(self.log_q - mine)[finite].mean().item(),
+            auc=auc(residual[0], residual[1], claimed[1]),
             log_mass=_log_mean_exp(claimed[1]),
-            slope=_logistic(*claimed)[1].item(),
         )
 
 
 @dataclass(frozen=True)
 class DensityComparison:
-    """How a learned density stands against a fresh one.
+    """A comparison of the density that a fit has learned with a relearned one.
 
     Attributes:
-        kl_gap: Mean of ``log q̂ - log q`` over the draws, in nats: by so much the learned ELBO is too good.
-        kl_gap_error: Its standard error, without what the fresh one itself is wrong by.
-        scatter: Standard deviation of the same difference.
-        auc: How well a fresh adversary tells ``q`` from the contrast corrected by the learned ratio: 0.5 where that
-            is right.
-        log_mass: ``log E_r exp T`` of the learned ratio, 0 where it is a density's.
-        slope: Calibration: slope of the log odds of being a draw of ``q`` in the learned ratio; 1 where it is right
-            and says anything at all.
+        kl_gap: Mean of ``log q̂ - log q`` over the draws, in nats: the learned ELBO is too high by this much.
+        auc: AUC of an independent adversary between ``q`` and the contrast corrected by the learned ratio: 0.5 where
+            the ratio is right.
+        log_mass: ``log E_r exp T`` of the learned ratio, 0 for a normalised density.
     """
 
     kl_gap: float
-    kl_gap_error: float
-    scatter: float
     auc: float
     log_mass: float
-    slope: float
 
 
 def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> RelearnedDensity:
-    """Learn the density of draws afresh, cross-fitted.
+    """Learn the density of draws from scratch, cross-fitted.
 
-    The network adds to a multiple of the clipped ``log p - log r``, which it is free to ignore: where ``q`` is ``p``
-    there is then nothing left to learn.
+    The network adds to a multiple, possibly 0, of the clipped ``log p - log r``: where ``q`` is ``p`` there is nothing
+    else to learn.
 
     Args:
         z: Independent draws of ``q``, ``[S, D]``.
         log_joint: ``log p`` of points ``[S, D]`` in nats, ``[S]``.
-        seed: Of the mixture, the network and its batches.
+        seed: Seed of the mixture, the network and its batches.
 
     Raises:
         ShapeError: There are fewer than 400 draws, or fewer than 20 for each dimension.
@@ -147,15 +127,11 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, eq. 3.3.
-        Double/debiased machine learning, Victor Chernozhukov et al., 2018: halves that change places.
+        Double/debiased machine learning, Victor Chernozhukov et al., 2018 (cross-fitting).
     """
     least = max(LEAST, 20 * z.shape[-1])
     if z.dim() != 2 or len(z) < least:
-        raise ShapeError(
-            "there are too few draws to learn their density from",
-            got=f"shape {tuple(z.shape)}",
-            expected=f"[S, D] with S >= {least}",
-        )
+        raise ShapeError.must_be("The draws", f"[S, D] with S >= {least} to learn their density", tuple(z.shape))
     here = z.detach().double().cpu()
     halves = torch.arange(len(here)).tensor_split(2)
     shuffled = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))
@@ -173,7 +149,7 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
         log_r_new = mixture.log_prob(new)
         gap_q, gap_new = log_p - mixture.log_prob(here), log_p_new - log_r_new
         own, other = slice(0, len(train)), slice(len(train), None)
-        adversary = _train(
+        adversary = train_adversary(
             (mixture.standardise(here[train]), gap_q[train]), (mixture.standardise(new[own]), gap_new[own]), seed + i
         )
         with torch.no_grad():
@@ -189,10 +165,9 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
     return RelearnedDensity(
         log_p=log_p,
         log_q=log_q,
-        kl_contrast=ratio.mean().item(),
         log_mass=_log_mean_exp(ratio_r),
-        auc=_auc(ratio, ratio_r, torch.zeros_like(ratio_r)),
-        auc_corrected=_auc(residual[0], residual[1], ratio_r),
+        auc=auc(ratio, ratio_r, torch.zeros_like(ratio_r)),
+        auc_corrected=auc(residual[0], residual[1], ratio_r),
         unsure=(log_q - again)[heaviest].abs().mean().item(),
         _log_r=(log_r, log_r_r),
         _ratio=(ratio, ratio_r),
@@ -201,9 +176,9 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Log importance weights ``[S]`` with the largest smoothed, normalised, and Pareto k-hat.
+    """Smooth the largest of log importance weights ``[S]``; return them normalised, and Pareto k-hat.
 
-    Above about 0.7 a few of them decide everything.
+    Above about 0.7 a few of the weights dominate any estimate.
 
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
@@ -214,7 +189,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     if int(arviz.__version__.split(".")[0]) >= 1:
         from arviz_stats.base import array_stats
 
-        # since 1.0 it takes log likelihoods of what is left out, and weighs by their inverse
+        # since 1.0 it takes log likelihoods of left-out data, whose inverse are the weights
         smoothed, k = array_stats.psislw(-numbers)
     else:
         smoothed, k = arviz.psislw(numbers)
@@ -222,13 +197,13 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 class _Mixture:
-    """A Gaussian mixture fitted to draws ``[S, D]`` in their own frame."""
+    """A Gaussian mixture fitted to draws ``[S, D]`` after whitening."""
 
     def __init__(self, z: Tensor, seed: int):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 
-        self.loc, self.scale_tril = frame(z)
+        self.loc, self.scale_tril = mean_and_cholesky(z)
         w = self.standardise(z).numpy()
         fits = [
             GaussianMixture(count, max_iter=40, reg_covar=1e-4, init_params="k-means++", random_state=seed)
@@ -236,13 +211,13 @@ class _Mixture:
             if count == 1 or count * 20 * z.shape[1] <= len(z)
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # any mixture near q will do
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a rough fit is enough
             self.fit = min((fit.fit(w) for fit in fits), key=lambda fit: fit.bic(w))
         self.log_scale = self.scale_tril.diagonal().log().sum()
         self.generator = torch.Generator().manual_seed(seed)
 
     def standardise(self, z: Tensor) -> Tensor:
-        return standardise(z, self.loc, self.scale_tril).contiguous()
+        return whiten(z, self.loc, self.scale_tril).contiguous()
 
     def log_prob(self, z: Tensor) -> Tensor:
         scores = torch.from_numpy(self.fit.score_samples(self.standardise(z).numpy()))
@@ -259,113 +234,7 @@ class _Mixture:
         return self.loc + w @ self.scale_tril.mT
 
 
-class _Adversary(nn.Module):
-    """``T(w) + a clip(log p - log r - c) + b``: a bounded network beside the logistic regression on the hint.
-
-    Args:
-        dim: Dimension ``D``.
-        centre: ``c``.
-        generator: Of the first weights.
-        width: Of both hidden layers.
-    """
-
-    def __init__(self, dim: int, centre: Tensor, generator: torch.Generator, width: int = 32):
-        super().__init__()
-        self.centre = centre
-        self.hint = torch.zeros(2, dtype=torch.float64)
-        sizes = [(dim, 2 * width), (width, 2 * width), (width, 1)]
-        self.weights = nn.ParameterList(
-            torch.randn(i, o, generator=generator, dtype=torch.float32) * (i**-0.5 if o > 1 else 0.0) for i, o in sizes
-        )
-        self.biases = nn.ParameterList(torch.zeros(o, dtype=torch.float32) for _, o in sizes)
-
-    def known(self, gap: Tensor) -> Tensor:
-        """The clipped hint of ``log p - log r [S]``."""
-        return (gap - self.centre).nan_to_num(-_CLIP, _CLIP, -_CLIP).clamp(-_CLIP, _CLIP)
-
-    def network(self, w: Tensor) -> Tensor:
-        """``T(w) [S]``; far out, where there is nothing to learn from, it is flat."""
-        h = _REACH * (w / _REACH).tanh()
-        for weight, bias in list(zip(self.weights, self.biases, strict=True))[:-1]:
-            gate, value = (h @ weight + bias).chunk(2, -1)
-            h = silu(gate) * value
-        scores: Tensor = (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)
-        return scores
-
-    def forward(self, w: Tensor, gap: Tensor) -> Tensor:
-        """``log q - log r [S]`` of standardised points ``w [S, D]`` with ``gap = log p - log r [S]``."""
-        return self.network(w.float()).double() + self.hint[0] + self.hint[1] * self.known(gap)
-
-
-def _train(q: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor], seed: int) -> _Adversary:
-    """An adversary of draws ``w [S, D]`` with gaps ``[S]`` of both, stopped where it stops to get better on a fifth."""
-    generator = torch.Generator().manual_seed(seed)
-    finite = q[1][q[1].isfinite()]
-    centre = finite.median() if len(finite) else torch.zeros((), dtype=torch.float64)
-    adversary = _Adversary(q[0].shape[1], centre, generator)
-    adversary.hint = _logistic(adversary.known(q[1]), adversary.known(r[1]))
-    w_q, w_r = q[0].float(), r[0].float()
-    with torch.no_grad():
-        base_q, base_r = adversary(*q).float(), adversary(*r).float()
-    cut = len(w_q) // 5
-    parameters = list(adversary.parameters())
-    optimiser = torch.optim.Adam(parameters, lr=2e-3)
-    cooling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
-
-    def loss(rows_q: Tensor | slice, rows_r: Tensor | slice) -> Tensor:
-        t_q = adversary.network(w_q[rows_q]) + base_q[rows_q]
-        t_r = adversary.network(w_r[rows_r]) + base_r[rows_r]
-        return -logsigmoid(t_q).mean() - logsigmoid(-t_r).mean()
-
-    with torch.no_grad():
-        best, kept = loss(slice(0, cut), slice(0, cut)).item(), deepcopy(adversary.state_dict())
-    for step in range(1, _STEPS + 1):
-        rows = [torch.randint(cut, len(w_q), (_BATCH,), generator=generator) for _ in range(2)]
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(*rows), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimiser.step()
-        cooling.step()
-        if step % 25 == 0:
-            with torch.no_grad():
-                held_out = loss(slice(0, cut), slice(0, cut)).item()
-            if held_out < best:
-                best, kept = held_out, deepcopy(adversary.state_dict())
-    adversary.load_state_dict(kept)
-    return adversary.requires_grad_(False)
-
-
 def _log_mean_exp(values: Tensor) -> float:
+    """Return ``log mean exp`` of the values that are not NaN."""
     finite = values[~values.isnan()]
     return (finite.logsumexp(0) - log(max(len(finite), 1))).item()
-
-
-def _auc(q: Tensor, r: Tensor, log_weights: Tensor) -> float:
-    """Chance that a score of ``q [S]`` is above one of ``r [R]``, whose draws count ``exp(log_weights)``."""
-    keep_q, keep_r = q.isfinite(), r.isfinite() & log_weights.isfinite()
-    q, r, log_weights = q[keep_q], r[keep_r], log_weights[keep_r]
-    if not len(q) or not len(r):
-        return nan
-    order = r.argsort()
-    below = torch.cat([torch.zeros(1).to(r), log_weights[order].softmax(0).cumsum(0)])
-    ranked = r[order].contiguous()
-    low, high = (below[torch.searchsorted(ranked, q, right=side)] for side in (False, True))
-    return ((low + high) / 2).mean().item()
-
-
-def _logistic(q: Tensor, r: Tensor, num_steps: int = 30) -> Tensor:
-    """Intercept and slope ``[2]`` of the log odds of being a draw of ``q`` in the scores ``q [S]`` and ``r [R]``."""
-    scores = torch.cat([q, r])
-    labels = torch.cat([torch.ones_like(q), torch.zeros_like(r)])
-    keep = scores.isfinite()
-    scores, labels = scores[keep].clamp(-30, 30), labels[keep]
-    design = torch.stack([torch.ones_like(scores), scores], 1)
-    beta, ridge = design.new_zeros(2), 1e-6 * len(design)
-    for _ in range(num_steps):
-        chance = (design @ beta).sigmoid()
-        curvature = (design * (chance * (1 - chance))[:, None]).mT @ design
-        curvature += ridge * torch.eye(2).to(design)
-        step = torch.linalg.solve(curvature, design.mT @ (labels - chance) - ridge * beta)
-        beta = beta + step.clamp(-1, 1)
-    return beta

@@ -1,4 +1,4 @@
-"""What a diagnosis says: one row a check, then what to do."""
+"""A report of a diagnosis: one row for each check, then advice."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Check:
     """One check of a fit.
 
     Attributes:
-        name: What was checked.
+        name: Name of the check.
         state: ``"ok"``, ``"failed"``, ``"noted"`` (a figure without a verdict on the fit) or ``"left out"``.
-        value: The figure; ``None`` where it was left out.
-        limit: Where it would fail; ``None`` where nothing is compared.
+        value: The figure; ``None`` if the check was left out.
+        limit: Limit of the figure; ``None`` if nothing is compared.
         found: The figure in words, with its unit.
-        advice: What to do next where it failed; why, where it was left out.
+        advice: Advice if the check failed; the reason if it was left out.
     """
 
     name: str
@@ -31,24 +31,24 @@ class Check:
 
     @classmethod
     def of(cls, name: str, value: float, limit: float, found: str, *, failed: bool, advice: str) -> Check:
-        """A check that has been made; a figure that is not finite fails."""
+        """Return a completed check; a figure that is not finite fails."""
         bad = failed or not isfinite(value)
         return cls(name, "failed" if bad else "ok", value, limit, found, advice if bad else "")
 
     @classmethod
     def noted(cls, name: str, value: float, found: str, advice: str = "") -> Check:
-        """A figure without a verdict."""
+        """Return a figure without a verdict."""
         return cls(name, "noted", value, None, found, advice)
 
     @classmethod
     def left_out(cls, name: str, why: str) -> Check:
-        """A check that could not be made, and why."""
+        """Return a check that could not be made, and the reason."""
         return cls(name, "left out", None, None, "", why)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The checks of a fit; prints as a table with advice.
+    """A list of checks of a fit, which prints as a table with advice.
 
     Attributes:
         checks: All checks, in order.
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed; those left out have no say."""
+        """True if no check failed; those left out do not count."""
         return not self.failed
 
     @property
@@ -79,10 +79,10 @@ class Report:
         for check in self:
             if check.name == name:
                 return check
-        raise KeyError(f"no check {name!r}; there are {', '.join(c.name for c in self)}")
+        raise KeyError(f"There is no check {name!r}, only {', '.join(c.name for c in self)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and words, fit for JSON: ``{"ok": …, "checks": [{"name": …, …}, …]}``."""
+        """Return plain numbers and words, ready for JSON: ``{"ok": …, "checks": [{"name": …, …}, …]}``."""
         return {"ok": self.ok, "checks": [asdict(check) for check in self]}
 
     def __str__(self) -> str:
@@ -97,14 +97,9 @@ class Report:
                 if check.state in states and check.advice:
                     said.setdefault(check.advice, []).append(check.name)
             lines += [title] if said else []
-            lines += [
-                fill(
-                    f"{', '.join(names)}: {advice}",
-                    100,
-                    initial_indent="  ",
-                    subsequent_indent="    ",
-                    break_long_words=False,
-                )
-                for advice, names in said.items()
-            ]
+            lines += [_wrapped(f"{', '.join(names)}: {advice}") for advice, names in said.items()]
         return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, 100, initial_indent="  ", subsequent_indent="    ", break_long_words=False)

@@ -1,69 +1,56 @@
-"""Simulation-based calibration: whether an inference algorithm is right on average over the data of a model.
+"""Simulation-based calibration: test an inference algorithm on average over the data of a model.
 
-Latents and data are drawn from the joint distribution of a model; the latents are then one more draw of the posterior
-given the data. So their ranks among the draws of an exact posterior are uniform, whatever the model.
+Latents and data are drawn from the joint distribution of a model, so the latents are one more draw of the posterior
+given the data. Their ranks among the draws of an exact posterior are therefore uniform, for every model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.infer import TraceEnum_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide
 from implicitvi.errors import ModelError, OptionError, check_whole
+from implicitvi.numerics.types import Draws, Model
+from implicitvi.pyro_model.enumeration import Enumerate, batchable, is_enumerated, log_sum
+from implicitvi.pyro_model.tracing import is_scored, plate_nesting, run_at, score, unvalidated
+from implicitvi.rng import forked
 
 Values = dict[str, Tensor]
-SIMULATIONS = 10_000  # sets of uniform ranks that the bands are made from
+SIMULATIONS = 10_000  # sets of uniform ranks from which the bands are computed
 LEVEL = 0.95
 LOG_LIKELIHOOD = "log likelihood"
+SIMULATED = "Calibration needs a model that can be simulated"
 
 
-class Posterior(Protocol):
-    """What can be drawn from: a fitted guide."""
-
-    def sample(self, num_samples: int, /) -> Values:
-        """Draws ``{site: [S, *site shape]}``."""
-
-
-class Fitted(Protocol):
-    """What has such a guide: a fit."""
-
-    @property
-    def guide(self) -> Posterior:
-        """The guide."""
-
-
-MakeGuide = Callable[[Callable[..., Any], Values], Posterior | Fitted | Mapping[str, Any]]
+MakeGuide = Callable[[Model, Values], TrainedGuide | TrainedFit | Draws]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranks of the truth among draws of the posterior.
+    """A set of ranks of true values among draws of the posterior.
 
     Attributes:
-        ranks: For each quantity the ranks in every dataset, 0 to ``num_draws``: ``[N]``.
-        num_draws: Draws behind each rank.
+        ranks: For each quantity its rank in every dataset, 0 to ``num_draws``: ``[N]``.
+        num_draws: Number of draws for each rank.
     """
 
     ranks: dict[str, Tensor]
     num_draws: int
 
     def difference(self, quantity: str) -> Tensor:
-        """The ECDF of a quantity's ranks less that of uniform ones, at ``1, …, num_draws`` draws: ``[num_draws]``.
+        """Return the ECDF of a quantity's ranks minus that of uniform ones, at ``1, …, num_draws``: ``[num_draws]``.
 
-        Below 0 on the left and above on the right says that the posterior is too wide, the other way round that it is
-        too narrow; above 0 throughout that it lies too high, below that it lies too low.
+        Below 0 on the left and above 0 on the right, the posterior is too wide; the other way round it is too narrow.
+        Above 0 throughout it lies too high, below 0 too low.
         """
         ranks = self.ranks[quantity]
         return ecdf(ranks, self.num_draws) / len(ranks) - uniform_shares(self.num_draws)
@@ -74,18 +61,18 @@ class Calibration:
         return len(next(iter(self.ranks.values())))
 
     def band(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the band that holds 95 % of the `difference` of uniform ranks from end to end."""
+        """Return the lower and upper end of the simultaneous 95 % band for the `difference` of uniform ranks."""
         lower, upper = band(self.num_datasets, self.num_draws)
         return lower / self.num_datasets, upper / self.num_datasets
 
     @property
     def p_values(self) -> dict[str, float]:
-        """For each quantity the share of uniform ranks whose ECDF strays as far, by `uniformity`."""
+        """The p-value of each quantity, by `uniformity`."""
         return {name: uniformity(ranks, self.num_draws) for name, ranks in self.ranks.items()}
 
     @property
     def ok(self) -> bool:
-        """Whether no quantity strays further than one in 20 exact posteriors would have one do (Bonferroni)."""
+        """True unless a p-value is significant at level 0.05, with Bonferroni's correction."""
         return min(self.p_values.values()) * len(self.ranks) >= 1 - LEVEL
 
     def __str__(self) -> str:
@@ -101,18 +88,18 @@ class Calibration:
         return "\n".join(lines)
 
     def _reading(self, quantity: str) -> str:
-        """In words what kind of error the ranks of a quantity show: of place or of width."""
+        """Describe the error that the ranks of a quantity show: one of location or of width."""
         z = (2 * self.ranks[quantity].double() + 1) / (self.num_draws + 1) - 1  # uniform on -1 to 1
         count = len(z)
-        place = z.mean().item() / (1 / 3 / count) ** 0.5
+        location = z.mean().item() / (1 / 3 / count) ** 0.5
         width = (z.square().mean().item() - 1 / 3) / (4 / 45 / count) ** 0.5
-        if abs(place) > abs(width):
-            return "draws too low" if place > 0 else "draws too high"
+        if abs(location) > abs(width):
+            return "draws too low" if location > 0 else "draws too high"
         return "draws too narrow" if width > 0 else "draws too wide"
 
 
 def sbc(
-    model: Callable[..., Any],
+    model: Model,
     make_guide: MakeGuide,
     *args: Any,
     num_datasets: int = 200,
@@ -122,28 +109,28 @@ def sbc(
     seed: int = 0,
     **kwargs: Any,
 ) -> Calibration:
-    """Draw latents and data from a model, ask for the posterior given the data, and rank the latents among its draws.
+    """Draw latents and data from a model, fit the posterior given the data, and rank the latents among its draws.
 
     Args:
-        model: A Pyro model. All its observed sites are drawn anew, so their values in ``args`` give shapes alone.
+        model: A Pyro model. All its observed sites are simulated, so only the shapes of their values in ``args`` count.
         make_guide: Called with the model conditioned on a dataset and the dataset, ``{observed site: value}``. Returns
-            a fitted guide, the fit of one, or draws ``{site: [num_draws, *site shape]}``. Of one that fits:
-            ``lambda model, data: AVBSVI(model, ImplicitGuide(model)).run(*args)``; of one that is amortized:
+            a trained guide, the fit of one, or draws ``{site: [num_draws, *site shape]}``. To fit each dataset:
+            ``lambda model, data: AVBSVI(model, ImplicitGuide(model)).run(*args)``; with an amortized guide:
             ``lambda model, data: guide.sample(99, data["obs"])``. Discrete sites marked
-            ``infer={"enumerate": "parallel"}`` are simulated, but neither drawn nor ranked.
+            ``infer={"enumerate": "parallel"}`` are simulated, but not ranked, and need no draws.
         *args: The model's arguments.
         num_datasets: Number ``N`` of datasets.
-        num_draws: Draws behind each rank. They must be independent, so thin those of a chain.
+        num_draws: Number of draws for each rank. They must be independent, so thin those of a chain.
         quantities: Further quantities to rank: a function of latents ``{site: [S, *site shape]}`` and one dataset that
             returns ``{name: [S]}``.
-        log_likelihood: Whether the log likelihood is ranked too, such discrete sites summed out. Without it the prior
-            passes for the posterior.
+        log_likelihood: Whether to rank the log likelihood too, with such discrete sites summed out. Without it the
+            prior passes for the posterior.
         seed: Seed of the datasets, and of torch's generator while guides are made.
         **kwargs: The model's keyword arguments.
 
     Raises:
         ModelError: The model cannot be simulated, or the draws lack one of its latent sites.
-        OptionError: ``make_guide`` returns nothing that has draws.
+        OptionError: ``make_guide`` does not return a guide, a fit or draws.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Sean Talts, Michael Betancourt,
@@ -153,8 +140,7 @@ def sbc(
     check_whole("num_datasets", num_datasets, 10)
     check_whole("num_draws", num_draws, 9)
     ranks: dict[str, list[Tensor]] = {}
-    in_use = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    with torch.random.fork_rng(devices=range(in_use)):
+    with forked():
         torch.manual_seed(seed)
         for _ in range(num_datasets):
             truth, data = simulate(model, *args, **kwargs)
@@ -173,63 +159,55 @@ def sbc(
 
 
 @torch.no_grad()
-def simulate(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Values, Values]:
-    """Latents and data from the joint distribution of a model: ``{latent site: value}``, ``{observed site: value}``.
+def simulate(model: Model, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+    """Draw ``{latent site: value}`` and ``{observed site: value}`` from the joint distribution of a model.
 
-    Discrete latents that are marked to be summed out are drawn, and left out.
+    Discrete latents that are marked to be summed out are drawn, but not returned.
 
     Raises:
-        ModelError: A site cannot be drawn: an improper prior, or a factor, which is no distribution.
+        ModelError: A site cannot be drawn: an improper prior, or a factor, which is not a distribution.
     """
     try:
         with poutine.block():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     except NotImplementedError as error:
-        raise ModelError(
-            "calibration needs a model that can be simulated, and a site cannot be drawn",
-            got=str(error),
-            do="Give it a proper prior.",
-        ) from error
+        why = str(error).splitlines()[0]
+        raise ModelError(f"{SIMULATED}, but a site cannot be drawn: {why}. Give it a proper prior.") from error
     latents: Values = {}
     data: Values = {}
     nodes: dict[str, Any] = trace.nodes
     for name, node in nodes.items():
-        if node["type"] != "sample" or site_is_subsample(node) or _is_deterministic(node):
+        if not is_scored(node):
             continue
         if isinstance(node["fn"], Unit):
-            raise ModelError(
-                f"calibration needs a model that can be simulated, and {name!r} is a factor",
-                do="Write it as an observed site.",
-            )
+            raise ModelError(f"{SIMULATED}, but {name!r} is a factor. Write it as an observed site.")
         if node["infer"].get("was_observed", False):
             data[name] = node["value"].detach()
-        elif not _is_enumerated(node):
+        elif not is_enumerated(node):
             latents[name] = node["value"].detach()
     for kind, found in (("latent", latents), ("observed", data)):
         if not found:
-            raise ModelError(
-                f"the model has no {kind} site, so there is nothing to calibrate",
-                do="Pass arguments under which it has latents and observes data; the data's values do not matter.",
-            )
+            do = "Pass arguments with which it has latents and observes data; the data's values do not matter."
+            raise ModelError(f"The model has no {kind} site to calibrate. {do}")
     return latents, data
 
 
 def ecdf(ranks: Tensor, num_draws: int) -> Tensor:
-    """How many of ``ranks [..., N]``, 0 to ``num_draws``, are below 1, 2, …, ``num_draws``: ``[..., num_draws]``."""
+    """Count the ``ranks [..., N]``, 0 to ``num_draws``, below 1, 2, …, ``num_draws``: ``[..., num_draws]``."""
     cells = torch.zeros(*ranks.shape[:-1], num_draws + 1, dtype=torch.long)
     return cells.scatter_add_(-1, ranks, torch.ones_like(ranks)).cumsum(-1)[..., :-1]
 
 
 def uniform_shares(num_draws: int) -> Tensor:
-    """The share of uniform ranks below 1, 2, …, ``num_draws``: ``[num_draws]``."""
+    """Return the share of uniform ranks below 1, 2, …, ``num_draws``: ``[num_draws]``."""
     return torch.arange(1, num_draws + 1).double() / (num_draws + 1)
 
 
 def band(count: int, num_draws: int) -> tuple[Tensor, Tensor]:
-    """Lower and upper deviation of the `ecdf` of ``count`` ranks in a simultaneous band of 95 %, each ``[num_draws]``.
+    """Return lower and upper deviations ``[num_draws]`` of the `ecdf` of ``count`` ranks in a simultaneous 95 % band.
 
-    The band has the same pointwise level at every rank, the level at which 95 % of the ECDFs of uniform ranks stay
-    inside from end to end.
+    The band has the same pointwise level at every rank, chosen so that 95 % of the ECDFs of uniform ranks lie inside
+    throughout.
 
     References:
         Graphical Test for Discrete Uniformity and Its Applications in Goodness-of-Fit Evaluation and Multiple Sample
@@ -245,14 +223,14 @@ def band(count: int, num_draws: int) -> tuple[Tensor, Tensor]:
 
 
 def band_share(ranks: Tensor, num_draws: int) -> float:
-    """Largest deviation of the ECDF of ``ranks [N]``, as a share of the `band`'s half-width: at most 1 is inside."""
+    """Return the largest deviation of the ECDF of ``ranks [N]`` in half-widths of the `band`: at most 1 is inside."""
     lower, upper = band(len(ranks), num_draws)
     off = ecdf(ranks, num_draws) - len(ranks) * uniform_shares(num_draws)
     return torch.where(off > 0, off / upper, off / lower).max().item()
 
 
 def uniformity(ranks: Tensor, num_draws: int) -> float:
-    """p-value of ``ranks [N]``, 0 to ``num_draws``, under uniformity, by the least pointwise level of their ECDF."""
+    """Return the p-value of ``ranks [N]``, 0 to ``num_draws``: the smallest pointwise level of their ECDF decides."""
     own = _tails(ecdf(ranks, num_draws), len(ranks))
     below = (_uniform_tails(len(ranks), num_draws) <= own).sum()
     return float((1 + below) / (1 + SIMULATIONS))
@@ -260,14 +238,14 @@ def uniformity(ranks: Tensor, num_draws: int) -> float:
 
 @cache
 def _uniform_tails(count: int, num_draws: int) -> Any:
-    """`_tails` of sets of ``count`` uniform ranks."""
+    """Return `_tails` of sets of ``count`` uniform ranks."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.randint(num_draws + 1, (SIMULATIONS, count), generator=generator)
     return _tails(ecdf(uniform, num_draws), count)
 
 
 def _tails(counts: Tensor, count: int) -> Any:
-    """The least binomial tail probability, to either side, along ECDFs ``counts [..., num_draws]``: ``[...]``."""
+    """Return the smallest two-sided binomial tail probability along ECDFs ``counts [..., num_draws]``: ``[...]``."""
     from scipy.stats import binom
 
     binomial = binom(count, uniform_shares(counts.shape[-1]).numpy())
@@ -276,7 +254,7 @@ def _tails(counts: Tensor, count: int) -> Any:
 
 
 def _entries(values: Values) -> Values:
-    """Each entry of each site by itself: ``{"eta[3]": [S]}``."""
+    """Split each site into its entries: ``{"eta[3]": [S]}``."""
     return {
         name + (f"[{','.join(map(str, index))}]" if index else ""): value[(slice(None), *index)]
         for name, value in values.items()
@@ -286,25 +264,31 @@ def _entries(values: Values) -> Values:
 
 @torch.no_grad()
 def _log_likelihood(
-    given: Callable[..., Any], latents: Values, observed: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    given: Model, latents: Values, observed: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """Log density of the observed sites at latents ``{site: [S, *site shape]}``: ``[S]``."""
+    """Return the log density of the observed sites at latents ``{site: [S, *site shape]}``: ``[S]``.
+
+    With enumerated sites it is ``log p(x, z) - log p(z)``, both summed over these.
+    """
     count = len(next(iter(latents.values())))
     each = [{name: value[i] for name, value in latents.items()} for i in range(count)]
-    with poutine.block():
-        trace: Any = poutine.trace(pyro.condition(given, each[0])).get_trace(*args, **kwargs)
-    if any(map(_is_enumerated, trace.nodes.values())):
-        nesting = _plate_nesting(trace)
-        return _summed_log_likelihood(given, each, observed, nesting, args, kwargs)
+    nodes = [node for node in run_at(given, each[0], *args, **kwargs).nodes.values() if node["type"] == "sample"]
+    enumerates = any(map(is_enumerated, nodes))
+    model: Any = Enumerate(-1 - plate_nesting(nodes))(given) if enumerates else given
+
+    def scored(values: Values, leave_out: Callable[[str], bool]) -> Any:
+        trace = run_at(model, values, *args, **kwargs)
+        score(trace, values, [name for name in trace.nodes if leave_out(name)])
+        return trace
 
     def one(values: Values) -> Tensor:
-        at = pyro.condition(given, values)
-        with poutine.block():
-            trace = poutine.trace(at).get_trace(*args, **kwargs)
-        trace.compute_log_prob(lambda name, _: name in observed)
-        return torch.stack([trace.nodes[name]["log_prob_sum"] for name in observed]).sum()
+        if enumerates:
+            everything = log_sum(scored(values, lambda name: False))
+            return everything - log_sum(scored(values, lambda name: name in observed))
+        nodes = scored(values, lambda name: name not in observed).nodes
+        return torch.stack([nodes[name]["log_prob_sum"] for name in observed]).sum()
 
-    with pyro.validation_enabled(False):
+    with unvalidated(), batchable(quiet=True):
         try:
             scores: Tensor = torch.func.vmap(one, randomness="different")(latents)
         except (RuntimeError, ValueError):  # the model branches on a latent
@@ -312,75 +296,14 @@ def _log_likelihood(
     return scores
 
 
-def _summed_log_likelihood(
-    given: Callable[..., Any],
-    latents: Sequence[Values],
-    observed: tuple[str, ...],
-    nesting: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """As `_log_likelihood` of a model with enumerated sites, ``log p(x, z) - log p(z)``, draw by draw."""
-    elbo = TraceEnum_ELBO(max_plate_nesting=nesting)
-
-    def log_density(model: Callable[..., Any]) -> float:
-        """Of all that a model is conditioned on: what the ELBO is without a guide."""
-        loss: float = elbo.loss(model, lambda *args, **kwargs: None, *args, **kwargs)
-        return -loss
-
-    scores = []
-    with pyro.validation_enabled(False):
-        for values in latents:
-            at = pyro.condition(given, values)
-            scores.append(log_density(at) - log_density(_Without(observed)(at)))
-    return torch.tensor(scores)
-
-
-class _Without(Messenger):
-    """Takes the density of some sites out of a model; they stay, as Pyro's counting of Markov chains asks for."""
-
-    def __init__(self, names: tuple[str, ...]):
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            msg["mask"] = False
-
-
-def _plate_nesting(trace: Any) -> int:
-    """How many dimensions the vectorised plates of a trace take."""
-    nodes = (node for node in trace.nodes.values() if node["type"] == "sample")
-    frames = (frame for node in nodes for frame in node["cond_indep_stack"] if frame.vectorized)
-    return max((-frame.dim for frame in frames), default=0)
-
-
-def _is_enumerated(node: dict[str, Any]) -> bool:
-    """Whether a sample site is a discrete latent that is marked to be summed out."""
-    return bool(
-        node["type"] == "sample"
-        and not node["is_observed"]
-        and node["infer"].get("enumerate") == "parallel"
-        and getattr(node["fn"], "has_enumerate_support", False)
-    )
-
-
-def _is_deterministic(node: dict[str, Any]) -> bool:
-    return bool(node["infer"].get("_deterministic", False))
-
-
 def _draws(made: Any, num_draws: int) -> Values:
-    """Draws of what ``make_guide`` has returned: ``{site: [S, *site shape]}``."""
+    """Return draws ``{site: [S, *site shape]}`` of the result of ``make_guide``."""
     if isinstance(made, Mapping):
         return {name: torch.as_tensor(value) for name, value in made.items()}
     guide = getattr(made, "guide", made)
     if not callable(getattr(guide, "sample", None)):
-        raise OptionError(
-            "make_guide has returned nothing that has draws",
-            got=type(made).__name__,
-            expected="a fitted guide, a fit, or draws {site: [num_draws, *site shape]}",
-            do="End it with return guide.",
-        )
+        expected = "a function that returns a guide, a fit, or draws {site: [num_draws, *site shape]}"
+        raise OptionError.must_be("make_guide", expected, type(made).__name__, "End it with return guide.")
     draws: Values = guide.sample(num_draws)
     return draws
 
@@ -391,9 +314,5 @@ def _check_draws(draws: Values, truth: Values, num_draws: int) -> None:
         expected = (num_draws, *value.shape)
         got = tuple(draws[name].shape) if name in draws else f"sites {', '.join(draws)}"
         if got != expected:
-            raise ModelError(
-                f"the draws of site {name!r} do not fit the model",
-                got=got,
-                expected=expected,
-                do="Return draws of every latent site from make_guide, num_draws of each.",
-            )
+            do = "Return draws of every latent site from make_guide, num_draws of each."
+            raise ModelError.must_be(f"The draws of site {name!r}", f"of shape {expected}", got, do)

@@ -1,9 +1,8 @@
-"""Stein's identities: what must hold of draws of ``p`` wherever its score ``s = ∇ log p`` is known.
+"""Test draws of ``p`` by Stein's identities, which need only the score ``s = ∇ log p``.
 
-For smooth ``f`` that do not grow too fast, ``E_p[∇·f(z) + f(z)·s(z)] = 0``. A kernel takes all such ``f`` of its
-space at once (`kernel_stein`); single coordinates say where it fails (`stein_identities`). Neither asks for the density
-of the draws, nor for the evidence. Both look at ``p`` only where the draws are: a mode that the draws do not know of,
-far from those they do, is invisible to them.
+For smooth ``f`` that do not grow too fast, ``E_p[∇·f(z) + f(z)·s(z)] = 0``. A kernel tests all ``f`` of its space at
+once (`kernel_stein`); single coordinates show where the identity fails (`stein_identities`). Neither needs the density
+of the draws or the evidence. Both evaluate ``p`` only at the draws, so a mode far from all draws is invisible to them.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ import torch
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least
-from implicitvi.numerics.gaussian import _scale, frame
+from implicitvi.numerics.gaussian import mean_and_cholesky, standard_deviations, whiten
 
 LEAST = 20  # draws
-FRAME = 20  # draws for each dimension, of which a covariance is taken
-_ENTRIES = 2**22  # of a kernel matrix made at once: 32 MiB
+DRAWS_PER_DIM = 20  # needed for a covariance; with fewer only variances are used
+_ENTRIES = 2**22  # of a block of the kernel matrix: 32 MiB
 
 
 @dataclass(frozen=True)
 class KernelStein:
-    """What `kernel_stein` has found.
+    """The result of `kernel_stein`.
 
     Attributes:
         discrepancy: Squared kernel Stein discrepancy, an unbiased U-statistic; 0 in expectation for draws of ``p``.
-        score_error: ``sqrt(discrepancy / mean k)``: how far the score of the draws is from that of ``p``, on
-            average over the draws and smoothed by the kernel, in whitened coordinates. Draws of a Gaussian whose mean
-            is off by ``δ`` standard deviations have ``δ``. 0 where the discrepancy is below 0.
+        score_error: ``sqrt(discrepancy / mean k)``: distance between the score of the draws and that of ``p``, averaged
+            over the draws and smoothed by the kernel, in whitened coordinates. It is ``δ`` for draws of a Gaussian
+            whose mean is off by ``δ`` standard deviations, and 0 if the discrepancy is below 0.
         p_value: Share of wild bootstrap statistics at least as large as the discrepancy, for independent draws.
     """
 
@@ -42,26 +41,26 @@ class KernelStein:
 def kernel_stein(
     z: Tensor, score: Tensor, *, reference: Tensor | None = None, num_bootstrap: int = 500, seed: int = 0
 ) -> KernelStein:
-    """Kernel Stein discrepancy of draws to the distribution with a given score, and its significance.
+    """Compute the kernel Stein discrepancy between draws and the distribution with a given score, and its p-value.
 
         KSD² = E u(z, z')        u = s·s' k + s·∇' k + s'·∇ k + ∇·∇' k        k = (c² + |z - z'|²)^(-1/2)
 
     in coordinates in which the reference has covariance ``I``, with the median distance of the draws as ``c``. This
-    inverse multiquadric decides convergence where a Gaussian kernel does not (Gorham and Mackey). The bootstrap takes
-    random signs: for independent draws of ``p`` the p-value is uniform. Draws of a Markov chain have too small ones:
-    thin them. At enough draws every variational fit is significant: ``score_error`` says whether it matters.
+    inverse multiquadric detects non-convergence where a Gaussian kernel does not (Gorham and Mackey). The bootstrap
+    uses random signs: for independent draws of ``p`` the p-value is uniform. Draws of a Markov chain get too small
+    ones: thin them. With enough draws every variational fit is significant: ``score_error`` shows whether it matters.
 
     Args:
         z: Draws ``[S, D]``, unconstrained.
-        score: ``∇ log p`` at each ``[S, D]``; the evidence has no part in it.
-        reference: Other draws ``[R, D]`` of the same distribution, which give the coordinates; ``None`` for ``z``.
-            Where there are fewer than 20 for each dimension they are asked for variances alone: a covariance of so
-            few draws fits their noise, and hides what is wrong with them.
-        num_bootstrap: Statistics of the bootstrap.
-        seed: Of the bootstrap's signs.
+        score: ``∇ log p`` at each draw ``[S, D]``; the evidence cancels.
+        reference: Other draws ``[R, D]`` of the same distribution, which define the coordinates; ``None`` for ``z``. If
+            there are fewer than 20 for each dimension, only their variances are used: the covariance of so few draws
+            fits their noise, and hides their errors.
+        num_bootstrap: Number of bootstrap statistics.
+        seed: Seed of the bootstrap's signs.
 
     Raises:
-        ShapeError: The two are not matrices of one shape with 20 rows or more.
+        ShapeError: Draws and scores are not matrices of one shape with at least 20 rows.
         OptionError: A value is not finite, the draws lie on a plane, or ``num_bootstrap`` is below 1.
 
     >>> generator = torch.Generator().manual_seed(0)
@@ -78,8 +77,8 @@ def kernel_stein(
     """
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
-    loc, scale_tril = _frame_for(z if reference is None else reference.detach().to(z))
-    w = standardise(z, loc, scale_tril)
+    loc, scale_tril = _location_scale(z if reference is None else reference.detach().to(z))
+    w = whiten(z, loc, scale_tril)
     s = score @ scale_tril
     square = torch.nn.functional.pdist(w[:1000]).median().item() ** 2
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +104,7 @@ def kernel_stein(
 
 @dataclass(frozen=True, eq=False)
 class SteinIdentities:
-    """What `stein_identities` has found, coordinate by coordinate; all ``[D]``.
+    """The result of `stein_identities` for each coordinate; all ``[D]``.
 
     Attributes:
         mean: ``-E[sd s]``: 0 for draws of ``p``; independent Gaussian draws whose mean is ``δ`` standard deviations too
@@ -121,23 +120,18 @@ class SteinIdentities:
     spread: Tensor
     spread_error: Tensor
 
-    def significance(self) -> Tensor:
-        """The larger of the two in standard errors ``[D]``."""
-        return torch.maximum((self.mean / self.mean_error).abs(), (self.spread / self.spread_error).abs())
-
 
 def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
-    """Langevin–Stein identities of every coordinate: ``E[s_j] = 0`` and ``E[(z_j - m_j) s_j] = -1``.
+    """Estimate the Langevin–Stein identities of every coordinate: ``E[s_j] = 0`` and ``E[(z_j - m_j) s_j] = -1``.
 
-    They say which coordinate is off, and about by how much in its own standard deviations, which `kernel_stein` does
-    not.
+    Unlike `kernel_stein` they show which coordinate is off, and by how much in its own standard deviations.
 
     Args:
-        z: Draws ``[S, D]``, unconstrained, independent.
-        score: ``∇ log p`` at each ``[S, D]``.
+        z: Independent draws ``[S, D]``, unconstrained.
+        score: ``∇ log p`` at each draw ``[S, D]``.
 
     Raises:
-        ShapeError: The two are not matrices of one shape with 20 rows or more.
+        ShapeError: Draws and scores are not matrices of one shape with at least 20 rows.
         OptionError: A value is not finite.
 
     >>> z = 0.5 * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
@@ -151,7 +145,7 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     z, score = _pair(z, score)
     centred = z - z.mean(0)
     first = -centred.std(0) * score
-    # the mean score is taken out: it has an identity of its own, and the centre is that of the same draws
+    # without the mean score, which has its own identity: the centre is that of the same draws
     second = -centred * (score - score.mean(0)) - 1
     root = sqrt(len(z))
     tiny = torch.finfo(z.dtype).tiny
@@ -160,21 +154,15 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     )
 
 
-def _frame_for(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """The `frame` of draws ``[R, D]``, of their variances alone where they are too few for more."""
-    if len(draws) >= FRAME * draws.shape[1]:
-        return frame(draws)
-    return draws.mean(0), torch.diag(_scale(draws))
-
-
-def standardise(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    """``z [S, D]`` in the coordinates of a `frame` ``[D]``, ``[D, D]``: ``scale_tril⁻¹ (z - loc)``."""
-    rows: Tensor = torch.linalg.solve_triangular(scale_tril, (z - loc).mT, upper=False)
-    return rows.mT
+def _location_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and scale of draws ``[R, D]``, diagonal if they are too few for a covariance."""
+    if len(draws) >= DRAWS_PER_DIM * draws.shape[1]:
+        return mean_and_cholesky(draws)
+    return draws.mean(0), torch.diag(standard_deviations(draws))
 
 
 def _stein_kernel(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, square: float) -> tuple[Tensor, Tensor]:
-    """``k [A, B]`` and ``u [A, B]`` of two sets of draws with their scores, ``c² = square``."""
+    """Return ``k [A, B]`` and ``u [A, B]`` for two sets of draws with their scores, ``c² = square``."""
     base = square + torch.cdist(a, b).square()
     k = base.rsqrt()
     slope = k / base  # ∇_b k = slope (a - b), ∇_a k = -slope (a - b)
@@ -186,21 +174,15 @@ def _stein_kernel(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, square: float)
 
 
 def _pair(z: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as finite float64 matrices on the CPU."""
+    """Return both as finite float64 matrices on the CPU."""
     if z.dim() != 2 or z.shape != score.shape:
-        raise ShapeError(
-            "draws and scores are not matrices of one shape",
-            got=f"shapes {tuple(z.shape)} and {tuple(score.shape)}",
-            expected="[S, D] both",
-        )
+        shapes = f"shapes {tuple(z.shape)} and {tuple(score.shape)}"
+        raise ShapeError.must_be("Draws and scores", "matrices of one shape [S, D]", shapes)
     if len(z) < LEAST:
-        raise ShapeError("there are too few draws", got=len(z), expected=f">= {LEAST}")
+        raise ShapeError(f"There must be at least {LEAST} draws, got {len(z)}.")
     z, score = (t.detach().to("cpu", torch.float64) for t in (z, score))
     bad = ~(z.isfinite().all(1) & score.isfinite().all(1))
     if bad.any():
-        raise OptionError(
-            "draws or scores are not finite",
-            got=f"{int(bad.sum())} bad rows of {len(z)}",
-            do="Look at the model there: its log density has no gradient.",
-        )
+        rows, do = f"{int(bad.sum())} bad rows of {len(z)}", "Check the model there: its log density has no gradient."
+        raise OptionError.must_be("Draws and scores", "finite", rows, do)
     return z, score

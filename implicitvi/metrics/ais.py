@@ -1,14 +1,14 @@
-"""Annealed importance sampling: from a Gaussian to the posterior of each datum by Hamiltonian Monte Carlo.
+"""Annealed importance sampling: Hamiltonian Monte Carlo from a Gaussian to the posterior of each datum.
 
-In the coordinates ``u = (z - loc) / scale`` chains go from ``f_0 = N(0, I)`` to ``f_1(u) = p(x, z) |scale|``,
-which has the integral ``p(x)``. On its way
+In the coordinates ``u = (z - loc) / scale`` chains move from ``f_0 = N(0, I)`` to ``f_1(u) = p(x, z) |scale|``, whose
+integral is ``p(x)``, along the path
 
     log f_β(u) = (1 - β) log f_0(u) + β log f_1(u)                         β = 0 … 1
 
-a chain makes one transition at each ``β`` in between and gathers the log weight ``Σ (β' - β) (log f_1 - log f_0)(u)``.
-The weight is ``p(x)`` in expectation, so its logarithm is a lower bound in expectation, ``Var[log weight] / 2`` too low
-where the log weights of single chains are about Gaussian. From an exact draw of the posterior the same way back gives
-the weight ``1 / p(x)``, and with it an upper bound: that is what `bidirectional` does on simulated data.
+A chain makes one transition at each ``β`` in between and sums the log weight ``(β' - β) (log f_1 - log f_0)(u)``. The
+expected weight is ``p(x)``, so its logarithm is a lower bound in expectation, ``Var[log weight] / 2`` too low where the
+log weights of single chains are about Gaussian. From an exact draw of the posterior the same path in reverse gives the
+weight ``1 / p(x)``, hence an upper bound: `bidirectional` does this on simulated data.
 
 References:
     Annealed importance sampling, Radford Neal, 2001.
@@ -21,34 +21,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import log, pi
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitvi.errors import ModelError, OptionError, ShapeError, check_at_least, check_choice, check_positive
 from implicitvi.metrics.evidence import check_start
-from implicitvi.pyro_model.log_joint import LogJoint as LogDensity
+from implicitvi.numerics.hmc import Point, transition
+from implicitvi.numerics.types import LogDensity
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda t: t,
     "sigmoidal": lambda t: (8 * t - 4).sigmoid(),  # Wu et al. 2017, with their δ = 4
 }
 
-_RATE = 0.2  # of the log step size, for each unit that the acceptance is above
-_JITTER = 0.5  # share by which step sizes vary, lest a trajectory be one period of the posterior
-_FAR = 1e4  # standard deviations from the start at which f_1 is cut off, and a trajectory that diverges is caught
+_RATE = 0.2  # change of the log step size per unit of acceptance above the target
+_JITTER = 0.5  # share by which step sizes vary: a trajectory must not be a period of the posterior
+_FAR = 1e4  # standard deviations from the start beyond which f_1 is 0, which stops diverging trajectories
 
 
 @dataclass(frozen=True, eq=False)
 class Annealed:
-    """What the chains have brought back.
+    """The result of annealing.
 
     Attributes:
         log_weights: Log weight of every chain and datum ``[S, B]``, in nats.
-        acceptance: Mean probability of each datum's transitions to be accepted ``[B]``.
+        acceptance: Mean acceptance probability of each datum's transitions ``[B]``.
         step_sizes: Step size of each transition from ``β = 0`` on, ``[num_steps - 1, B]``, in units of ``scale``.
     """
 
@@ -58,28 +60,28 @@ class Annealed:
 
     @property
     def log_mean(self) -> Tensor:
-        """Logarithm of the chains' mean weight, ``[B]`` in nats."""
+        """Logarithm of the mean weight over chains, ``[B]`` in nats."""
         return self.log_weights.logsumexp(0) - log(len(self.log_weights))
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """How to anneal: the options of `ais` and `bidirectional`.
+    """A way to anneal: the options of `ais` and `bidirectional`.
 
-    The step size of each datum follows the acceptance of a pilot chain, which has no part in the estimate. Given the
-    pilot, the transitions of all other chains are fixed, so that their weights stay exactly unbiased; if chains
-    steered themselves, as in the code of the AVB paper, they would not be. Every transition varies its step size
-    by up to a half, for every chain by itself.
+    The step size of each datum follows the acceptance of a pilot chain, which the estimate leaves out. Given the pilot,
+    the transitions of all other chains are fixed, so their weights stay exactly unbiased; chains that adapt their own
+    step sizes, as in the code of the AVB paper, give biased weights. Every transition varies the step size of each
+    chain by up to a half.
 
     Args:
-        num_steps: Intervals of ``β``; there is one transition between any two.
+        num_steps: Intervals of ``β``, with one transition between any two.
         num_chains: Chains of each datum.
         num_leapfrog: Leapfrog steps of a transition, with one gradient each.
-        step_size: Of the first transition, in units of ``scale``.
-        schedule: ``"linear"``, even steps of ``β``; or ``"sigmoidal"``, small ones at both ends, better from afar.
-        adapt: Whether the step size follows the acceptance; one more chain runs if it does.
-        acceptance: What it is to be. That of the AVB paper, 0.65, has longer trajectories, of which a third come to
-            nothing: on Gaussians of 10 and 32 dimensions it takes 1.4 to 3 times as many steps for the same variance.
+        step_size: Step size of the first transition, in units of ``scale``.
+        schedule: ``"linear"``, equal steps of ``β``; or ``"sigmoidal"``, small ones at both ends, better from afar.
+        adapt: Whether the step size follows the acceptance, which takes one more chain.
+        acceptance: Target acceptance. With that of the AVB paper, 0.65, trajectories are longer and a third are
+            rejected: on Gaussians of 10 and 32 dimensions it takes 1.4 to 3 times as many steps for the same variance.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -99,21 +101,21 @@ class Annealing:
         check_positive("step_size", self.step_size)
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 < self.acceptance < 1:
-            raise OptionError("acceptance is out of range", got=self.acceptance, expected="between 0 and 1")
+            raise OptionError.must_be("acceptance", "between 0 and 1", self.acceptance)
 
     def betas(self) -> list[float]:
-        """The path from 0 to 1, ``num_steps + 1`` values."""
+        """Return the path from 0 to 1, ``num_steps + 1`` values."""
         t = SCHEDULES[self.schedule](torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64))
         path: list[float] = ((t - t[0]) / (t[-1] - t[0])).tolist()
         return path
 
     @torch.no_grad()
     def forward(self, log_joint: LogDensity, loc: Tensor, scale: Tensor) -> Annealed:
-        """From the Gaussian to the posterior: weights of mean ``p(x)``.
+        """Anneal from the Gaussian to the posterior: the expected weight is ``p(x)``.
 
         Args:
             log_joint: ``z [S, B, D]`` to ``log p(x, z) [S, B]``, with gradients.
-            loc: Means ``[B, D]`` of the Gaussian that chains start from.
+            loc: Means ``[B, D]`` of the Gaussian from which chains start.
             scale: Its standard deviations ``[B, D]``.
         """
         path = _Path(log_joint, loc, scale)
@@ -123,45 +125,48 @@ class Annealing:
 
     @torch.no_grad()
     def backward(self, log_joint: LogDensity, loc: Tensor, scale: Tensor, z: Tensor, step_sizes: Tensor) -> Annealed:
-        """From a draw of the posterior to the Gaussian: weights of mean ``1 / p(x)``.
+        """Anneal from a draw of the posterior to the Gaussian: the expected weight is ``1 / p(x)``.
 
         Args:
             log_joint: As for `forward`.
             loc: As for `forward`.
             scale: As for `forward`.
             z: An exact draw ``[B, D]`` of each datum's posterior, where all its chains start.
-            step_sizes: Of a run forward, ``[num_steps - 1, B]``: the transitions have to be the same, and must not
+            step_sizes: Those of a forward run, ``[num_steps - 1, B]``: the transitions must be the same, and must not
                 depend on ``z``.
         """
         path = _Path(log_joint, loc, scale)
         if step_sizes.shape != (self.num_steps - 1, len(loc)):
-            raise ShapeError(
-                "there has to be a step size for every transition of each datum",
-                got=tuple(step_sizes.shape),
-                expected=(self.num_steps - 1, len(loc)),
-                do="Take those of a run forward with the same options.",
-            )
+            expected = f"of shape {(self.num_steps - 1, len(loc))}, a step size for every transition of each datum"
+            do = "Pass those of a forward run with the same options."
+            raise ShapeError.must_be("step_sizes", expected, tuple(step_sizes.shape), do)
         u = ((z - loc) / scale).expand(self.num_chains, *loc.shape)
         back = self._run(path, u, self.betas()[::-1], step_sizes.flip(0))
         return Annealed(back.log_weights, back.acceptance, step_sizes)
 
     def _run(self, path: _Path, u: Tensor, betas: list[float], step_sizes: Tensor | None) -> Annealed:
-        """Anneal along ``betas``; without step sizes, by those that the last chain, the pilot, asks for."""
+        """Anneal along ``betas``; without step sizes, by those that the last chain, the pilot, adapts."""
         here = path.at(u)
-        if here.log_f.isnan().any():
-            raise ModelError(
-                "the log joint is not a number where the chains start",
-                got=f"{int(here.log_f.isnan().any(0).sum())} such data of {u.shape[1]}",
-                do="Look at the decoder's outputs at the encoder's means.",
-            )
-        log_weights = (betas[1] - betas[0]) * (here.log_f - _gaussian(here.u))
+        if here.log_p.isnan().any():
+            bad = f"{int(here.log_p.isnan().any(0).sum())} of {u.shape[1]} data"
+            do = "Check the decoder's outputs at the encoder's means."
+            raise ModelError(f"The log joint is not a number where the chains start, for {bad}. {do}")
+        log_weights = (betas[1] - betas[0]) * (here.log_p - _gaussian(here.position))
         accepted = torch.zeros_like(log_weights)
         size, sizes = u.new_full(u.shape[1:2], self.step_size), []
         for i, (beta, following) in enumerate(pairwise(betas[1:])):
             if step_sizes is not None:
                 size = step_sizes[i]
-            here, acceptance = _transition(path, here, beta, size, self.num_leapfrog)
-            log_weights = log_weights + (following - beta) * (here.log_f - _gaussian(here.u))
+            here, acceptance = transition(
+                path.at,
+                here,
+                step_size=size * (1 + _JITTER * (2 * torch.rand_like(log_weights) - 1)),
+                momentum=torch.randn_like(u),
+                uniform=torch.rand_like(log_weights),
+                num_leapfrog=self.num_leapfrog,
+                temper=partial(_tempered, beta),
+            )
+            log_weights = log_weights + (following - beta) * (here.log_p - _gaussian(here.position))
             accepted += acceptance
             sizes.append(size)
             if self.adapt:
@@ -174,19 +179,19 @@ class Annealing:
 
 
 def ais(log_joint: LogDensity, loc: Tensor, scale: Tensor, **options: Any) -> Tensor:
-    """Annealed importance sampling of ``log p(x)``, a lower bound in expectation: ``[B]`` in nats.
+    """Estimate ``log p(x)`` by annealed importance sampling, a lower bound in expectation: ``[B]`` in nats.
 
-    `Annealing.forward` also tells acceptance and step sizes, and how much the chains differ.
+    `Annealing.forward` also returns acceptance, step sizes and the weights of single chains.
 
     Args:
         log_joint: ``z [S, B, D]`` to ``log p(x, z) [S, B]``, with gradients.
-        loc: Means ``[B, D]`` of the Gaussian that chains start from, best those of the posterior.
+        loc: Means ``[B, D]`` of the Gaussian from which chains start, best those of the posterior.
         scale: Its standard deviations ``[B, D]``.
         options: Those of `Annealing`.
 
     Raises:
         OptionError: An option, or a scale, has a value that cannot work.
-        ShapeError: ``loc``, ``scale`` or what ``log_joint`` returns has the wrong shape.
+        ShapeError: ``loc``, ``scale`` or the value of ``log_joint`` has the wrong shape.
         ModelError: The log joint has no gradient or is not a number at the start.
 
     >>> def log_joint(z):  # of x = 1 with x ~ N(z, 1) and z ~ N(0, 1), so that x ~ N(0, 2)
@@ -201,16 +206,16 @@ def ais(log_joint: LogDensity, loc: Tensor, scale: Tensor, **options: Any) -> Te
 def bidirectional(
     log_joint: LogDensity, loc: Tensor, scale: Tensor, z: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Bounds of ``log p(x)`` from both sides, each in expectation, for data whose posterior has been drawn from.
+    """Bound ``log p(x)`` from both sides, each in expectation, for data with an exact draw of their posterior.
 
-    Draw ``z`` from the prior and ``x`` given ``z``, and ``z`` is an exact draw of its posterior. The gap between the
-    bounds says what `ais` misses on data that the model has made itself.
+    If ``z`` is drawn from the prior and ``x`` given ``z``, then ``z`` is an exact draw of its posterior. The gap
+    between the bounds limits the error of `ais` on data that the model has generated.
 
     Args:
         log_joint: As for `ais`.
         loc: As for `ais`.
         scale: As for `ais`.
-        z: The codes that made the data, ``[B, D]``.
+        z: The codes that generated the data, ``[B, D]``.
         options: Those of `Annealing`.
 
     Returns:
@@ -226,90 +231,45 @@ def bidirectional(
         Adams, 2015.
     """
     if z.shape != loc.shape:
-        raise ShapeError(
-            "there has to be one posterior draw of each datum", got=f"shape {tuple(z.shape)}", expected=tuple(loc.shape)
-        )
+        expected = f"one posterior draw of each datum, shape {tuple(loc.shape)}"
+        raise ShapeError.must_be("z", expected, f"shape {tuple(z.shape)}")
     annealing = Annealing(**options)
     there = annealing.forward(log_joint, loc, scale)
     back = annealing.backward(log_joint, loc, scale, z, there.step_sizes)
     return there.log_mean, -back.log_mean
 
 
-class _Point(NamedTuple):
-    """A place ``u [S, B, D]``, and ``log f_1 [S, B]`` with its gradient ``[S, B, D]`` there."""
-
-    u: Tensor
-    log_f: Tensor
-    gradient: Tensor
-
-    def energy(self, beta: float) -> Tensor:
-        return -(1 - beta) * _gaussian(self.u) - beta * self.log_f
-
-    def force(self, beta: float) -> Tensor:
-        return beta * self.gradient - (1 - beta) * self.u
-
-
 class _Path:
-    """``log f_1`` in the coordinates of the start."""
+    """A view of ``log f_1`` in the coordinates ``u`` of the start."""
 
     def __init__(self, log_joint: LogDensity, loc: Tensor, scale: Tensor):
         check_start(loc, scale)
         self.log_joint, self.loc, self.scale = log_joint, loc, scale
         self.log_volume = scale.log().sum(-1)
 
-    def at(self, u: Tensor) -> _Point:
-        """``log f_1`` and its gradient; a place too far away has no weight."""
+    def at(self, u: Tensor) -> Point:
+        """Return ``log f_1`` and its gradient at ``u [S, B, D]``; ``-inf`` too far from the start."""
         inside = u.abs().amax(-1) < _FAR
-        # What a diverging trajectory asks for is rejected; no distribution should have to see it.
+        # points of a diverging trajectory are rejected anyway: the model never sees them
         near = u.where(inside[..., None], 0.0).requires_grad_()
         with torch.enable_grad():
             log_p = self.log_joint(self.loc + self.scale * near)
             if log_p.shape != u.shape[:-1]:
-                raise ShapeError(
-                    "the log joint has the wrong shape",
-                    got=tuple(log_p.shape),
-                    expected=f"{tuple(u.shape[:-1])} for codes {tuple(u.shape)}",
-                )
+                expected = f"of shape {tuple(u.shape[:-1])} for codes {tuple(u.shape)}"
+                raise ShapeError.must_be("The log joint", expected, tuple(log_p.shape))
             if not log_p.requires_grad:
-                raise ModelError(
-                    "the log joint has no gradient with respect to the codes",
-                    do="Leave out detach() and no_grad(), or use method='iwae'.",
-                )
+                do = "Leave out detach() and no_grad(), or use method='iwae'."
+                raise ModelError(f"The log joint has no gradient with respect to the codes. {do}")
             (gradient,) = torch.autograd.grad(log_p.sum(), near)
-        log_f = (log_p.detach() + self.log_volume).where(inside, -torch.inf)
-        return _Point(u, log_f, gradient)
+        return Point(u, (log_p.detach() + self.log_volume).where(inside, -torch.inf), gradient)
 
 
-def _transition(path: _Path, here: _Point, beta: float, size: Tensor, num_leapfrog: int) -> tuple[_Point, Tensor]:
-    """One transition of Hamiltonian Monte Carlo that leaves ``f_β`` as it is, and its acceptance ``[S, B]``."""
-    varied = 1 + _JITTER * (2 * torch.rand_like(here.log_f) - 1)
-    eps = (size * varied)[..., None]
-    start = torch.randn_like(here.u)
-    there, momentum = here, start + eps / 2 * here.force(beta)
-    for _ in range(num_leapfrog - 1):
-        there = path.at(there.u + eps * momentum)
-        momentum = momentum + eps * there.force(beta)
-    there = path.at(there.u + eps * momentum)
-    momentum = momentum + eps / 2 * there.force(beta)
-    before = here.energy(beta) + start.square().sum(-1) / 2
-    after = there.energy(beta) + momentum.square().sum(-1) / 2
-    acceptance = (before - after).exp().clamp(max=1).nan_to_num(0.0)
-    return _choose(_accepted(acceptance), there, here), acceptance
-
-
-def _accepted(acceptance: Tensor) -> Tensor:
-    return torch.rand_like(acceptance) < acceptance
-
-
-def _choose(which: Tensor, there: _Point, here: _Point) -> _Point:
-    """``there`` for the chains ``[S, B]`` that have moved, else ``here``."""
-    return _Point(
-        torch.where(which[..., None], there.u, here.u),
-        torch.where(which, there.log_f, here.log_f),
-        torch.where(which[..., None], there.gradient, here.gradient),
-    )
+def _tempered(beta: float, point: Point) -> Point:
+    """Return ``log f_β`` and its gradient at a point of ``f_1``."""
+    u, log_p, gradient = point
+    return Point(u, (1 - beta) * _gaussian(u) + beta * log_p, beta * gradient - (1 - beta) * u)
 
 
 def _gaussian(u: Tensor) -> Tensor:
-    """``log N(u; 0, I)``, ``[S, B]``."""
+    """Return ``log N(u; 0, I)``, ``[S, B]``."""
     return -(u.square().sum(-1) + u.shape[-1] * log(2 * pi)) / 2

@@ -1,6 +1,6 @@
-"""What the codes of a latent variable model do: whether they fill the prior, are used, and give the data back.
+"""Metrics for the codes of a latent variable model: match with the prior, use of dimensions, reconstruction.
 
-Every function takes tensors, draws and means of whatever model, and knows nothing of models.
+Every function takes tensors: draws and means of any model.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from implicitvi.metrics.two_sample import knn_kl
 
 
 def aggregated_kl(codes: Tensor, prior: Tensor, *, k: int = 5) -> float:
-    """``KL(q(z)‖p(z))`` in nats between the aggregated posterior ``q(z) = mean_x q(z | x)`` and the prior.
+    """Estimate ``KL(q(z)‖p(z))`` in nats between the aggregated posterior ``q(z) = mean_x q(z | x)`` and the prior.
 
-    By nearest neighbours (`knn_kl`), hence no bound, and about 0 for equal distributions. A prior of the wrong shape,
-    holes in it and codes outside of it all show here, and in no reconstruction.
+    The estimate is by nearest neighbours (`knn_kl`), so it is not a bound, and about 0 for equal distributions. It
+    shows a prior of the wrong shape, holes in it and codes outside of it, which reconstructions do not.
 
     Args:
         codes: Draws of ``q(z | x)`` for data drawn at random, ``[N, D]``, or several of each, ``[S, B, D]``.
         prior: Draws of the prior ``[M, D]``, best as many as there are codes.
-        k: Which neighbour.
+        k: Number of the neighbour.
 
     Raises:
         ShapeError: The sets are not of the shapes above, with more than ``k`` draws each.
-        OptionError: A value is not finite, or codes are repeated, as those of an encoder without noise are for data
-            that are: such a ``q(z)`` has no density and its divergence is infinite.
+        OptionError: A value is not finite, or codes are repeated, as an encoder without noise does for repeated data:
+            such a ``q(z)`` has no density and its divergence is infinite.
 
     >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def aggregated_kl(codes: Tensor, prior: Tensor, *, k: int = 5) -> float:
 
 
 def active_units(means: Tensor, *, threshold: float = 0.01) -> Tensor:
-    """Which latent dimensions say something about the data, ``[D]``: those whose posterior mean varies with them.
+    """Return a mask ``[D]`` of latent dimensions whose posterior mean varies with the data.
 
     ``Var_x(E_q[z_d | x]) > threshold``, in the units of the prior squared; the sum is the number of active units.
 
@@ -59,20 +59,16 @@ def active_units(means: Tensor, *, threshold: float = 0.01) -> Tensor:
     """
     check_positive("threshold", threshold)
     if means.dim() != 2 or len(means) < 2:
-        raise ShapeError(
-            "there are no posterior means of several data",
-            got=f"shape {tuple(means.shape)}",
-            expected="[N, D] with N >= 2",
-        )
+        raise ShapeError.must_be("The posterior means", "[N, D] with N >= 2", f"shape {tuple(means.shape)}")
     return means.var(0) > threshold
 
 
 def squared_error(x: Tensor, reconstruction: Tensor) -> float:
-    """Squared error of reconstructions, mean over data and the entries of each.
+    """Compute the squared error of reconstructions, averaged over data and entries.
 
     Args:
         x: Data ``[B, *x_shape]``.
-        reconstruction: What came back of them, ``[B, *x_shape]``, or several times, ``[S, B, *x_shape]``.
+        reconstruction: One reconstruction of each, ``[B, *x_shape]``, or several, ``[S, B, *x_shape]``.
 
     Raises:
         ShapeError: The last axes of the reconstruction are not those of ``x``.
@@ -82,16 +78,13 @@ def squared_error(x: Tensor, reconstruction: Tensor) -> float:
     5.0
     """
     if reconstruction.shape[-x.dim() :] != x.shape:
-        raise ShapeError(
-            "data and reconstructions do not match",
-            got=f"shapes {tuple(x.shape)} and {tuple(reconstruction.shape)}",
-            expected="[B, *x_shape] and [(S,) B, *x_shape]",
-        )
+        shapes = f"shapes {tuple(x.shape)} and {tuple(reconstruction.shape)}"
+        raise ShapeError.must_be("Data and reconstructions", "[B, *x_shape] and [(S,) B, *x_shape]", shapes)
     return float((reconstruction - x).square().mean())
 
 
 def negative_log_likelihood(log_likelihood: Tensor, *, entries: int = 1) -> float:
-    """``-E_q[log p(x | z)]`` in nats, mean over codes and data, for each entry of a datum.
+    """Compute ``-E_q[log p(x | z)]`` in nats per entry of a datum, averaged over codes and data.
 
     For binary data this is the cross-entropy that the AVB paper calls reconstruction error, when ``entries`` is the
     number of pixels (its Table 1 has the mean over pixels).

@@ -1,13 +1,12 @@
-"""How far apart two distributions are, told from draws of each.
+"""Measure the distance between two distributions from draws of each.
 
-Every function takes two sets of draws, ``[N, D]`` and ``[M, D]``, torch tensors (any device, with
-or without gradient) or numpy arrays, works in float64 on the CPU and leaves the random state alone.
-Where the two sets have different roles, the second is the reference. Work in unconstrained
-coordinates, and `whiten` both sets first when their axes have different units: only `c2st`,
-`mean_error` and `sd_ratio` rescale by themselves.
+Every function takes two sets of draws, ``[N, D]`` and ``[M, D]``, torch tensors (any device, with or without gradient)
+or numpy arrays, works in float64 on the CPU and leaves the random state unchanged. If the sets have different roles,
+the second is the reference. Use unconstrained coordinates, and `whiten` both sets first if their axes have different
+units: only `c2st`, `mean_error` and `sd_ratio` rescale.
 
-Adding a divergence: a function of two sets of draws that returns a float, whose docstring says its
-unit, its value for equal distributions and its noise there.
+Adding a divergence: a function of two sets of draws that returns a float, whose docstring gives its unit, its value for
+equal distributions and its noise there.
 """
 
 from __future__ import annotations
@@ -21,47 +20,44 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
-from implicitvi.numerics.gaussian import frame
-from implicitvi.numerics.gaussian import whiten as standardise
+from implicitvi.numerics import gaussian
+from implicitvi.numerics.gaussian import standard_deviations
 
 __all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]
 
 Draws = Tensor | NDArray[np.floating]
 
-_MAX_REPEATED = 0.01  # a share: float32 draws in one dimension do coincide now and then
-_MEDIAN_ROWS = 1_000  # of each sample, for the median heuristic
-_BLOCK_ENTRIES = 2**22  # of a distance matrix held at once: 32 MiB
+_MAX_REPEATED = 0.01  # share of repeated draws: float32 draws in one dimension coincide now and then
+_MEDIAN_ROWS = 1_000  # of each set, for the median heuristic
+_BLOCK_ENTRIES = 2**22  # of a block of the distance matrix: 32 MiB
 _BATCH = 200  # rows per update of the classifier
 _EPOCHS = 25  # of the classifier; more overfit, fewer miss fine structure
-_MIN_UPDATES = 300  # of the classifier, where there are so few draws that its epochs are short
+_MIN_UPDATES = 300  # of the classifier, for few draws and short epochs
 
 
 def knn_kl(q_draws: Draws, p_draws: Draws, *, k: int = 5) -> float:
-    """``KL(q‖p)`` in nats by nearest neighbours, from draws alone.
+    """Estimate ``KL(q‖p)`` in nats by nearest neighbours, from draws alone.
 
-    With ``ρ`` and ``ν`` the distances of a draw of ``q`` to its k-th neighbour among the other
-    draws of ``q`` and among those of ``p``: ``D · mean log(ν / ρ) + log(M / (N - 1))``.
+    With ``ρ`` and ``ν`` the distances of a draw of ``q`` to its k-th neighbour among the other draws of ``q`` and among
+    those of ``p``: ``D · mean log(ν / ρ) + log(M / (N - 1))``.
 
-    Consistent but not a bound, and for equal distributions as often below zero as above:
-    0.000 ± 0.007 for 20 000 draws of a 10-D normal each. Far apart it is biased, mostly downwards,
-    since few draws of ``p`` lie where ``q`` is: with as many draws, 10-D unit normals 0.50, 2.0 and
-    5.0 nats apart give 0.38, 1.5 and 3.5, and a ``q`` twice as wide as ``p`` 0.8 instead of 8.1.
-    So look at both directions.
+    Consistent but not a bound, and for equal distributions as often below zero as above: 0.000 ± 0.007 for 20 000 draws
+    of a 10-D normal each. For distant distributions it is biased, mostly downwards, since few draws of ``p`` lie near
+    ``q``: with as many draws, 10-D unit normals 0.50, 2.0 and 5.0 nats apart give 0.38, 1.5 and 3.5, and a ``q`` twice
+    as wide as ``p`` gives 0.8 instead of 8.1. So compute both directions.
 
     Args:
         q_draws: Draws of ``q``, ``[N, D]``, independent.
         p_draws: Draws of ``p``, ``[M, D]``, independent and none of them shared with ``q_draws``.
-        k: Which neighbour. More neighbours give less variance and more bias.
+        k: Number of the neighbour. A larger one gives less variance and more bias.
 
     Returns:
         The estimate in nats, 0 for equal distributions.
 
     Raises:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with more than ``k`` rows each.
-        OptionError: ``k`` is below 1, a value is not finite, or draws are repeated, so that
-            distances are zero.
+        OptionError: ``k`` is below 1, a value is not finite, or draws are repeated, so distances are zero.
 
-    >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
     >>> q, p = torch.randn(2, 4000, 2, generator=generator)
     >>> abs(knn_kl(q, p)) < 0.1
@@ -70,37 +66,34 @@ def knn_kl(q_draws: Draws, p_draws: Draws, *, k: int = 5) -> float:
     True
 
     References:
-        Divergence estimation for multidimensional densities via k-nearest-neighbor distances (Wang,
-        Kulkarni, Verdú, 2009).
+        Divergence estimation for multidimensional densities via k-nearest-neighbor distances (Wang, Kulkarni, Verdú,
+        2009).
         Information theoretical estimators toolbox (Szabó, 2014), ``BDKL_KnnK``.
     """
     check_at_least("k", k, 1)
     q, p = (side.numpy() for side in _pair(q_draws, p_draws, least_rows=k + 1))
     _refuse_repeats(q, p)
-    # The nearest draw of q to a draw of q is itself, hence one neighbour more.
+    # one neighbour more: the nearest draw of q to a draw of q is itself
     rho = cKDTree(q).query(q, k=[k + 1], workers=1)[0]
     nu = cKDTree(p).query(q, k=[k], workers=1)[0]
     if min(rho.min(), nu.min()) == 0:
-        raise OptionError(
-            f"more than {k} draws coincide, so the distance to the k-th neighbour is zero",
-            do="Pass independent draws of a continuous distribution.",
-        )
+        do = "Pass independent draws of a continuous distribution."
+        raise OptionError(f"The distance to the k-th neighbour is zero, as more than {k} draws coincide. {do}")
     rows, dim = q.shape
     return float(dim * np.log(nu / rho).mean() + math.log(len(p) / (rows - 1)))
 
 
 def mmd(x: Draws, y: Draws, *, bandwidth: float | None = None) -> float:
-    """Squared maximum mean discrepancy with a Gaussian kernel, unbiased.
+    """Estimate the squared maximum mean discrepancy with a Gaussian kernel, unbiased.
 
-    ``E k(x, x') + E k(y, y') - 2 E k(x, y)`` for ``k(a, b) = exp(-|a - b|² / (2 bandwidth²))``.
-    Symmetric in its arguments. Its memory is bounded; its time grows as ``(N + M)²``.
+    ``E k(x, x') + E k(y, y') - 2 E k(x, y)`` for ``k(a, b) = exp(-|a - b|² / (2 bandwidth²))``. Symmetric in its
+    arguments. Its memory is bounded; its time grows as ``(N + M)²``.
 
     Args:
         x: Draws, ``[N, D]``.
         y: Draws, ``[M, D]``.
-        bandwidth: Of the kernel, in the units of the draws; ``None`` for the median distance
-            between the pooled draws (up to 1 000 rows of each), which makes the result invariant to
-            rotation, shift and scale.
+        bandwidth: Bandwidth of the kernel, in the units of the draws; ``None`` for the median distance between the
+            pooled draws (up to 1 000 rows of each), which makes the result invariant to rotation, shift and scale.
 
     Returns:
         The estimate, between about 0 (equal distributions; it may fall below by chance) and 2.
@@ -109,7 +102,6 @@ def mmd(x: Draws, y: Draws, *, bandwidth: float | None = None) -> float:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or the bandwidth is not positive and finite.
 
-    >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
     >>> x, y = torch.randn(2, 1000, 3, generator=generator)
     >>> abs(mmd(x, y)) < 0.005
@@ -126,35 +118,32 @@ def mmd(x: Draws, y: Draws, *, bandwidth: float | None = None) -> float:
     width = _median_distance(x, y) if bandwidth is None else bandwidth
     check_positive("bandwidth", width)
     if math.isinf(width):
-        raise OptionError("bandwidth is out of range", got=width, expected="a finite number")
+        raise OptionError.must_be("bandwidth", "finite", width)
     within = [(_kernel_sum(a, a, width) - len(a)) / (len(a) * (len(a) - 1)) for a in (x, y)]
     return sum(within) - 2 * _kernel_sum(x, y, width) / (len(x) * len(y))
 
 
 def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
-    """Classifier two-sample test: how often a small network tells the two sets apart.
+    """Run a classifier two-sample test: the accuracy with which a small network separates the two sets.
 
-    Mean held-out accuracy, over stratified folds, of a 64-64 network trained for 25 epochs (more
-    below 1 500 draws). Both sets are standardised by the mean and standard deviation of ``y``, and
-    the longer is cut to the length of the shorter. Figures depend on the classifier and on ``N``:
-    compare only those with the same ones.
+    It is the mean held-out accuracy, over stratified folds, of a 64-64 network trained for 25 epochs (more below 1 500
+    draws). Both sets are standardised by the mean and standard deviation of ``y``, and the longer is cut to the length
+    of the shorter. The result depends on the classifier and on ``N``: compare only results with the same ones.
 
     Args:
         x: Draws to judge, ``[N, D]``, in random order.
         y: Reference draws, ``[M, D]``, in random order.
-        seed: Of the folds and the network; the result is a function of the draws and the seed.
+        seed: Seed of the folds and the network; the result is a function of the draws and the seed.
         folds: Number of folds, 2 or more.
 
     Returns:
-        Accuracy in [0, 1]; 1 is disjoint, 0.5 is indistinguishable, with a standard deviation of
-            about ``0.5 / sqrt(N)`` for equal distributions.
+        Accuracy in [0, 1]; 1 is disjoint, 0.5 is indistinguishable, with a standard deviation of about
+            ``0.5 / sqrt(N)`` for equal distributions.
 
     Raises:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with ``folds`` rows or more each.
-        OptionError: ``folds`` is below 2, a value is not finite, or a dimension of ``y`` is
-            constant.
+        OptionError: ``folds`` is below 2, a value is not finite, or a dimension of ``y`` is constant.
 
-    >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
     >>> x, y = torch.randn(2, 300, 2, generator=generator)
     >>> c2st(x + 5, y, folds=2) > 0.99
@@ -163,14 +152,14 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
     References:
         Revisiting classifier two-sample tests (Lopez-Paz, Oquab, 2017).
     """
-    # scikit-learn takes a second to import and is needed here only.
+    # scikit-learn takes a second to import
     from sklearn.model_selection import StratifiedKFold
 
     check_at_least("folds", folds, 2)
     x, y = _pair(x, y, least_rows=max(2, folds))
     rows = min(len(x), len(y))
-    centre, scale = y.mean(0), _spread(y)
-    # No draw of y is as far out as sqrt(M) deviations; far beyond that the network would diverge.
+    centre, scale = y.mean(0), standard_deviations(y)
+    # no draw of y is sqrt(M) deviations out; far beyond that the network would diverge
     reach = 10 * math.sqrt(len(y))
     features = ((torch.cat([x[:rows], y[:rows]]) - centre) / scale).clamp(-reach, reach).numpy()
     labels = np.repeat([0, 1], rows)
@@ -180,31 +169,30 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
 
 
 def mean_error(draws: Draws, reference: Draws) -> float:
-    """Largest error of a mean over dimensions, in standard deviations of the reference.
+    """Return the largest error of a mean over dimensions, in standard deviations of the reference.
 
     Args:
         draws: Draws to judge, ``[N, D]``.
         reference: Reference draws, ``[M, D]``.
 
     Returns:
-        ``max_d |mean - mean_ref| / sd_ref``; for equal distributions ``sqrt(1/N + 1/M)`` times the
-            largest size of ``D`` standard normals.
+        ``max_d |mean - mean_ref| / sd_ref``; for equal distributions ``sqrt(1/N + 1/M)`` times the largest absolute
+            value of ``D`` standard normals.
 
     Raises:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or a dimension of the reference is constant.
 
-    >>> import torch
     >>> reference = torch.tensor([[0.0, 0.0], [2.0, 20.0], [4.0, 40.0]])
     >>> mean_error(reference + torch.tensor([1.0, 5.0]), reference)
     0.5
     """
     draws, reference = _pair(draws, reference, least_rows=2)
-    return float(((draws.mean(0) - reference.mean(0)).abs() / _spread(reference)).max())
+    return float(((draws.mean(0) - reference.mean(0)).abs() / standard_deviations(reference)).max())
 
 
 def sd_ratio(draws: Draws, reference: Draws) -> tuple[float, float]:
-    """Smallest and largest ratio, over dimensions, of standard deviations to the reference's.
+    """Return the smallest and largest ratio, over dimensions, of standard deviations to the reference's.
 
     Args:
         draws: Draws to judge, ``[N, D]``.
@@ -217,18 +205,17 @@ def sd_ratio(draws: Draws, reference: Draws) -> tuple[float, float]:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or a dimension of the reference is constant.
 
-    >>> import torch
     >>> reference = torch.tensor([[0.0, 0.0], [2.0, 20.0], [4.0, 40.0]])
     >>> sd_ratio(reference * torch.tensor([0.5, 2.0]), reference)
     (0.5, 2.0)
     """
     draws, reference = _pair(draws, reference, least_rows=2)
-    ratios = draws.std(0) / _spread(reference)
+    ratios = draws.std(0) / standard_deviations(reference)
     return float(ratios.min()), float(ratios.max())
 
 
 def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance, in the units of the draws.
+    """Compute the sliced 2-Wasserstein distance, in the units of the draws.
 
     ``sqrt(E_θ W₂²(θᵀx, θᵀy))`` over directions ``θ`` drawn evenly from the unit sphere. On a line ``W₂²`` is the mean
     squared distance between the sorted draws, so the longer set is cut to the length of the shorter. Symmetric. A shift
@@ -237,8 +224,8 @@ def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: 
     Args:
         x: Draws, ``[N, D]``, in random order.
         y: Draws, ``[M, D]``, in random order.
-        num_projections: Number of directions; their choice is the same in both orders of the sets.
-        seed: Of the directions; the result is a function of the draws and the seed.
+        num_projections: Number of directions; they do not depend on the order of the sets.
+        seed: Seed of the directions; the result is a function of the draws and the seed.
 
     Returns:
         The distance, 0 or more; for equal distributions 0.019 ± 0.001 for 20 000 draws of a 10-D normal
@@ -248,7 +235,6 @@ def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: 
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]`` with two rows or more each.
         OptionError: A value is not finite, or ``num_projections`` is below 1.
 
-    >>> import torch
     >>> x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
     >>> abs(sliced_wasserstein(x, x + 1) - 1) < 0.1
     True
@@ -270,7 +256,7 @@ def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: 
 
 
 def whiten(draws: Draws, reference: Draws) -> Tensor:
-    """Put draws into the coordinates in which the reference has mean 0 and covariance ``I``.
+    """Transform draws to the coordinates in which the reference has mean 0 and covariance ``I``.
 
     ``L⁻¹ (draws - mean)`` with ``L`` the Cholesky factor of the reference's covariance.
 
@@ -279,106 +265,73 @@ def whiten(draws: Draws, reference: Draws) -> Tensor:
         reference: Reference draws, ``[M, D]``, more than ``D`` of them.
 
     Returns:
-        The moved draws, ``[N, D]``, float64, on the CPU.
+        The transformed draws, ``[N, D]``, float64, on the CPU.
 
     Raises:
         ShapeError: The sets are not ``[N, D]`` and ``[M, D]``, or ``M <= D``.
         OptionError: A value is not finite, or the reference lies on a plane of lower dimension.
 
-    >>> import torch
     >>> reference = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     >>> white = whiten(reference, reference)
     >>> torch.allclose(white.T.cov(), torch.eye(2, dtype=white.dtype))
     True
     """
     draws, reference = _pair(draws, reference, least_rows=1)
-    _check_rows("the second set", reference, reference.shape[1] + 1)
-    _spread(reference)  # names the constant dimensions
-    return standardise(draws, *frame(reference))
+    _check_rows("The second set", reference, reference.shape[1] + 1)
+    return gaussian.whiten(draws, *gaussian.mean_and_cholesky(reference))
 
 
 def _pair(first: Draws, second: Draws, *, least_rows: int) -> tuple[Tensor, Tensor]:
-    """Both sets as finite float64 tensors ``[N, D]`` and ``[M, D]``."""
-    x, y = _matrix("the first set", first), _matrix("the second set", second)
+    """Return both sets as finite float64 tensors ``[N, D]`` and ``[M, D]``."""
+    x, y = _matrix("The first set", first), _matrix("The second set", second)
     if x.shape[1] != y.shape[1]:
-        raise ShapeError(
-            "the two sets of draws have different dimensions",
-            got=f"shapes {tuple(x.shape)} and {tuple(y.shape)}",
-            expected="[N, D] and [M, D]",
-        )
-    _check_rows("the first set", x, least_rows)
-    _check_rows("the second set", y, least_rows)
+        shapes = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        raise ShapeError(f"The two sets of draws must be [N, D] and [M, D], got different dimensions: {shapes}.")
+    _check_rows("The first set", x, least_rows)
+    _check_rows("The second set", y, least_rows)
     return x, y
 
 
 def _matrix(name: str, draws: Draws) -> Tensor:
     if not isinstance(draws, Tensor):
-        # A copy: torch refuses arrays with negative strides and warns about read-only ones.
+        # a copy: torch refuses arrays with negative strides and warns about read-only ones
         draws = torch.from_numpy(np.array(draws, dtype=np.float64))
     matrix = draws.detach().to("cpu", torch.float64)
     if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ShapeError(
-            f"{name} of draws is not a matrix",
-            got=f"shape {tuple(matrix.shape)}",
-            expected="[N, D]",
-            do="Flatten the draws to one row each; one dimension is draws[:, None].",
-        )
+        do = "Flatten the draws to one row each; for one dimension pass draws[:, None]."
+        raise ShapeError.must_be(f"{name} of draws", "a matrix [N, D]", f"shape {tuple(matrix.shape)}", do)
     if not matrix.isfinite().all():
         bad = int((~matrix.isfinite()).any(1).sum())
-        raise OptionError(f"{name} of draws has values that are not finite", got=f"{bad} bad rows of {len(matrix)}")
+        raise OptionError.must_be(f"{name} of draws", "finite", f"{bad} bad rows of {len(matrix)}")
     return matrix
 
 
 def _check_rows(name: str, matrix: Tensor, least: int) -> None:
     if len(matrix) < least:
-        raise ShapeError(f"{name} of draws has too few rows", got=len(matrix), expected=f">= {least}")
-
-
-def _spread(reference: Tensor) -> Tensor:
-    """Standard deviation per dimension ``[D]``, none of them zero."""
-    spread = reference.std(0)
-    # A constant column has a deviation of rounding error, relative to its size.
-    constant = spread <= 1e-12 * reference.abs().amax(0)
-    if constant.any():
-        raise OptionError(
-            "the reference is constant in some dimensions",
-            got=f"dimensions {constant.nonzero().flatten().tolist()}",
-            do="Drop them from both sets.",
-        )
-    return spread
+        raise ShapeError(f"{name} of draws must have at least {least} rows, got {len(matrix)}.")
 
 
 def _refuse_repeats(q: NDArray[np.float64], p: NDArray[np.float64]) -> None:
-    """Refuse draws that are repeated in a set, as a Markov chain's are, or shared by the two."""
+    """Raise `OptionError` if draws are repeated in a set, as those of a Markov chain are, or shared by the two."""
     total = len(q) + len(p)
     repeated = 1 - len(np.unique(np.concatenate([q, p]), axis=0)) / total
     if repeated > _MAX_REPEATED:
-        raise OptionError(
-            "draws are repeated, so distances between neighbours are zero",
-            got=f"{repeated:.1%} of {total}",
-            expected="independent draws of continuous distributions, no draw in both sets",
-            do="Thin a Markov chain that rejects; do not compare a set of draws with itself.",
-        )
+        do = "Thin a Markov chain that rejects; do not compare a set of draws with itself."
+        raise OptionError(f"Distances between neighbours are zero: {repeated:.1%} of {total} draws are repeated. {do}")
 
 
 def _median_distance(x: Tensor, y: Tensor) -> float:
-    """Median distance between pooled draws, on evenly spaced rows of each set."""
-    pooled = torch.cat([_every_nth(x), _every_nth(y)])
+    """Return the median distance between pooled draws, on evenly spaced rows of each set."""
+    pooled = torch.cat([each[:: math.ceil(len(each) / _MEDIAN_ROWS)] for each in (x, y)])
     median = float(torch.nn.functional.pdist(pooled).median())
     if median == 0:
-        raise OptionError(
-            "more than half of the distances between draws are zero",
-            do="Pass a bandwidth, or independent draws of a continuous distribution.",
-        )
+        do = "Pass a bandwidth, or independent draws of a continuous distribution."
+        raise OptionError(f"More than half of the distances between draws are zero. {do}")
     return median
 
 
-def _every_nth(x: Tensor) -> Tensor:
-    return x[:: math.ceil(len(x) / _MEDIAN_ROWS)]
-
-
 def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
-    """Sum of the kernel over all pairs of rows, in blocks of bounded memory."""
+    """Sum the kernel over all pairs of rows, in blocks of bounded memory."""
     rows = max(1, _BLOCK_ENTRIES // len(y))
     scale = -0.5 / bandwidth**2
     blocks = (torch.cdist(block, y).square_().mul_(scale).exp_() for block in torch.split(x, rows))
@@ -397,9 +350,8 @@ def _held_out_accuracy(
 
     batches = math.ceil(len(train) / _BATCH)
     epochs = max(_EPOCHS, _MIN_UPDATES // batches)
-    # So large a tolerance counts every epoch after the first as one without progress, which fixes
-    # their number. Early stopping would hold out too few draws to choose it by: below a thousand it
-    # returns the first network whose validation score is perfect by chance.
+    # With this tolerance no epoch after the first counts as progress, which fixes their number. Early stopping holds
+    # out too few draws: below a thousand it returns the first network whose validation score is perfect by chance.
     network = MLPClassifier(
         (64, 64),
         batch_size=min(_BATCH, len(train)),
@@ -408,5 +360,4 @@ def _held_out_accuracy(
         max_iter=epochs + 1,
         random_state=seed,
     )
-    network.fit(features[train], labels[train])
-    return float(network.score(features[test], labels[test]))
+    return float(network.fit(features[train], labels[train]).score(features[test], labels[test]))

@@ -17,7 +17,10 @@ JITTER = 1e-5  # added to the relative variances of a batch, so that a collapsed
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[(B,) D]`` and Cholesky factor of the covariance ``[(B,) D, D]`` of draws ``z [S, (B,) D]``."""
+    """Return the mean ``[(B,) D]`` of draws ``z [S, (B,) D]`` and the Cholesky factor of their covariance, regularised.
+
+    Draws of all processes count. With fewer draws than dimensions the correlations are shrunk.
+    """
     z = gather_draws(z)
     loc = z.mean(0)
     centred = (z - loc).movedim(0, -2)
@@ -25,14 +28,14 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = cov.diagonal(dim1=-2, dim2=-1)
     cov = cov + torch.diag_embed(JITTER * diagonal + 1e-12)
     scale_tril, info = torch.linalg.cholesky_ex(cov)
-    if info.any():  # fewer draws than dimensions: keep what is certain, the variances
+    if info.any():  # fewer draws than dimensions: keep the variances
         cov = 0.9 * cov + 0.1 * torch.diag_embed(diagonal + 1e-12)
         scale_tril = torch.linalg.cholesky(cov)
     return loc, scale_tril
 
 
 def whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    """``scale_tril⁻¹ (z - loc)`` for ``z [..., (B,) D]``, one triangular solve for all draws of a context."""
+    """Return ``scale_tril⁻¹ (z - loc)`` for ``z [..., (B,) D]`` by one triangular solve for all draws of a context."""
     if loc.dim() == 1:
         rows: Tensor = torch.linalg.solve_triangular(scale_tril.mT, z - loc, upper=True, left=False)
         return rows
@@ -42,7 +45,7 @@ def whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
 
 
 class Whitening:
-    """Standardises draws by a place and a scale for each context, the same draws once.
+    """A standardisation of draws by a location and a scale for each context; remembers the last result.
 
     Args:
         loc: ``m [..., D]``.
@@ -55,7 +58,7 @@ class Whitening:
         self._last: tuple[Tensor, bool, Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """``L⁻¹ (z - m)`` of ``z [..., D]``, kept for the last ``z``: density and adversary ask for it in turn."""
+        """Return ``L⁻¹ (z - m)`` for ``z [..., D]``, kept for the last ``z``: density and adversary both need it."""
         tracked = torch.is_grad_enabled()
         if self._last is None or self._last[0] is not z or self._last[1] != tracked:
             shape = torch.broadcast_shapes(z.shape, self.loc.shape)
@@ -66,25 +69,25 @@ class Whitening:
 
 
 class Gaussian(MultivariateNormal):
-    """`torch.distributions.MultivariateNormal` for many draws: made in one matrix product, standardised once."""
+    """A `torch.distributions.MultivariateNormal` for many draws: drawn by one matrix product, standardised once."""
 
     _whitening: Whitening | None = None
 
     def standardise(self, value: Tensor) -> Tensor:
-        """``scale_tril⁻¹ (value - loc)`` of ``value [..., (B,) D]``."""
-        # not in __init__: torch's expand makes one without it
+        """Return ``scale_tril⁻¹ (value - loc)`` of ``value [..., (B,) D]``."""
+        # not in __init__, which torch's expand does not call
         if self._whitening is None:
             self._whitening = Whitening(self.loc, self._unbroadcasted_scale_tril)
         return self._whitening(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``value [..., (B,) D]`` in nats: ``[..., (B,)]``."""
+        """Return the log density of ``value [..., (B,) D]`` in nats: ``[..., (B,)]``."""
         diagonal = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1)
         constant = diagonal.log().sum(-1) + 0.5 * log(2 * pi) * diagonal.shape[-1]
         return -0.5 * self.standardise(value).square().sum(-1) - constant
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Reparameterised draws ``[*sample_shape, (B,) D]``."""
+        """Draw reparameterised samples ``[*sample_shape, (B,) D]``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         rows = eps.reshape(-1, *self.loc.shape)
@@ -111,7 +114,7 @@ class GaussianMixture(Distribution):
 
     def __init__(self, weights: Tensor, locs: Tensor, scale_trils: Tensor):
         super().__init__(event_shape=locs.shape[-1:], validate_args=False)
-        # new tensors: a distribution that has been handed out must not move with the next batch
+        # copies: a distribution in use must not change with the next batch
         self.weights = weights.clone()
         self.centre = weights @ locs
         self.shifts = locs - self.centre
@@ -124,21 +127,21 @@ class GaussianMixture(Distribution):
         self._last: tuple[Tensor, bool, Tensor, Tensor] | None = None
 
     def log_joint(self, value: Tensor) -> Tensor:
-        """Log density of ``value [..., D]`` and each component together: ``[..., K]`` in nats."""
+        """Return the joint log density of ``value [..., D]`` and each component: ``[..., K]`` in nats."""
         return self._both(value)[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``value [..., D]``: ``[...]`` in nats."""
+        """Return the log density of ``value [..., D]``: ``[...]`` in nats."""
         return self.log_joint(value).logsumexp(-1)
 
     def local(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """``value [..., D]`` standardised by the components, weighed by their shares in it; the shares ``[..., K]``."""
+        """Return ``value [..., D]`` standardised by component, averaged by responsibility; and these ``[..., K]``."""
         standard, joint = self._both(value)
         shares = joint.softmax(-1)
         return (shares[..., None, :] @ standard).squeeze(-2), shares
 
     def _both(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """``value`` standardised by each component ``[..., K, D]``, and `log_joint`; kept for the last ``value``."""
+        """Return ``value`` standardised by component ``[..., K, D]`` and `log_joint`, kept for the last ``value``."""
         tracked = torch.is_grad_enabled()
         if self._last is None or self._last[0] is not value or self._last[1] != tracked:
             flat = self._inverses.flatten(0, 1)
@@ -150,7 +153,7 @@ class GaussianMixture(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Independent draws ``[*sample_shape, D]``."""
+        """Draw independent samples ``[*sample_shape, D]``."""
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
         noise = torch.randn((len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device)
@@ -178,13 +181,13 @@ class Mixture(Distribution):
         self.parts = parts
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``value [..., D]``: ``[...]`` in nats."""
+        """Return the log density of ``value [..., D]``: ``[...]`` in nats."""
         each = [part.log_prob(value) for part in self.parts]
         return (torch.stack(each, -1) + self.weights.log()).logsumexp(-1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Independent draws ``[*sample_shape, D]``."""
+        """Draw independent samples ``[*sample_shape, D]``."""
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
         counts = which.bincount(minlength=len(self.parts)).tolist()
@@ -194,35 +197,37 @@ class Mixture(Distribution):
 
 
 def gather_draws(z: Tensor) -> Tensor:
-    """Draws without context ``[S, D]`` of all processes; those of a context are all with the process that has it."""
+    """Gather draws without context ``[S, D]`` from all processes; draws of a context belong to one process."""
     return distributed.gather(z) if z.dim() == 2 else z
 
 
-def frame(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` of draws ``[S, D]`` and the Cholesky factor ``[D, D]`` of their covariance, whatever their units.
+def mean_and_cholesky(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean ``[D]`` of draws ``[S, D]`` and the Cholesky factor ``[D, D]`` of their covariance.
+
+    Unlike `moments` it adds nothing to the covariance, and the units of the coordinates do not matter.
 
     Raises:
-        OptionError: They lie on a plane of lower dimension.
+        OptionError: A coordinate is constant, or the draws lie on a plane of lower dimension.
     """
-    loc, scale = z.mean(0), _scale(z)
+    loc, scale = z.mean(0), standard_deviations(z)
     unit = ((z - loc) / scale).mT
-    correlation = (unit @ unit.mT) / (len(z) - 1)
-    factor, info = torch.linalg.cholesky_ex(correlation)
+    factor, info = torch.linalg.cholesky_ex((unit @ unit.mT) / (len(z) - 1))
     if info or not factor.diagonal().min() > 1e-7:
-        raise OptionError(
-            "the draws lie on a plane: their covariance is singular",
-            do="Look whether the fit has collapsed, or one coordinate is a function of others.",
-        )
+        do = "Check whether the fit has collapsed, or one coordinate is a function of others."
+        raise OptionError(f"The draws lie on a plane: their covariance is singular. {do}")
     return loc, scale[:, None] * factor
 
 
-def _scale(z: Tensor) -> Tensor:
-    """Standard deviations ``[D]`` of draws ``[S, D]``, none of them zero."""
+def standard_deviations(z: Tensor) -> Tensor:
+    """Return the standard deviations ``[D]`` of draws ``[S, D]``.
+
+    Raises:
+        OptionError: A coordinate is constant.
+    """
     scale = z.std(0)
-    if not (scale > 0).all():
-        raise OptionError(
-            "some coordinates of the draws are constant",
-            got=f"coordinates {(~(scale > 0)).nonzero().flatten().tolist()}",
-            do="Pass draws of all latent sites, not a point.",
-        )
+    # the deviation of a constant column is a rounding error, relative to its size
+    constant = ~(scale > 1e-12 * z.abs().amax(0))
+    if constant.any():
+        where = constant.nonzero().flatten().tolist()
+        raise OptionError(f"Draws must vary in every dimension, got constant dimensions {where}. Leave these out.")
     return scale

@@ -1,4 +1,4 @@
-"""Follow gradients of a log density: Adam on a closure, gradients at many points, draws that have a density."""
+"""Gradients of a log density at many points, Adam on a closure, and the check for finite draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from implicitvi.numerics.types import LogDensity
 
 
 def gradients(log_joint: LogDensity, z: Tensor, *, chunk: int = 2000) -> tuple[Tensor, Tensor]:
-    """``log p [S]`` and its gradient ``[S, D]`` at draws ``z [S, D]``; a gradient that is not finite is NaN."""
+    """Return ``log p [S]`` and its gradient ``[S, D]`` at draws ``z [S, D]``; a gradient that is not finite is NaN."""
     values, slopes = [], []
     for part in z.detach().split(chunk):
         part = part.requires_grad_()
@@ -27,15 +27,15 @@ def gradients(log_joint: LogDensity, z: Tensor, *, chunk: int = 2000) -> tuple[T
 def descend(
     loss: Callable[[], Tensor | None], groups: list[dict[str, Any]], num_steps: int, *, normalised: bool = False
 ) -> None:
-    """Minimise by Adam with rates that fall to a twentieth; a step that is not finite is left out.
+    """Minimise a loss by Adam with rates that fall to a twentieth; skip steps whose gradient is not finite.
 
     Args:
-        loss: A fresh scalar, ``None`` where there is nothing to learn from.
-        groups: Adam's parameter groups, ``params`` and ``lr``.
+        loss: Returns the loss, a scalar; ``None`` skips the step.
+        groups: Adam's parameter groups: ``params``, ``lr`` and other options.
         num_steps: Steps.
-        normalised: Whether the gradient of each group is taken for its direction alone, and remembered for 50 steps
-            in place of 1,000: where the first gradients are by far the largest, as they are when a scale has first to
-            find its size, Adam's memory of them would hold every later step back.
+        normalised: Whether to clip the gradient of each group to norm 1 and average squared gradients over 50 steps
+            rather than 1,000. Use it where the first gradients are by far the largest, as for a scale that has yet to
+            find its size: Adam's memory of them would slow down all later steps.
     """
     if not num_steps:
         return
@@ -58,6 +58,6 @@ def descend(
 
 
 def finite_draws(log_p: Tensor, group: int = 1) -> Tensor:
-    """Which of the draws ``log_p [S, ...]`` are finite, in groups of draws ``S / group`` apart: ``[S]``, boolean."""
+    """Return a mask ``[S]`` of finite ``log_p [S, ...]``, equal for ``group`` draws that lie ``S / group`` apart."""
     finite = log_p.isfinite().flatten(1).all(1) if log_p.dim() > 1 else log_p.isfinite()
     return finite if group == 1 else finite.view(group, -1).all(0).repeat(group)

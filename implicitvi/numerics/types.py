@@ -1,4 +1,4 @@
-"""Types that several folders speak of."""
+"""Type aliases shared by several folders."""
 
 from __future__ import annotations
 

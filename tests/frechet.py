@@ -1,8 +1,7 @@
-"""The Fréchet distance between images, in the features of a small classifier that is trained here.
+"""Compute the Fréchet distance between images in the features of a small classifier.
 
 This is **not** the Fréchet Inception Distance: the features are those of a `FeatureNet` trained on labelled images of
-the same kind, not of an Inception network trained on ImageNet. The figures can be compared with one another as long as
-the network is the same, and with those of nobody else.
+the same kind, not of an Inception network trained on ImageNet. Compare only distances in the same network.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from implicitvi.errors import OptionError, ShapeError, check_at_least, check_pos
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Squared Fréchet distance between Gaussians with the moments of two sets of features.
+    """Compute the squared Fréchet distance between Gaussians with the moments of two sets of features.
 
         |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½)
 
@@ -46,19 +45,17 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     """
     (m_x, a), (m_y, b) = _moments("x", x), _moments("y", y)
     if len(m_x) != len(m_y):
-        raise ShapeError(
-            "the two sets have different features", got=f"{len(m_x)} and {len(m_y)} dimensions", expected="the same"
-        )
+        raise ShapeError(f"Both sets must have the same features, got {len(m_x)} and {len(m_y)} dimensions.")
     root = torch.linalg.svdvals(a @ b.mT).sum()
     distance = (m_x - m_y).square().sum() + a.square().sum() + b.square().sum() - 2 * root
     return max(0.0, float(distance))  # rounding may put equal sets below
 
 
 def feature_distance(net: FeatureNet, x: Tensor, y: Tensor) -> float:
-    """`frechet_distance` of two sets of images in the features of a network; not the Inception distance.
+    """Compute `frechet_distance` of two sets of images in the features of a network; not the Inception distance.
 
     Args:
-        net: The network, the same one for all figures that are to be compared.
+        net: The network, the same one for all distances to be compared.
         x: Images ``[N, *x_shape]``.
         y: Images ``[M, *x_shape]``.
     """
@@ -66,24 +63,24 @@ def feature_distance(net: FeatureNet, x: Tensor, y: Tensor) -> float:
 
 
 class FeatureNet(nn.Module):
-    """A small classifier of images, whose last hidden layer has the features that distances are measured in.
+    """A small classifier of images, whose last hidden layer provides the features.
 
     Two convolutions for images with a channel axis, two dense layers for data in rows; then a layer of ``width``
-    features, and the classes. Trained by Adam on the cross-entropy when it is made; it is a function of the data and
+    features, and the classes. The constructor trains it by Adam on the cross-entropy; it is a function of the data and
     the seed.
 
     Args:
         x: Images ``[N, C, H, W]`` or rows ``[N, P]``.
-        labels: Class of each, ``[N]``, whole numbers from 0.
+        labels: Class of each, ``[N]``, integers from 0.
         width: Number of features.
-        steps: Steps of training.
+        steps: Training steps.
         batch_size: Rows of a step.
-        lr: Rate of Adam at the start; it falls to zero along a half cosine.
-        seed: Of the weights and the batches.
+        lr: Initial rate of Adam; it falls to zero along a half cosine.
+        seed: Seed of the weights and the batches.
 
     Raises:
         ShapeError: Images or labels have the wrong shape.
-        OptionError: Labels are no classes, or an option has a value that cannot work.
+        OptionError: Labels are not classes, or an option has a value that cannot work.
     """
 
     def __init__(
@@ -113,23 +110,20 @@ class FeatureNet(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, K]`` of images ``[N, *x_shape]``."""
+        """Return logits ``[N, K]`` of images ``[N, *x_shape]``."""
         logits: Tensor = self.head(self.body(x))
         return logits
 
     @torch.no_grad()
     def features(self, x: Tensor, *, batch_size: int = 1000) -> Tensor:
-        """Features ``[N, width]`` of images ``[N, *x_shape]``."""
+        """Return features ``[N, width]`` of images ``[N, *x_shape]``."""
         if x.shape[1:] != self.x_shape:
-            raise ShapeError(
-                "the images do not have the shape that the network was trained on",
-                got=tuple(x.shape),
-                expected=f"[N, {', '.join(map(str, self.x_shape))}]",
-            )
+            expected = f"[N, {', '.join(map(str, self.x_shape))}], as in training"
+            raise ShapeError.must_be("The images", expected, tuple(x.shape))
         return torch.cat([self.body(rows) for rows in x.split(batch_size)])
 
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
-        """Share of images ``[N, *x_shape]`` whose class ``[N]`` is found: how much the features are worth."""
+        """Return the share of images ``[N, *x_shape]`` whose class ``[N]`` is predicted correctly."""
         found = self.head(self.features(x)).argmax(-1)
         return float((found == labels).float().mean())
 
@@ -164,35 +158,22 @@ def _body(x_shape: torch.Size, width: int) -> nn.Sequential:
 
 def _check_labelled(x: Tensor, labels: Tensor) -> None:
     if x.dim() not in (2, 4) or not len(x):
-        raise ShapeError(
-            "these are no images to learn features from",
-            got=f"shape {tuple(x.shape)}",
-            expected="[N, C, H, W], or rows [N, P]",
-            do="Images without a channel axis need one: x[:, None].",
-        )
+        do = "Images without a channel axis need one: x[:, None]."
+        raise ShapeError.must_be("The images", "[N, C, H, W], or rows [N, P]", f"shape {tuple(x.shape)}", do)
     if labels.shape != x.shape[:1]:
-        raise ShapeError(
-            "there has to be one label for each image", got=f"shape {tuple(labels.shape)}", expected=tuple(x.shape[:1])
-        )
+        raise ShapeError.must_be("labels", f"one label for each of {len(x)} images", f"shape {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.min() < 0:
-        raise OptionError(
-            "the labels are no classes",
-            got=f"{labels.dtype} from {labels.min().item()}",
-            expected="whole numbers from 0",
-        )
+        raise OptionError.must_be("labels", "integers from 0", f"{labels.dtype} from {labels.min().item()}")
 
 
 def _moments(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` and a matrix ``A [R, D]`` whose ``AᵀA`` is the covariance, in float64."""
+    """Return the mean ``[D]`` and a matrix ``A [R, D]`` whose ``AᵀA`` is the covariance, in float64."""
     if x.dim() != 2 or len(x) < 2:
-        raise ShapeError(
-            f"{name} has to be a matrix of features", got=f"shape {tuple(x.shape)}", expected="[N, D] with N >= 2"
-        )
+        raise ShapeError.must_be(name, "a matrix of features [N, D] with N >= 2", f"shape {tuple(x.shape)}")
     x = x.detach().double()
     if not x.isfinite().all():
-        raise OptionError(
-            f"{name} has features that are not finite", got=f"{int((~x.isfinite()).any(1).sum())} such rows of {len(x)}"
-        )
+        bad = int((~x.isfinite()).any(1).sum())
+        raise OptionError.must_be(name, "finite", f"{bad} bad rows of {len(x)}")
     mean = x.mean(0)
     factor: Tensor = torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5).R
     return mean, factor
