@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from implicitvi import AVBSVI, Fit, ImplicitGuide
-from implicitvi.diagnostics.agreement import Agreement, agreement
+from implicitvi.diagnostics.agreement import Agreement
 from implicitvi.errors import ModelError, OptionError
 from implicitvi.inference.modes import Mode
-from implicitvi.inference.restarts import warn_of_disagreement
+from implicitvi.inference.restarts import agreement, warn_of_disagreement
 from implicitvi.rng import derived_seed
 from models import normal_normal
 

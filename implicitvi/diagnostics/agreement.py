@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-import torch
 from torch import Tensor
-
-from implicitvi.avb.multimodal import MixtureSampler
-from implicitvi.diagnostics.posterior import TrainedGuide
 
 R_HAT = 1.01  # above it fits disagree; their means then differ by about 0.15 standard deviations
 SHARE = 0.1  # of the draws: a mode whose share differs by more is lost, or found, by some of the fits
@@ -54,33 +49,3 @@ class Agreement:
             rows = (" ".join(f"{share:.2f}" for share in row) for row in self.shares.tolist())
             said += f"; shares of {modes} far modes, fit by fit: {', '.join(rows)}"
         return said
-
-
-@torch.no_grad()
-def agreement(guides: Sequence[TrainedGuide], *, num_samples: int = 4000) -> Agreement:
-    """Compare guides of one posterior by their draws.
-
-    Args:
-        guides: Trained guides of the same model, at least two.
-        num_samples: Number of draws of each.
-
-    References:
-        Rank-normalization, folding, and localization: An improved R-hat for assessing convergence of MCMC, Aki Vehtari,
-        Andrew Gelman, Daniel Simpson, Bob Carpenter, Paul-Christian Bürkner, 2021.
-    """
-    import arviz
-
-    u = torch.stack([guide.sample_unconstrained(num_samples) for guide in guides])
-    r_hat = {
-        name: float(arviz.rhat(u[..., i].double().numpy(force=True)))
-        for i, name in enumerate(guides[0].layout.coordinates())
-    }
-    return Agreement(r_hat, _shares(guides, u))
-
-
-def _shares(guides: Sequence[TrainedGuide], u: Tensor) -> Tensor:
-    """Return the share of draws ``u [R, S, D]`` in each mode of the guide with the most modes: ``[R, K]``."""
-    most = max(guides, key=lambda guide: guide.num_modes).sampler
-    if not isinstance(most, MixtureSampler):
-        return u.new_ones(len(u), 1)
-    return torch.nn.functional.one_hot(most.modes(u), len(most.weights)).to(u).mean(1)

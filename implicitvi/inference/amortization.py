@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from implicitvi.avb.conditional import ConditionalSampler
 from implicitvi.avb.samplers import Sampler
-from implicitvi.errors import ModelError, OptionError, ShapeError
+from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.nn import LocationScaleNet
 from implicitvi.pyro_model.plates import PlateRun
 
@@ -151,6 +151,13 @@ def plate_sampler(run: PlateRun, rows: Tensor, make_sampler: Callable[..., Sampl
     return sampler
 
 
+def dataset_sampler(row: Tensor, start: Tensor, make_sampler: Callable[..., Sampler]) -> AmortizedSampler:
+    """Return the sampler of all latents of a dataset with features ``row [1, C]``, at the location ``start [D]``."""
+    sampler = AmortizedSampler(None, make_sampler, datum_dim=len(start), feature_dim=row.shape[1]).to(start)
+    sampler.local.loc.copy_(start)
+    return sampler
+
+
 def sample_in_plates(run: PlateRun, plate: str, sampler: AmortizedSampler, rows: Tensor) -> dict[str, Tensor]:
     """Draw every latent site once by `pyro.sample`, inside its plates: ``{site: [*site shape]}``."""
     frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
@@ -169,6 +176,18 @@ def sample_in_plates(run: PlateRun, plate: str, sampler: AmortizedSampler, rows:
                 stack.enter_context(plates[frame.name])
             pyro.sample(site.name, density)
     return values
+
+
+def rows_of_run(rows: Tensor, run: PlateRun) -> Tensor:
+    """Return the features ``[B, C]`` of the elements in a run of a plate, from those of the run or the whole plate."""
+    return rows if len(rows) == run.layout.size else rows[run.indices]
+
+
+def require_data(*args: Any, **kwargs: Any) -> None:
+    """Raise `SetupError` where an amortized guide gets no data."""
+    if not args and not kwargs:
+        advice = "Pass the model's arguments: guide.sample(num_samples, ...)."
+        raise SetupError(f"The data must be given: an amortized guide has a posterior for each dataset. {advice}")
 
 
 def check_finite(rows: Tensor) -> None:

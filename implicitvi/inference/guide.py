@@ -21,15 +21,17 @@ from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
 from implicitvi.inference.amortization import (
     Amortization,
     Amortize,
-    AmortizedSampler,
     check_finite,
+    dataset_sampler,
     plate_sampler,
+    require_data,
+    rows_of_run,
     sample_in_plates,
 )
-from implicitvi.inference.modes import Mode
+from implicitvi.inference.modes import Mode, split
 from implicitvi.pyro_model.checks import PrepareForGuide, check_latents, is_hidden, latent_trace
 from implicitvi.pyro_model.plates import PlateRun, read_plate
-from implicitvi.pyro_model.sites import Site, SiteLayout
+from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Target
 
 _instances = itertools.count(1)
@@ -129,10 +131,6 @@ class ImplicitGuide(AutoContinuous):
         >>> guide = ImplicitGuide(model).setup(torch.zeros(3))
         >>> guide.sample(5)["mu"].shape
         torch.Size([5])
-
-    References:
-        Adversarial Variational Bayes: Unifying Variational Autoencoders and Generative Adversarial Networks,
-        Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017.
     """
 
     def __init__(
@@ -191,19 +189,12 @@ class ImplicitGuide(AutoContinuous):
         """
         self.setup(*target.args, **target.kwargs)
         expected, got = (
-            {site.name: self.open_shape(site) for site in layout.sites} for layout in (self.layout, target.layout)
+            {site.name: site.open_shape(self.plate) for site in layout.sites} for layout in (self.layout, target.layout)
         )
         if got != expected:
             advice = "Give ImplicitGuide and AVBSVI the same model, and data of the same size."
             what = "the latent sites of the model"
             raise ModelError.must_be(what, f"the guide's, {expected}", got, advice, faq="sites-or-shapes-have-changed")
-
-    def open_shape(self, site: Site) -> tuple[int | None, ...]:
-        """Return the shape of a site, ``None`` for the size of the plate that the guide is amortized over."""
-        dims = [*site.dims, *[None] * site.event_dim]
-        return tuple(
-            None if dim is not None and dim == self.plate else n for n, dim in zip(site.shape, dims, strict=True)
-        )
 
     def restore_with(self, restore: Callable[[ImplicitGuide], None]) -> None:
         """Call a function with this guide as soon as it has its networks; now, if it has them."""
@@ -228,13 +219,11 @@ class ImplicitGuide(AutoContinuous):
     def _build(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             trace = latent_trace(self.model, *args, **kwargs)
-        run = None if self.plate is None else self._read_plate(*args, **kwargs)
+        plate = None if self.plate is None else self._read_plate(*args, **kwargs)
         check_latents(trace, amortized=self.plate)
-        if run is not None:
-            rows = self._amortization.rows(run, *args, **kwargs)
-            self.sampler: Any = plate_sampler(run, rows, self._make_sampler)
-            self._layout = run.layout.all
-            self.prototype_trace = trace
+        if plate is not None:
+            self.sampler: Any = plate_sampler(*plate, self._make_sampler)
+            self._layout, self.prototype_trace = plate[0].layout.all, trace
             return
         super()._setup_prototype(*args, **kwargs)
         self._layout = SiteLayout.from_trace(self.prototype_trace)
@@ -244,11 +233,7 @@ class ImplicitGuide(AutoContinuous):
             single.loc.copy_(start)
             self.sampler = single
             return
-        row = self.amortization.row(*args, **kwargs)
-        self.sampler = AmortizedSampler(
-            None, self._make_sampler, datum_dim=self.latent_dim, feature_dim=row.shape[1]
-        ).to(start)
-        self.sampler.local.loc.copy_(start)
+        self.sampler = dataset_sampler(self.amortization.row(*args, **kwargs), start, self._make_sampler)
 
     def fresh_copy(self) -> ImplicitGuide:
         """Return another guide of the same model with the same options, not set up and with networks of its own."""
@@ -260,14 +245,7 @@ class ImplicitGuide(AutoContinuous):
         Returns:
             The sampler, a `MixtureSampler` of several modes.
         """
-        if len(modes) > 1:
-            samplers = [self._make_sampler(self.latent_dim).to(mode.loc) for mode in modes]
-            weights = modes[0].loc.new_tensor([mode.weight for mode in modes])
-            self.sampler = MixtureSampler(samplers, weights).to(modes[0].loc)
-        else:
-            samplers = [self.sampler]
-        for each, mode in zip(samplers, modes, strict=True):
-            each.set_affine(mode.loc, mode.scale_tril)
+        self.sampler = split(self.sampler, modes, self._make_sampler)
         sampler: Sampler = self.sampler
         return sampler
 
@@ -288,15 +266,12 @@ class ImplicitGuide(AutoContinuous):
         """The plate that the guide is amortized over; ``None`` for datasets, or for a guide that is not amortized."""
         return None if self.amortization is None else self.amortization.plate
 
-    @property
-    def _amortization(self) -> Amortization:
-        assert self.amortization is not None
-        return self.amortization
-
-    def _read_plate(self, *args: Any, **kwargs: Any) -> PlateRun:
-        assert self.plate is not None
+    def _read_plate(self, *args: Any, **kwargs: Any) -> tuple[PlateRun, Tensor]:
+        """Return a run of the amortized plate, and the features of its elements or of the whole plate."""
+        assert self.plate is not None and self.amortization is not None
         with torch.no_grad():
-            return read_plate(self.model, self.plate, *args, **kwargs)
+            run = read_plate(self.model, self.plate, *args, **kwargs)
+        return run, self.amortization.rows(run, *args, **kwargs)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         """Return the distribution of ``u [D]``, with the learned ``log_prob`` where there is one.
@@ -310,9 +285,9 @@ class ImplicitGuide(AutoContinuous):
         self._require_setup(*args, **kwargs)
         if self.amortization is None:
             return ImplicitDistribution(self.sampler, self.sampler.latent_dim, log_density=self._log_density)
-        self._require_data(*args, **kwargs)
+        require_data(*args, **kwargs)
         local = self.sampler.local
-        row = self._amortization.row(*args, **kwargs)
+        row = self.amortization.row(*args, **kwargs)
         check_finite(row)
         x = self.sampler.context(row, None)
         return ImplicitDistribution(
@@ -328,13 +303,8 @@ class ImplicitGuide(AutoContinuous):
             advice = "Use guide.sample(num_samples, ...), or Predictive with parallel=False."
             raise ModelError(f"A guide amortized over a plate must run outside of a plate of particles. {advice}")
         self.setup(*args, **kwargs)
-        run = self._read_plate(*args, **kwargs)
-        return sample_in_plates(run, self.plate, self.sampler, self._rows(run, *args, **kwargs))
-
-    def _rows(self, run: PlateRun, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the features of the elements in a run of the plate: ``[B, C]``."""
-        rows = self._amortization.rows(run, *args, **kwargs)
-        return rows if len(rows) == run.layout.size else rows[run.indices]
+        run, rows = self._read_plate(*args, **kwargs)
+        return sample_in_plates(run, self.plate, self.sampler, rows_of_run(rows, run))
 
     @property
     def has_log_density(self) -> bool:
@@ -383,11 +353,10 @@ class ImplicitGuide(AutoContinuous):
         self._require_setup(*args, **kwargs)
         if self.amortization is None:
             return self.sampler(num_samples), self.layout
-        self._require_data(*args, **kwargs)
+        require_data(*args, **kwargs)
         if self.plate is None:
             return self.get_posterior(*args, **kwargs).rsample((num_samples,)), self.layout
-        run = self._read_plate(*args, **kwargs)
-        rows = self._amortization.rows(run, *args, **kwargs)
+        run, rows = self._read_plate(*args, **kwargs)
         check_finite(rows)
         g, z = self.sampler(num_samples, rows)
         layout = run.layout if len(rows) == run.layout.size else run.layout.resized(len(rows))
@@ -412,13 +381,6 @@ class ImplicitGuide(AutoContinuous):
         self._require_setup()
         self.split_as(state_dict.get("sampler.weights"))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    @staticmethod
-    def _require_data(*args: Any, **kwargs: Any) -> None:
-        """Raise `SetupError` where an amortized guide gets no data."""
-        if not args and not kwargs:
-            advice = "Pass the model's arguments: guide.sample(num_samples, ...)."
-            raise SetupError(f"The data must be given: an amortized guide has a posterior for each dataset. {advice}")
 
     def _require_setup(self, *args: Any, **kwargs: Any) -> None:
         if self.is_set_up:

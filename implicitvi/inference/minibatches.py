@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from implicitvi.errors import ShapeError
-from implicitvi.inference.amortization import Amortization
+from implicitvi.inference.amortization import Amortization, rows_of_run
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.log_joint import LogJoint
@@ -115,9 +115,7 @@ class PlateMinibatches:
         """Return a minibatch of the plate."""
         run = self.read(arguments)
         layout = run.layout
-        rows = self.amortization.rows(run, *arguments.args, **arguments.kwargs)
-        if len(rows) != layout.size:
-            rows = rows[run.indices]
+        rows = rows_of_run(self.amortization.rows(run, *arguments.args, **arguments.kwargs), run)
         indices = None if layout.size == layout.full_size else run.indices
         return Minibatch(rows, layout.full_size / layout.size, arguments, layout, indices)
 

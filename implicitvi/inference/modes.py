@@ -7,6 +7,7 @@ one mode. Each further mode gets a Gaussian fit of its own, and its share of the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import lgamma, log, pi
@@ -16,6 +17,8 @@ from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from implicitvi.avb.multimodal import MixtureSampler
+from implicitvi.avb.samplers import Sampler
 from implicitvi.inference.gaussian_fit import gaussian_fit
 from implicitvi.numerics.gaussian import whiten
 from implicitvi.numerics.optimise import descend
@@ -130,6 +133,17 @@ def find_modes(
     kept = [i for i, weight in enumerate(weights.tolist()) if weight >= LEAST]
     total = weights[kept].sum()
     return [Mode((weights[i] / total).item(), loc + scale_tril @ fits[i][0], scale_tril @ fits[i][1]) for i in kept]
+
+
+def split(sampler: Sampler, modes: Sequence[Mode], make_sampler: Callable[[int], Sampler]) -> Sampler:
+    """Return a `MixtureSampler` with a sampler for each of several modes; a single mode moves the sampler itself."""
+    samplers, first = [sampler], modes[0].loc
+    if len(modes) > 1:
+        samplers = [make_sampler(len(first)).to(first) for _ in modes]
+        sampler = MixtureSampler(samplers, first.new_tensor([mode.weight for mode in modes])).to(first)
+    for each, mode in zip(samplers, modes, strict=True):
+        each.set_affine(mode.loc, mode.scale_tril)
+    return sampler
 
 
 def wide_starts(loc: Tensor, scale_tril: Tensor, count: int) -> Tensor:

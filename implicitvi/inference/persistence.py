@@ -209,7 +209,7 @@ def made_by(guide: ImplicitGuide, settings: Settings) -> dict[str, Any]:
 
 def sites(guide: ImplicitGuide) -> dict[str, list[int | None]]:
     """Return the shapes of the latent sites; the size of the plate that a guide is amortized over is open."""
-    return {site.name: list(guide.open_shape(site)) for site in guide.layout.sites}
+    return {site.name: list(site.open_shape(guide.plate)) for site in guide.layout.sites}
 
 
 @cache

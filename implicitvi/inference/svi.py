@@ -100,9 +100,8 @@ class AVBSVI(TrainingHolder):
         else:
             self._training.bind(arguments)
         if self._restarts and self.objective.parameters:
-            got = f"restarts={self.settings.restarts} and the parameters {', '.join(self.objective.parameters)}"
-            advice = "Use restarts=1, or fit copies of the model."
-            raise ModelError.must_be("a model with restarts", "without parameters, which they would share", got, advice)
+            got = f"{', '.join(self.objective.parameters)}. Use restarts=1, or fit copies of the model"
+            raise ModelError.must_be("a model with restarts", "without parameters, which they would share", got)
         self.trainer.write = self._write
         if self._saved is not None:
             check_same(self._saved.config, present_config(self.guide, self.trainer))
@@ -263,8 +262,7 @@ class AVBSVI(TrainingHolder):
             return self._fit()
         self._record = UNFINISHED | {"setup_seconds": setup_seconds}
         stop_reason = self._train(*self.callbacks, *([] if keeper is None else [keeper]))
-        seconds = time.perf_counter() - began
-        self._record = {"seconds": seconds, "setup_seconds": setup_seconds, "stop_reason": stop_reason}
+        self._record |= {"seconds": time.perf_counter() - began, "stop_reason": stop_reason}
         if checkpoint is not None:
             self.save(checkpoint)
         return self._fit()

@@ -98,11 +98,11 @@ class LogJoint:
     def __call__(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` with the model's arguments: ``[S]`` in nats."""
         self.choose(u, *args, **kwargs)
-        call = Arguments(args, kwargs)
-        if self._compiled is not None:
+        call, graph = Arguments(args, kwargs), self._compiled
+        if graph is not None:
             try:
                 with unvalidated():
-                    return self._score(self._graph, u, call)
+                    return self._score(lambda u, call: graph(u, call.args, call.kwargs), u, call)
             except ModelError as error:
                 self._stay_eager(error)
         with unvalidated(), self._minibatch.pinned():
@@ -125,13 +125,13 @@ class LogJoint:
             for mode in FAST if asked == "auto" else {asked} & FAST.keys():
                 failure = self._failure(mode, points, exact, call)
                 if failure is None:
-                    self._use(mode, f"{FAST[mode]} agrees with the loop")
+                    self.mode, self.reason, self._is_chosen = mode, f"{FAST[mode]} agrees with the loop", True
                     return
                 failures.append(failure)
         reason = "; ".join(failures)
         if asked in FAST:
             raise ModelError.must_be(f"mode={asked!r}", "a mode that fits the model", reason, "Use mode='auto'.")
-        self._use("loop", reason or "asked for")
+        self.mode, self.reason, self._is_chosen = "loop", reason or "asked for", True
         if asked == "auto":
             warnings.warn(f"the model is scored one particle at a time, about 1 ms each ({reason})", stacklevel=2)
 
@@ -190,21 +190,6 @@ class LogJoint:
     def vmap(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles ``u [S, D]`` together, unchecked; for use under another `torch.func.vmap`."""
         return self._vmap(u, Arguments(args, kwargs))
-
-    def describe(self, u: Tensor, /, *args: Any, **kwargs: Any) -> str:
-        """Name the sites of ``u [D]`` whose log density is not finite, with value and score."""
-        values, _ = self.layout.unpack(u)
-        try:
-            with unvalidated():
-                trace = run_at(self.model, values, *args, **kwargs)
-                score(trace, values, self.exclude)
-        except PARTICLE_ERRORS as error:
-            return f"the model raised {first_line(error)}"
-        return "; ".join(
-            f"{name}: log density {node['log_prob_sum'].item()}, value {_short(node['value'])}"
-            for name, node in trace.nodes.items()
-            if "log_prob_sum" in node and not node["log_prob_sum"].isfinite()
-        )
 
     def _trace(self, values: dict[str, Tensor], call: Arguments, model: Model | None = None) -> Any:
         """Trace the model, or ``model`` made from it, check its sites and score those that count."""
@@ -271,10 +256,6 @@ class LogJoint:
                 raise ModelError(message, faq="sites-or-shapes-have-changed") from error
             return scores
 
-    def _graph(self, u: Tensor, call: Arguments) -> Tensor:
-        assert self._compiled is not None
-        return self._compiled(u, call.args, call.kwargs)
-
     def _vmap(self, u: Tensor, call: Arguments) -> Tensor:
         """Score all particles, so many at a time that the largest site stays in the processor's cache."""
         parts = ceil(len(u) * self._width / CACHED) if u.is_cpu else 1
@@ -320,9 +301,6 @@ class LogJoint:
             with self._minibatch.pinned():
                 scores.append(self.one(v, *call.args, **call.kwargs))
         return torch.stack(scores)
-
-    def _use(self, mode: str, reason: str) -> None:
-        self.mode, self.reason, self._is_chosen = mode, reason, True
 
     def _exact_points(self, u: Tensor, call: Arguments) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return points near ``u [S, D]`` at which the loop is finite, ``[P, D]``, and its values and gradients there.
@@ -380,10 +358,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     b = b.reshape(len(b), -1)
     scale = b.abs().amax(1, keepdim=True).clamp(min=1.0)
     return bool(((a.reshape(b.shape) - b).abs() <= tolerance * scale).all())
-
-
-def _short(value: Any) -> str:
-    if not isinstance(value, Tensor) or value.numel() <= 8:
-        return str(value.tolist() if isinstance(value, Tensor) else value)
-    bad = (~value.isfinite()).sum().item()
-    return f"{tuple(value.shape)} with {bad} non-finite entries, first {value.flatten()[:4].tolist()}"

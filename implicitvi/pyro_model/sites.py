@@ -54,6 +54,11 @@ class Site:
         """Number of leftmost dimensions of the value that are independent of each other."""
         return len(self.shape) - self.event_dim
 
+    def open_shape(self, plate: str | None) -> tuple[int | None, ...]:
+        """Return the shape with ``None`` for the size of a plate."""
+        dims = [*self.dims, *[None] * self.event_dim]
+        return tuple(None if dim is not None and dim == plate else n for n, dim in zip(self.shape, dims, strict=True))
+
     def unflatten(self, flat: Tensor) -> Tensor:
         """Reshape ``flat [..., size]`` to unconstrained values ``[..., *unconstrained_shape]``."""
         shape = self.unconstrained_shape

@@ -20,7 +20,15 @@ from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.parameters import model_parameters
 from implicitvi.pyro_model.prior import ModelPrior
 from implicitvi.pyro_model.sites import SiteLayout
-from implicitvi.pyro_model.tracing import flat_sites, sites_without_density
+from implicitvi.pyro_model.tracing import (
+    PARTICLE_ERRORS,
+    first_line,
+    flat_sites,
+    run_at,
+    score,
+    sites_without_density,
+    unvalidated,
+)
 from implicitvi.rng import RandomStream
 
 PROBES = 64  # draws among which some with a density are wanted
@@ -186,7 +194,18 @@ class Target:
 
     def describe(self, u: Tensor) -> str:
         """Name the sites of ``u [D]`` whose log density is not finite, with value and score."""
-        return self.log_joint.describe(u, *self.args, **self.kwargs)
+        values, _ = self.layout.unpack(u)
+        try:
+            with unvalidated():
+                trace = run_at(self.model, values, *self.args, **self.kwargs)
+                score(trace, values, self.log_joint.exclude)
+        except PARTICLE_ERRORS as error:
+            return f"the model raised {first_line(error)}"
+        return "; ".join(
+            f"{name}: log density {node['log_prob_sum'].item()}, value {_short(node['value'])}"
+            for name, node in trace.nodes.items()
+            if "log_prob_sum" in node and not node["log_prob_sum"].isfinite()
+        )
 
     def unconstrain(self, draws: Draws) -> Tensor:
         """Return draws ``{site: [S, *site shape]}`` as ``u [S, D]``, checked.
@@ -230,3 +249,10 @@ class Target:
 
 def _names(names: Any) -> str:
     return ", ".join(map(repr, names))
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, Tensor) or value.numel() <= 8:
+        return str(value.tolist() if isinstance(value, Tensor) else value)
+    bad = (~value.isfinite()).sum().item()
+    return f"{tuple(value.shape)} with {bad} non-finite entries, first {value.flatten()[:4].tolist()}"
