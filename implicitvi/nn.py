@@ -183,7 +183,12 @@ class GatedBlock(nn.Module):
         return out
 
 
-LOG_RANGE = 10.0  # an encoder's scales stay within exp(±10), whatever it is shown
+LOG_RANGE = 10.0  # the scales that networks give stay within exp(±10), whatever the input
+
+
+def bounded_exp(log_scale: Tensor) -> Tensor:
+    """Return the scale ``exp(log_scale)`` of the same shape, kept smoothly within ``exp(±10)``."""
+    return (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
 
 
 class LocationScaleNet(nn.Module):
@@ -214,7 +219,7 @@ class LocationScaleNet(nn.Module):
         raw = self.skip(x) + self.net(x)
         d = self.latent_dim
         loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
-        diagonal = (LOG_RANGE * (log_diagonal / LOG_RANGE).tanh()).exp()
+        diagonal = bounded_exp(log_diagonal)
         rows, columns = torch.tril_indices(d, d, -1, device=x.device)
         lower = raw.new_zeros(*raw.shape[:-1], d, d)
         lower[..., rows, columns] = below * diagonal[..., rows]

@@ -35,12 +35,12 @@ def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
     return log_joint - log_contrast - log_ratio
 
 
-def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
+def importance_weighted(elbo: Tensor, z: Tensor | None, num_importance: int) -> Tensor:
     """Importance-weighted bound ``log mean_k exp elbo`` over ``K`` draws: ``elbo [S, (B,)]`` to ``[S / K, (B,)]``.
 
     The draws ``z [S, (B,) D]`` get the doubly reparameterised gradient: ``q`` is held fixed in the ELBO, which leaves
     its mean gradient alone only while all draws weigh the same; squaring the weights on the way through ``z``
-    (and only there) makes it right again. With ``K = 1`` nothing changes.
+    (and only there) makes it right again. With ``K = 1`` nothing changes; with ``z=None`` the gradient is the bound's.
 
     References:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016, eq. 8.
@@ -50,7 +50,7 @@ def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
     if num_importance == 1:
         return elbo
     groups: Tensor = elbo.unflatten(0, (num_importance, -1))
-    if z.requires_grad:
+    if z is not None and z.requires_grad:
         weights = groups.detach().softmax(0).flatten(0, 1)[..., None]
         z.register_hook(lambda gradient: gradient * weights)
     return groups.logsumexp(0) - log(num_importance)
