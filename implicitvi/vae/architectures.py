@@ -304,8 +304,8 @@ def mnist_networks(width: int = 64) -> Convolutional:
 def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convolutional:
     """Return the networks of the AVB paper's code for faces, images ``[3, size, size]``.
 
-    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, residual blocks between them,
-    and an adversary of the same convolutions with the code added after each, without batch normalisation.
+    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, residual blocks between
+    them, and an adversary of the same convolutions with the code added after each, without batch normalisation.
 
     Args:
         width: 64 as in the paper; less for smaller networks.

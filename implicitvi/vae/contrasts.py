@@ -38,9 +38,7 @@ def contrast_of(contrast: str | Contrast, sampler: EncoderSampler, prior: nn.Mod
     if contrast == "prior":
         return DrawsOfPrior(prior)
     if not has_density(prior()):
-        raise ModelError(
-            "The prior must have a density for Adaptive Contrast. Use contrast='prior', which needs draws."
-        )
+        raise ModelError("The prior must have a density for Adaptive Contrast. Use contrast='prior', which does not.")
     if isinstance(contrast, Contrast):
         return contrast
     q = sampler.encoder(blank)

@@ -106,9 +106,7 @@ class ImplicitEncoder(nn.Module):
     def __init__(self, sampler: Sampler, features: nn.Module | None = None):
         super().__init__()
         if not sampler.context_dim:
-            raise OptionError(
-                "The sampler of an encoder must have a context. Pass context_dim, the number of features."
-            )
+            raise OptionError("The sampler of an encoder must have a context: context_dim, the number of features.")
         self.sampler = sampler
         self.features = nn.Flatten() if features is None else features
 

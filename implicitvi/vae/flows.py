@@ -33,7 +33,7 @@ class Flow(TransformedDistribution):
         self.maps = tuple(transforms)
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:
-        """Return differentiable draws ``[*sample_shape, B, D]`` and their log density ``[*sample_shape, B]`` in nats."""
+        """Return draws ``[*sample_shape, B, D]`` with gradients, and their log density ``[*sample_shape, B]``."""
         z = self.base_dist.rsample(torch.Size(sample_shape))
         log_prob = self.base_dist.log_prob(z)
         for transform in self.maps:

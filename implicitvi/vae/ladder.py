@@ -18,11 +18,11 @@ from implicitvi.vae.distributions import StraightThroughBernoulli
 
 
 class TwoLevels(Distribution):
-    """A distribution of the bits of one level, then of the other given the first: ``p(z0) p(z1 | z0)``, or ``p(z1) p(z0 | z1)``.
+    """A distribution of binary codes of two levels: ``p(z0) p(z1 | z0)``, or ``p(z1) p(z0 | z1)``.
 
     Args:
         first: Logits ``[*batch_shape, D0]`` of the level that is drawn first.
-        second: Bits of that level ``[..., *batch_shape, D0]`` to the logits ``[..., *batch_shape, D1]`` of the other level.
+        second: Bits ``[..., *batch_shape, D0]`` to the logits ``[..., *batch_shape, D1]`` of the other level.
         second_dim: Bits of the other level.
         upwards: Whether the lower level is drawn first. Its bits are last in the vector all the same.
         straight_through: Whether draws have gradients (`StraightThroughBernoulli`).

@@ -89,6 +89,6 @@ class ASVAE(ReadyMade):
         return loss + self.ratio.loss(t_p(z_p, x_p), t_p(parted(z_q), x)), {}
 
     def _model_pairs(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pairs ``z [N, D]``, ``x [N, *x_shape]`` of the model, as many as there are codes ``like [S, B, D]``."""
+        """Return pairs ``z [N, D]``, ``x [N, *x_shape]`` of the model, as many as codes ``like [S, B, D]``."""
         z = codes(self.prior(), len(rows(like)))
         return z, self.decoder(z).rsample()

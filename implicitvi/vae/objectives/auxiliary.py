@@ -23,16 +23,15 @@ class AuxiliaryVAE(ReadyMade):
 
         E_q[log p(x | z) + log p(z) + log p(a | x, z) - log q(a | x) - log q(z | a, x)]
 
-    ``q(z | x)`` is the integral of ``q(a | x) q(z | a, x)``. The bound is looser than the evidence lower bound of that
-    integral by ``KL(q(a | x, z) ‖ p(a | x, z))``; the model of ``x`` and ``z`` is unchanged. `encode` returns codes
-    without ``a``.
+    ``q(z | x)`` is the integral of ``q(a | x) q(z | a, x)``. The bound is looser than the ELBO of that integral by
+    ``KL(q(a | x, z) ‖ p(a | x, z))``; the model of ``x`` and ``z`` is unchanged. `encode` returns codes without ``a``.
 
     Args:
         encoder: ``q(a | x)``: draws with gradients, and a density; batch shape ``[B]``, event shape ``[A]``.
         decoder: ``p(x | z)``, with a density.
         prior: ``p(z)``, with a density; the number ``D`` for ``N(0, I)``.
-        second: ``q(z | a, x)``, a module of ``(a, x)``: draws with gradients, and a density. From ``a [..., B, A]`` and
-            ``x [B, *x_shape]`` to a distribution with batch shape ``[..., B]`` and event shape ``[D]``.
+        second: ``q(z | a, x)``, a module of ``(a [..., B, A], x [B, *x_shape])``: draws with gradients, and a density;
+            batch shape ``[..., B]``, event shape ``[D]``.
         auxiliary: ``p(a | x, z)``, a module of ``(z, x)``, with a density; likewise, with event shape ``[A]``.
 
     References:
@@ -41,7 +40,6 @@ class AuxiliaryVAE(ReadyMade):
 
     needs = {
         "prior": {"draws", "density"},
-        "encoder": {"draws", "gradients"},
         "decoder": {"draws", "density"},
         "first encoder q(a | x)": {"draws", "gradients", "density"},
         "second encoder q(z | a, x)": {"draws", "gradients", "density"},
@@ -52,7 +50,15 @@ class AuxiliaryVAE(ReadyMade):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, second: nn.Module, auxiliary: nn.Module):
         super().__init__(TwoStageEncoder(encoder, second), decoder, prior)
         self.auxiliary = auxiliary
-        self._probe_auxiliary()
+        with self._as_is(), forked(), torch.no_grad():
+            x = torch.zeros(2, *self.x_shape, device=self.device)
+            first = self.encoder.first(x)
+            last = self.encoder.second(first.sample(), x)
+            parts = first, last, self.auxiliary(last.sample(), x)
+        for name, part in zip(list(self.needs)[2:], parts, strict=True):
+            self._check_needs(name, part)
+        if (one := parts[0].event_shape) != (other := parts[2].event_shape):
+            raise ShapeError.must_be("Dimensions of a in encoder and auxiliary", "equal", f"{one[0]} and {other[0]}")
 
     @classmethod
     def build(
@@ -82,9 +88,8 @@ class AuxiliaryVAE(ReadyMade):
         """Return the bound of each datum ``x [B, *x_shape]`` at draws of its code: ``[num_samples, B]`` in nats."""
         a = (q_a := self.encoder.first(x)).rsample(torch.Size([num_samples]))
         z = (q_z := self.encoder.second(a, x)).rsample()
-        log_q = q_a.log_prob(a) + q_z.log_prob(z)
-        elbo: Tensor = self.log_joint(z, x) + self.auxiliary(z, x).log_prob(a) - log_q
-        return elbo
+        log_p: Tensor = self.log_joint(z, x) + self.auxiliary(z, x).log_prob(a)
+        return log_p - (q_a.log_prob(a) + q_z.log_prob(z))
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
@@ -92,16 +97,3 @@ class AuxiliaryVAE(ReadyMade):
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         return -self.elbo(x, stage.num_particles).mean(), {}
-
-    @torch.no_grad()
-    def _probe_auxiliary(self) -> None:
-        with self._as_is(), forked():
-            x = torch.zeros(2, *self.x_shape, device=self.device)
-            first = self.encoder.first(x)
-            second = self.encoder.second(first.sample(), x)
-            auxiliary = self.auxiliary(second.sample(), x)
-        for name, part in zip(list(self.needs)[3:], (first, second, auxiliary), strict=True):
-            self._check_needs(name, part)
-        if auxiliary.event_shape != first.event_shape:
-            got = f"{first.event_shape[0]} and {auxiliary.event_shape[0]}"
-            raise ShapeError.must_be("The dimension of a", "the same for encoder and auxiliary", got)

@@ -29,9 +29,9 @@ class AVB(ReadyMade):
         decoder: ``p(x | z)``, with a density.
         prior: ``p(z)``; draws are enough for ``contrast="prior"``. The number ``D`` for ``N(0, I)``.
         adversary: ``T(z, x)``: codes ``[S, B, D]`` and data ``[B, *x_shape]`` to scores ``[S, B]``.
-        contrast: ``"prior"`` for plain AVB, the default of the class; ``"gaussian"`` for Adaptive Contrast, the default
-            of `build`: a Gaussian with the moments of ``q(z | x)``, in closed form for an encoder that has them, else
-            from the draws of each datum (use ``num_particles`` of 8 or more); or a `Contrast`.
+        contrast: ``"prior"`` for plain AVB; ``"gaussian"``, the default of `build`, for Adaptive Contrast: a Gaussian
+            with the moments of ``q(z | x)``, in closed form for an encoder that has them, else from the draws of each
+            datum (use ``num_particles`` of 8 or more); or a `Contrast`.
         ratio: ``"logistic"``, ``"fgan_kl"`` (the f-GAN form, eq. 6.10), ``"least_squares"``, or a `RatioLoss`.
         informed: Whether ``log p - log r`` is an input of the adversary (`InformedAdversary`).
         averaging: Decay of a running average of the adversary's weights, against which the encoder is trained.
@@ -60,16 +60,10 @@ class AVB(ReadyMade):
         super().__init__(encoder, decoder, prior)
         self.relative = contrast == "prior"
         self.adversary = InformedAdversary(adversary) if informed else adversary
-        sampler = EncoderSampler(self.encoder)
+        sampler: Any = EncoderSampler(self.encoder)
         self.contrast = contrast_of(contrast, sampler, self.prior, self.like.new_zeros(1, *self.x_shape))
-        parts: Any = (sampler, self.contrast, self.adversary)
-        self._objective = AVBObjective(
-            *parts,
-            ratio=ratio_of(ratio),
-            averaging=averaging,
-            num_importance=num_importance,
-            context_dims=len(self.x_shape),
-        )
+        options: Any = {"averaging": averaging, "num_importance": num_importance, "context_dims": len(self.x_shape)}
+        self._objective = AVBObjective(sampler, self.contrast, self.adversary, ratio=ratio_of(ratio), **options)
 
     @classmethod
     def build(

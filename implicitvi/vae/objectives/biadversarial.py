@@ -76,19 +76,19 @@ class BiadversarialVAE(ReadyMade):
         return log_ratios(self.ratio, self.code_adversary, (z, x), (codes_like(z, self.prior()), x))
 
     def data_ratios(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the learned ``log q(x | z) - log p(x | z)`` at data ``x [B, *x_shape]`` and at draws of the decoder."""
+        """Return the learned ``log q(x | z) - log p(x | z)`` at data ``x [B, *x_shape]`` and at decoded data."""
         return log_ratios(self.ratio, self.data_adversary, (z, x), (rows(z), self.decoder(rows(z)).rsample()))
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         z = self.encoder(x).rsample(torch.Size([stage.num_particles]))
-        terms: Metrics = {"data_bound": kl_bound(*self.data_ratios(z, x), self.limit)}
+        terms = {"data_bound": kl_bound(*self.data_ratios(z, x), self.limit)}
         if self.code_adversary is not None:
             terms["code_bound"] = kl_bound(*self.code_ratios(z, x), self.limit)
         loss = torch.stack(list(terms.values())).sum()
         if self.cycle:
             terms["squared_error"] = error = cycle_error(self.encoder, self.decoder, codes(self.prior(), len(x)))
             loss = loss + self.cycle * error
-        return loss, terms
+        return loss, {**terms}
 
     def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         with torch.no_grad():

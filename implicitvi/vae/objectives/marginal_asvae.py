@@ -24,10 +24,9 @@ class MarginalASVAE(LatentModel):
         E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
             - λ E_p[log p(x | z) + log p(z) - log q(z | x) - log r(x) - T(x)]            T ≈ log q(x) - log r(x)
 
-    With explicit encoder, decoder and prior only ``q(x)``, the density of the data, is unknown in
-    ``KL(p(x, z) ‖ q(x, z))``. One adversary learns it against a contrast ``r(x)`` that follows the data, as in Adaptive
-    Contrast; at its optimum the objective is the evidence lower bound less ``λ KL(p(x, z) ‖ q(x, z))``. As for `ASVAE`,
-    start from an encoder and a decoder that a `VAE` has trained.
+    Of ``KL(p(x, z) ‖ q(x, z))`` only ``q(x)``, the density of the data, is unknown. One adversary learns it against a
+    contrast ``r(x)`` that follows the data, as in Adaptive Contrast; at its optimum the objective is the ELBO less
+    ``λ KL(p(x, z) ‖ q(x, z))``. Start from an encoder and a decoder that a `VAE` has trained, as for `ASVAE`.
 
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.
@@ -56,9 +55,8 @@ class MarginalASVAE(LatentModel):
     ):
         check_at_least("weight", weight, 0)
         super().__init__(encoder, decoder, prior)
-        self.adversary = adversary
+        self.adversary, self.weight, self.ratio = adversary, weight, Logistic()
         self.contrast = GaussianContrast() if contrast is None else contrast
-        self.weight, self.ratio = weight, Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
         adversary = self.player("adversary", [self.adversary], self._adversary_loss, batch, adversary=True)
@@ -90,8 +88,8 @@ class MarginalASVAE(LatentModel):
         return self.ratio.log_ratio(self.adversary(standard.view_as(x)))
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
-        elbo = self.elbo(x, stage.num_particles).mean()
-        reverse = self.reverse(x, stage.num_particles * len(x)).mean()
+        count = stage.num_particles
+        elbo, reverse = self.elbo(x, count).mean(), self.reverse(x, count * len(x)).mean()
         return self.weight * reverse - elbo, {"elbo": elbo, "reverse_kl": reverse}
 
     def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:

@@ -6,7 +6,7 @@ it looks once at a datum that is paired with several codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -76,7 +76,7 @@ def slope(adversary: nn.Module, z: Tensor, x: Tensor) -> Tensor:
 
 
 def kl_bound(of_first: Tensor, of_second: Tensor, limit: float = inf) -> Tensor:
-    """Return ``1 + E_first[ρ] - E_second[exp ρ]`` in nats, at most ``KL(first ‖ second)``, equal at the log ratio ``ρ``.
+    """Return ``1 + E_first[ρ] - E_second[exp ρ]`` in nats, at most ``KL(first ‖ second)``; equal at the log ratio.
 
     Args:
         of_first: Learned ``log first - log second`` at draws of the first, of any shape.
@@ -107,7 +107,7 @@ def own_share(pairs: Pairs, device: torch.device) -> Pairs:
     return pairs[0][own].to(device), pairs[1][own].to(device)
 
 
-def labelled(pairs: Any, model: LatentModel, utilities: Mapping[str, Utility]) -> Pairs:
+def labelled(pairs: Any, model: LatentModel, **utilities: Utility) -> Pairs:
     """Return codes ``[M, D]`` and data ``[M, *x_shape]`` of labelled pairs ``(data, codes)`` that a model can score.
 
     Args:

@@ -19,17 +19,16 @@ from implicitvi.vae.objectives.pairs import Pairs, labelled, loss_with_pairs, ow
 
 
 class SymmetricVAE(ReadyMade):
-    """A latent variable model trained to a Nash equilibrium of two players, each with its own utility.
+    """A latent variable model trained to a Nash equilibrium of two players.
 
         decoder:  max E_{x ~ data} E_{z ~ q(z | x)} log p(x | z)        (and of log p(z), if the prior is learned)
         encoder:  max E_{z ~ p(z)} E_{x ~ p(x | z)} log q(z | x)
 
-    Both are maximum likelihood on draws of the other player, so no gradient passes through a draw: codes and data may
+    Both are maximum likelihood on draws of the other player. No gradient passes through a draw, so codes and data may
     be discrete, and data and prior need draws only. The decoder minimises ``KL(q(x, z) ‖ p(x, z))``, the encoder
-    ``KL(p(x, z) ‖ q(x, z))``. Unrestricted players are in equilibrium exactly where the joints are equal. Every joint
-    with the right marginals is an equilibrium, even one with ``z`` independent of ``x``; the networks and labelled
-    pairs decide which is found. Without pairs codes are right up to a symmetry of the prior at best. The encoder is
-    trained on draws of the decoder only; noise on the data (``transform`` of `fit`) helps it early on.
+    ``KL(p(x, z) ‖ q(x, z))``. Unrestricted players are in equilibrium exactly if the joints are equal; which joint,
+    perhaps one with ``z`` independent of ``x``, depends on networks and labelled pairs. Without pairs codes are right
+    up to a symmetry of the prior at best. The encoder learns from draws of the decoder; noise on the data helps it early on.
 
     Args:
         encoder: ``q(z | x)``: draws, and a density.
@@ -38,8 +37,7 @@ class SymmetricVAE(ReadyMade):
 
     References:
         Symmetric Equilibrium Learning of VAEs, Boris Flach, Dmitrij Schlesinger, Alexander Shekhovtsov, 2024.
-        The wake-sleep algorithm for unsupervised neural networks, Geoffrey Hinton, Peter Dayan, Brendan Frey,
-        Radford Neal, 1995.
+        The wake-sleep algorithm for unsupervised neural networks, Geoffrey Hinton et al., 1995.
     """
 
     needs = {"prior": {"draws"}, "encoder": {"draws", "density"}, "decoder": {"draws", "density"}}
@@ -53,35 +51,28 @@ class SymmetricVAE(ReadyMade):
 
     def players(self, batch: Batch) -> list[Player]:
         pairs = None if self._pairs is None else own_share(self._pairs, self.device)
-        decoder, encoder = (partial(loss, pairs=pairs) for loss in (self._decoder_loss, self._encoder_loss))
-        return [
-            self.player("decoder", [self.decoder, self.prior], decoder, batch),
-            self.player("encoder", [self.encoder], encoder, batch),
-        ]
+        of_decoder, of_encoder = (partial(loss, pairs=pairs) for loss in (self._decoder_loss, self._encoder_loss))
+        decoder = self.player("decoder", [self.decoder, self.prior], of_decoder, batch)
+        return [decoder, self.player("encoder", [self.encoder], of_encoder, batch)]
 
     def decoder_utility(self, z: Tensor, x: Tensor) -> Tensor:
-        """Return ``log p(x | z)``, plus ``log p(z)`` of a learned prior, ``[..., B]`` in nats; higher is better.
-
-        Args:
-            z: Codes ``[..., B, D]``, in training draws of the encoder.
-            x: Data ``[B, *x_shape]``.
-        """
+        """Return ``log p(x | z)`` in nats, plus ``log p(z)`` of a learned prior: ``[..., B]`` for ``z [..., B, D]``."""
         utility: Tensor = self.decoder(z).log_prob(x)
         return utility + self.prior().log_prob(z) if self.learns_prior else utility
 
     def encoder_utility(self, z: Tensor, x: Tensor) -> Tensor:
-        """Return ``log q(z | x)``; shapes as in `decoder_utility`. In training the pairs are drawn by the decoder."""
+        """Return ``log q(z | x)``, ``[..., B]`` for ``z [..., B, D]``, in nats; higher is better."""
         utility: Tensor = self.encoder(x).log_prob(z)
         return utility
 
     def fit(self, train: Any, *, pairs: tuple[Any, Any] | None = None, **options: Any) -> VAEFit:
-        """Train as `LatentModel.fit` does, and on labelled ``pairs``: data ``[M, *x_shape]`` and their codes ``[M, D]``.
+        """Train as `LatentModel.fit`, and on labelled ``pairs``: data ``[M, *x_shape]`` and their codes ``[M, D]``.
 
         In every step each pair counts as one row of the batch, for both players; of more pairs than rows a new random
-        choice, as many as rows, is used in each turn. Pairs that the networks cannot score raise `OptionError`.
+        choice, as many as rows, is used in each turn. See `labelled` for the errors.
         """
-        utilities = {"encoder": self.encoder_utility, "decoder": self.decoder_utility}
-        self._pairs = None if pairs is None else labelled(pairs, self, utilities)
+        if pairs is not None:
+            self._pairs = labelled(pairs, self, encoder=self.encoder_utility, decoder=self.decoder_utility)
         try:
             return super().fit(train, **options)
         finally:
@@ -89,9 +80,8 @@ class SymmetricVAE(ReadyMade):
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
-        of_decoder = self.decoder_utility(self.encode(x), x)
-        of_encoder = self.encoder_utility(*self._fantasies(len(x)))
-        return {"decoder_utility": of_decoder.mean(), "encoder_utility": of_encoder.mean()}
+        of_decoder = self.decoder_utility(self.encode(x), x).mean()
+        return {"decoder_utility": of_decoder, "encoder_utility": self.encoder_utility(*self._fantasies(len(x))).mean()}
 
     def _decoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
