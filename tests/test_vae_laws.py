@@ -18,17 +18,17 @@ from implicitvi.errors import ImplicitVIError
 from implicitvi.training import Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder
+from implicitvi.vae.encoders import ConditionalGaussian, DeterministicEncoder, GaussianEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
 from implicitvi.vae.objectives.aae import AAE
 from implicitvi.vae.objectives.ali import ALI
 from implicitvi.vae.objectives.asvae import ASVAE
-from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE
 from implicitvi.vae.objectives.avb import AVB
-from implicitvi.vae.objectives.biadversarial import BiadversarialVAE, kl_bound
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
 from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
-from implicitvi.vae.objectives.pairs import parted, slope
+from implicitvi.vae.objectives.pairs import kl_bound, parted, slope
 from implicitvi.vae.objectives.vae import VAE
 from tables import PARTS, Lookup, TableContrast, Tables, entropy, expectation, jensen_shannon, kl
 from vae_contracts import (

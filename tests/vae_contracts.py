@@ -22,12 +22,12 @@ from implicitvi.vae.decoders import (
     Likelihood,
     StraightThroughLikelihood,
 )
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, ImplicitEncoder
+from implicitvi.vae.encoders import ConditionalGaussian, DeterministicEncoder, GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.model import LatentModel
 from implicitvi.vae.objectives.aae import AAE
 from implicitvi.vae.objectives.ali import ALI
 from implicitvi.vae.objectives.asvae import ASVAE
-from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE
 from implicitvi.vae.objectives.avb import AVB
 from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
 from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE

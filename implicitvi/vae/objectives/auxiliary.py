@@ -23,15 +23,15 @@ class AuxiliaryVAE(ReadyMade):
 
         E_q[log p(x | z) + log p(z) + log p(a | x, z) - log q(a | x) - log q(z | a, x)]
 
-    ``q(z | x)`` is the integral of ``q(a | x) q(z | a, x)``. The bound is looser than the ELBO of that integral by
-    ``KL(q(a | x, z) ‖ p(a | x, z))``; the model of ``x`` and ``z`` is unchanged. `encode` returns codes without ``a``.
+    ``q(z | x)`` is the integral of ``q(a | x) q(z | a, x)``, and `encode` returns codes without ``a``. The bound is
+    looser than the ELBO of that integral by ``KL(q(a | x, z) ‖ p(a | x, z))``.
 
     Args:
         encoder: ``q(a | x)``: draws with gradients, and a density; batch shape ``[B]``, event shape ``[A]``.
         decoder: ``p(x | z)``, with a density.
         prior: ``p(z)``, with a density; the number ``D`` for ``N(0, I)``.
-        second: ``q(z | a, x)``, a module of ``(a [..., B, A], x [B, *x_shape])``: draws with gradients, and a density;
-            batch shape ``[..., B]``, event shape ``[D]``.
+        second: ``q(z | a, x)``, a module of ``(a, x)``: draws with gradients, and a density; for ``a [..., B, A]`` and
+            ``x [B, *x_shape]`` batch shape ``[..., B]``, event shape ``[D]``.
         auxiliary: ``p(a | x, z)``, a module of ``(z, x)``, with a density; likewise, with event shape ``[A]``.
 
     References:
@@ -55,10 +55,12 @@ class AuxiliaryVAE(ReadyMade):
             first = self.encoder.first(x)
             last = self.encoder.second(first.sample(), x)
             parts = first, last, self.auxiliary(last.sample(), x)
-        for name, part in zip(list(self.needs)[2:], parts, strict=True):
+        for name, part in zip([*self.needs][2:], parts, strict=True):
             self._check_needs(name, part)
         if (one := parts[0].event_shape) != (other := parts[2].event_shape):
-            raise ShapeError.must_be("Dimensions of a in encoder and auxiliary", "equal", f"{one[0]} and {other[0]}")
+            raise ShapeError.must_be(
+                "The dimensions of a in encoder and auxiliary", "equal", f"{one[0]} and {other[0]}"
+            )
 
     @classmethod
     def build(
@@ -89,7 +91,8 @@ class AuxiliaryVAE(ReadyMade):
         a = (q_a := self.encoder.first(x)).rsample(torch.Size([num_samples]))
         z = (q_z := self.encoder.second(a, x)).rsample()
         log_p: Tensor = self.log_joint(z, x) + self.auxiliary(z, x).log_prob(a)
-        return log_p - (q_a.log_prob(a) + q_z.log_prob(z))
+        log_q: Tensor = q_a.log_prob(a) + q_z.log_prob(z)
+        return log_p - log_q
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:

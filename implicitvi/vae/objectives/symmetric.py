@@ -28,7 +28,7 @@ class SymmetricVAE(ReadyMade):
     be discrete, and data and prior need draws only. The decoder minimises ``KL(q(x, z) ‖ p(x, z))``, the encoder
     ``KL(p(x, z) ‖ q(x, z))``. Unrestricted players are in equilibrium exactly if the joints are equal; which joint,
     perhaps one with ``z`` independent of ``x``, depends on networks and labelled pairs. Without pairs codes are right
-    up to a symmetry of the prior at best. The encoder learns from draws of the decoder; noise on the data helps it early on.
+    up to a symmetry of the prior at best. The encoder sees draws of the decoder only; noise on the data helps it early.
 
     Args:
         encoder: ``q(z | x)``: draws, and a density.
