@@ -576,7 +576,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "BiadversarialVAE, ratio": (
         lambda: BiadversarialVAE(implicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs(), ratio="fgan"),
-        "ratio must be one of; got 'fgan', .*Did you mean 'fgan_kl'",
+        "ratio must be one of .*'fgan_kl', .*got 'fgan'. Did you mean 'fgan_kl'",
     ),
     "AuxiliaryVAE, first": (
         lambda: auxiliary(encoder=DeterministicEncoder(nn.Linear(X, A))),
@@ -588,13 +588,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "AuxiliaryVAE, dimensions": (
         lambda: auxiliary(auxiliary=ConditionalGaussian(nn.Linear(Z + X, 4))),
-        "disagree on the dimension of the auxiliary variable; got 3 and 2",
+        "Dimensions of a in encoder and auxiliary must be equal, got 3 and 2",
     ),
     "VAE without a density": (
         lambda: VAE(implicit_encoder(), bernoulli_decoder(), Z),
         "VAE needs of its encoder a density",
     ),
-    "a single datum": (lambda: parted(torch.zeros(3, 1, Z)), "a batch of 1 row"),
+    "a single datum": (lambda: parted(torch.zeros(3, 1, Z)), "rows of a batch must be 2 or more"),
 }
 
 

@@ -51,16 +51,13 @@ class AuxiliaryVAE(ReadyMade):
         super().__init__(TwoStageEncoder(encoder, second), decoder, prior)
         self.auxiliary = auxiliary
         with self._as_is(), forked(), torch.no_grad():
-            x = torch.zeros(2, *self.x_shape, device=self.device)
-            first = self.encoder.first(x)
+            first = self.encoder.first(x := self.like.new_zeros(2, *self.x_shape))
             last = self.encoder.second(first.sample(), x)
             parts = first, last, self.auxiliary(last.sample(), x)
         for name, part in zip([*self.needs][2:], parts, strict=True):
             self._check_needs(name, part)
         if (one := parts[0].event_shape) != (other := parts[2].event_shape):
-            raise ShapeError.must_be(
-                "The dimensions of a in encoder and auxiliary", "equal", f"{one[0]} and {other[0]}"
-            )
+            raise ShapeError.must_be("Dimensions of a in encoder and auxiliary", "equal", f"{one[0]} and {other[0]}")
 
     @classmethod
     def build(
