@@ -42,7 +42,7 @@ class Architecture(ABC):
 
     Args:
         x_shape: Shape of one datum; a number for rows of that length.
-        basis: Widths of the hidden layers of each network of a noise basis.
+        basis: Widths of the hidden layers in each network of a noise basis.
         noise: The implicit posterior that suits these networks, a key of `POSTERIORS`.
     """
 
@@ -214,18 +214,16 @@ class Convolutional(Architecture):
         super().__init__(x_shape, basis=basis, noise="injected")
         self.channels = tuple(channels)
         self.strides = (2,) * len(self.channels) if strides is None else tuple(strides)
-        self.kernel = kernel
-        self.blocks = blocks
-        self.critic = critic
+        self.kernel, self.blocks, self.critic = kernel, blocks, critic
         if len(self.x_shape) != 3:
             do = "Grey images have one channel; use Dense for rows."
             raise ShapeError.must_be("x_shape of images", "(channels, height, width)", self.x_shape, do)
         if not self.channels or len(self.strides) != len(self.channels):
             got = f"{len(self.channels)} and {len(self.strides)}"
             raise OptionError.must_be("channels and strides", "equally many, one for each convolution", got)
-        for name, sizes in (("channels", self.channels), ("strides", self.strides)):
-            for size in sizes:
-                check_at_least(name, size, 1)
+        for channels_after, stride in zip(self.channels, self.strides, strict=True):
+            check_at_least("channels", channels_after, 1)
+            check_at_least("strides", stride, 1)
         check_at_least("blocks", blocks, 0)
         if kernel < 1 or kernel % 2 == 0:
             raise OptionError.must_be("kernel size", "odd", kernel)
@@ -234,15 +232,12 @@ class Convolutional(Architecture):
 
     def layers(self) -> list[nn.Module]:
         sizes = pairwise([self.x_shape[0], *self.channels])
-        convolutions = [
+        first, *rest = (
             nn.Conv2d(i, o, self.kernel, stride, padding=self.kernel // 2)
             for (i, o), stride in zip(sizes, self.strides, strict=True)
-        ]
-        first, *rest = convolutions
-        return [
-            nn.Sequential(Centre(), first),
-            *(nn.Sequential(*self._residual(conv.in_channels), conv) for conv in rest),
-        ]
+        )
+        later = (nn.Sequential(*self._residual(conv.in_channels), conv) for conv in rest)
+        return [nn.Sequential(Centre(), first), *later]
 
     def outputs(self, z_dim: int, size: int) -> nn.Module:
         _, *sides = self.x_shape
@@ -252,17 +247,11 @@ class Convolutional(Architecture):
         channels = [*reversed(self.channels), size // prod(sides)]
         net: list[nn.Module] = []
         for k, stride in enumerate(reversed(self.strides)):
-            # the padding makes up for the size that a stride has rounded
-            padding = [b - (a - 1) * stride - 1 for a, b in zip(steps[k], steps[k + 1], strict=True)]
-            conv = nn.ConvTranspose2d(
-                channels[k],
-                channels[k + 1],
-                self.kernel,
-                stride,
-                padding=self.kernel // 2,
-                output_padding=(padding[0], padding[1]),
-            )
-            net += [nn.ELU(), *(self._residual(channels[k]) if k else []), conv]
+            # the output's padding makes up for the size that a stride has rounded
+            high, wide = (b - (a - 1) * stride - 1 for a, b in zip(steps[k], steps[k + 1], strict=True))
+            before, after = channels[k : k + 2]
+            conv = nn.ConvTranspose2d(before, after, self.kernel, stride, self.kernel // 2, (high, wide))
+            net += [nn.ELU(), *(self._residual(before) if k else []), conv]
         return Upward(z_dim, [channels[0], *steps[0]], nn.Sequential(*net))
 
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
@@ -357,11 +346,11 @@ class ReadyMade(LatentModel):
         Args:
             networks: Maker of encoder, decoder and adversaries.
             z_dim: Dimension ``D`` of a code.
-            posterior: Kind of the encoder, see `Architecture.encoder`; ``None`` for that of the class.
+            posterior: Option of `Architecture.encoder`; ``None`` for that of the class.
             likelihood: A key of `LIKELIHOODS`, or a `Likelihood`; ``None`` for that of the class.
             prior: As for the class; ``None`` for ``N(0, I)``.
-            noise_dim: Dimension of an implicit encoder's noise; ``None`` for ``2 D``, and at least 8.
-            num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
+            noise_dim: Option of `Architecture.encoder`.
+            num_basis: Option of `Architecture.encoder`.
             square: Where the scores of pairs start; see `Architecture.adversary`.
             options: Other options of the class.
         """
@@ -375,39 +364,19 @@ class ReadyMade(LatentModel):
     def dense(
         cls, x_dim: int | Sequence[int], z_dim: int, *, hidden: Sequence[int] = (300, 300), **options: Any
     ) -> Self:
-        """Return a model of multilayer perceptrons.
-
-        Args:
-            x_dim: Length of a row, or shape of one datum.
-            z_dim: Dimension ``D`` of a code.
-            hidden: Widths of the hidden layers.
-            options: Options of `build`.
-        """
+        """Return a model of `Dense` networks for rows of a length, or data of a shape; ``options`` as in `build`."""
         return cls.build(Dense(x_dim, hidden=hidden), z_dim, **options)
 
     @classmethod
     def convolutional(
         cls, x_shape: Sequence[int], z_dim: int, *, channels: Sequence[int] = (32, 64), **options: Any
     ) -> Self:
-        """Return a model of convolutions, for small images with values in [0, 1].
-
-        Args:
-            x_shape: Channels, height and width of one image.
-            z_dim: Dimension ``D`` of a code.
-            channels: Channels after each convolution, every one of which halves height and width.
-            options: Options of `build`.
-        """
+        """Return a model of `Convolutional` networks, all of stride 2, for small images; ``options`` as in `build`."""
         return cls.build(Convolutional(x_shape, channels=channels), z_dim, **options)
 
     @classmethod
     def mnist(cls, z_dim: int = 32, *, width: int = 64, **options: Any) -> Self:
-        """Return a model of `mnist_networks`, for images ``[1, 28, 28]`` in black and white.
-
-        Args:
-            z_dim: Dimension ``D`` of a code.
-            width: Channels of the first convolution.
-            options: Options of `build`.
-        """
+        """Return a model of `mnist_networks` for black and white images ``[1, 28, 28]``; ``options`` as in `build`."""
         return cls.build(mnist_networks(width), z_dim, **options)
 
     @classmethod
@@ -420,15 +389,7 @@ class ReadyMade(LatentModel):
         likelihood: str | Likelihood = "pixels",
         **options: Any,
     ) -> Self:
-        """Return a model of `face_networks`, for colour images ``[3, size, size]``.
-
-        Args:
-            z_dim: Dimension ``D`` of a code.
-            width: Channels of the first convolution.
-            size: Height and width of an image.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
-            options: Options of `build`.
-        """
+        """Return a model of `face_networks` for colour images ``[3, size, size]``; ``options`` as in `build`."""
         return cls.build(face_networks(width, size=size), z_dim, likelihood=likelihood, **options)
 
 

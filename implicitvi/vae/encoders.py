@@ -19,7 +19,13 @@ from implicitvi.nn import Injected, concat_context
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli, diagonal_gaussian, full_precision
 
 
-class GaussianEncoder(nn.Module):
+class _Encoder(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+
+class GaussianEncoder(_Encoder):
     """An explicit diagonal Gaussian, ``N(z; m(x), s(x)²)``.
 
     Args:
@@ -28,10 +34,6 @@ class GaussianEncoder(nn.Module):
     >>> GaussianEncoder(nn.Linear(4, 6))(torch.zeros(5, 4)).event_shape
     torch.Size([3])
     """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
 
     def forward(self, x: Tensor) -> Distribution:
         """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
@@ -56,16 +58,12 @@ class ConditionalGaussian(nn.Module):
         return diagonal_gaussian(self.network(concat_context(given, self.features(x))))
 
 
-class DeterministicEncoder(nn.Module):
+class DeterministicEncoder(_Encoder):
     """A code for every datum without noise: ``z = f(x)``.
 
     Args:
         network: Data ``[B, *x_shape]`` to codes ``[B, D]``.
     """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
 
     def forward(self, x: Tensor) -> Distribution:
         """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
