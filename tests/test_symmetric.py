@@ -62,7 +62,7 @@ K, L = 5, 4  # values of x and of z
 
 
 class Game:
-    """A table for each arrow and for the data, with the exact utilities of the model that trains them."""
+    """A table for encoder, decoder, prior and data, with the exact utilities of the model that trains them."""
 
     def __init__(self, seed: int, *, learned_prior: bool = False):
         logits = random(L, seed=seed + 1)
@@ -445,7 +445,7 @@ def test_a_misspelt_option_is_a_type_error() -> None:
 
 
 def test_a_fit_with_pairs_stops_and_resumes_as_if_never_stopped(tmp_path: Path) -> None:
-    """More pairs than rows of a batch: those of every turn are drawn anew, and come from the fit's own stream."""
+    """More pairs than rows of a batch: those of every turn are another choice, and come from the fit's own stream."""
     rows, _ = or_bars(40, generator=torch.Generator().manual_seed(1))
 
     def stop(trainer: Trainer) -> None:
@@ -473,7 +473,7 @@ def test_pairs_are_forgotten_after_the_fit() -> None:
     assert model._pairs is None
 
 
-# What it needs of its arrows.
+# Needs of encoder, decoder and prior.
 
 
 class Sampled(nn.Module):
@@ -498,7 +498,7 @@ class LearnedDraws(nn.Module):
         return Implicit(lambda s: self.loc + torch.zeros(*s, 8), [], [8])
 
 
-def test_arrows_without_a_density_are_refused() -> None:
+def test_networks_without_a_density_are_refused() -> None:
     model = bars()
     with pytest.raises(ModelError, match="needs of its encoder a density"):
         SymmetricVAE(Sampled([8]), model.decoder, bar_codes)

@@ -335,7 +335,7 @@ def test_a_vae_with_a_flow_takes_the_density_that_comes_with_the_draws() -> None
     torch.testing.assert_close(elbo, model.log_joint(z, x) - q.log_prob(z), atol=1e-4, rtol=1e-4)
 
 
-# Systems
+# Models
 
 
 SYSTEMS: dict[str, Callable[[], VAE | AVB]] = {

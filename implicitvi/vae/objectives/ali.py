@@ -17,7 +17,7 @@ from implicitvi.vae.objectives.pairs import codes, rows, slope
 
 
 class ALI(ReadyMade):
-    """Adversarially learned inference (BiGAN): the two joints become equal, ``q(x) q(z | x) = p(z) p(x | z)``.
+    """An adversarially learned inference model (BiGAN), trained to equal joints ``q(x) q(z | x) = p(z) p(x | z)``.
 
         adversary:         min  E_q softplus(-T) + E_p softplus(T)                T ≈ log q(x, z) - log p(x, z)
         encoder, decoder:  min  E_q softplus(T) + E_p softplus(-T)  +  λ E_q |x - x'|²

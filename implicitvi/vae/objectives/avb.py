@@ -20,7 +20,7 @@ from implicitvi.vae.model import Batch
 
 
 class AVB(ReadyMade):
-    """Adversarial variational Bayes of a latent variable model, with or without Adaptive Contrast.
+    """A latent variable model trained by adversarial variational Bayes, with or without Adaptive Contrast.
 
         E_q[log p(x, z) - log r(z | x) - T(x, z)]            T ≈ log q(z | x) - log r(z | x)
 
