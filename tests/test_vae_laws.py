@@ -204,7 +204,7 @@ def test_the_terms_of_the_asvae_sum_to_the_symmetric_divergence() -> None:
 
 
 def test_the_adversaries_of_the_asvae_are_shown_the_right_pairs() -> None:
-    """Encoder and decoder copy, so a pair that belongs together has equal halves: first its own, then that of another."""
+    """Encoder and decoder copy, so a pair that belongs together has equal halves: first its own, then another's."""
     seen: dict[str, list[bool]] = {"encoder": [], "decoder": []}
 
     def witness(name: str) -> nn.Module:

@@ -87,9 +87,9 @@ class AuxiliaryVAE(ReadyMade):
         """Return the bound of each datum ``x [B, *x_shape]`` at draws of its code: ``[num_samples, B]`` in nats."""
         a = (q_a := self.encoder.first(x)).rsample(torch.Size([num_samples]))
         z = (q_z := self.encoder.second(a, x)).rsample()
-        log_p: Tensor = self.log_joint(z, x) + self.auxiliary(z, x).log_prob(a)
-        log_q: Tensor = q_a.log_prob(a) + q_z.log_prob(z)
-        return log_p - log_q
+        log_q = q_a.log_prob(a) + q_z.log_prob(z)
+        elbo: Tensor = self.log_joint(z, x) + self.auxiliary(z, x).log_prob(a) - log_q
+        return elbo
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:

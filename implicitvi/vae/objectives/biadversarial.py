@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
 from implicitvi.vae.model import Batch
-from implicitvi.vae.objectives.pairs import codes, codes_like, cycle_error, kl_bound, log_ratios, rows
+from implicitvi.vae.objectives.pairs import codes, codes_like, cycle_error, kl_bound, rows
 
 
 class BiadversarialVAE(ReadyMade):
@@ -23,22 +23,20 @@ class BiadversarialVAE(ReadyMade):
         V₂ = E_q(x)q(z|x)[T₂(z, x)] - E_q(z)p(x|z)[exp(T₂(z, x) - 1)]     →  E KL(q(x | z) ‖ p(x | z))
 
     Encoder and decoder minimise ``V₁ + V₂``, each adversary maximises its own. ``V₁`` replaces the divergence in the
-    evidence lower bound, ``V₂`` the reconstruction: it punishes a decoder that leaves out a mode, where a Gaussian one
-    would blur the modes. ``T - 1`` is a log ratio, learned by logistic regression, which is steadier, or as published
-    with ``ratio="fgan_kl"``. The formulas are reconstructed from the text of the publication, which its code does not
-    follow; it reports no results. At the optimal adversaries ``V₁ + V₂ = -ELBO - H(x) + I(x; z)``: a flexible decoder
-    does best to ignore its codes, as ``q(z | x) = p(z)`` and ``p(x | z) = q(x)`` reach zero; ``cycle`` is a remedy.
+    ELBO, ``V₂`` the reconstruction: it punishes a decoder that leaves out a mode, where a Gaussian one blurs modes.
+    ``T - 1`` is a log ratio, learned by logistic regression, which is steadier, or as published, ``"fgan_kl"``. The
+    formulas follow the publication's text, not its code; it has no results. At the optimum ``V₁ + V₂`` is
+    ``-ELBO - H(x) + I(x; z)``: a flexible decoder does best to ignore its codes; ``cycle``, not published, is a remedy.
 
     Args:
         encoder: ``q(z | x)``: draws with gradients.
         decoder: ``p(x | z)``: draws with gradients.
         prior: ``p(z)``, draws are enough; the number ``D`` for ``N(0, I)``.
-        code_adversary: ``T₁(z, x)``, scores ``[..., N]`` of codes ``[..., N, D]`` and data ``[N, *x_shape]``; ``None``
-            leaves out ``V₁``, if codes are given and only the decoder is learned.
+        code_adversary: ``T₁(z, x)``: ``[..., N, D]``, ``[N, *x_shape]`` to ``[..., N]``; ``None`` leaves out ``V₁``.
         data_adversary: ``T₂(z, x)``, likewise.
         ratio: ``"logistic"``, ``"fgan_kl"``, ``"least_squares"``, or a `RatioLoss`.
         cycle: Weight ``λ`` of ``λ E_p |z - z'|²`` for ``z ~ p(z)``, ``x ~ p(x | z)``, ``z' ~ q(z | x)``.
-        limit: Log ratio, in nats, above which the exponential, the weight of a draw, continues as its tangent.
+        limit: Log ratio in nats above which the exponential, the weight of a draw, continues as its tangent.
 
     References:
         Biadversarial Variational Autoencoder, Arnaud Fickinger, 2019.
@@ -73,18 +71,20 @@ class BiadversarialVAE(ReadyMade):
 
     def code_ratios(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the learned ``log q(z | x) - log p(z)`` at codes ``z [S, B, D]`` and at draws of the prior."""
-        return log_ratios(self.ratio, self.code_adversary, (z, x), (codes_like(z, self.prior()), x))
+        prior, t = codes_like(z, self.prior()), cast(nn.Module, self.code_adversary)
+        return self.ratio.log_ratio(t(z, x)), self.ratio.log_ratio(t(prior, x))
 
     def data_ratios(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the learned ``log q(x | z) - log p(x | z)`` at data ``x [B, *x_shape]`` and at decoded data."""
-        return log_ratios(self.ratio, self.data_adversary, (z, x), (rows(z), self.decoder(rows(z)).rsample()))
+        fake, t = self.decoder(rows(z)).rsample(), self.data_adversary
+        return self.ratio.log_ratio(t(z, x)), self.ratio.log_ratio(t(rows(z), fake))
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         z = self.encoder(x).rsample(torch.Size([stage.num_particles]))
         terms = {"data_bound": kl_bound(*self.data_ratios(z, x), self.limit)}
         if self.code_adversary is not None:
             terms["code_bound"] = kl_bound(*self.code_ratios(z, x), self.limit)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = sum(terms.values(), x.new_zeros(()))
         if self.cycle:
             terms["squared_error"] = error = cycle_error(self.encoder, self.decoder, codes(self.prior(), len(x)))
             loss = loss + self.cycle * error

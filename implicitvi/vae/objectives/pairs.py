@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from implicitvi import distributed
-from implicitvi.avb.ratios import RatioLoss, capped_exp
+from implicitvi.avb.ratios import capped_exp
 from implicitvi.errors import OptionError, ShapeError
 from implicitvi.vae.data import tensor_of
 from implicitvi.vae.model import LatentModel
@@ -88,11 +88,6 @@ def kl_bound(of_first: Tensor, of_second: Tensor, limit: float = inf) -> Tensor:
         Martin Wainwright, Michael Jordan, 2010.
     """
     return 1 + of_first.mean() - capped_exp(of_second, limit).mean()
-
-
-def log_ratios(ratio: RatioLoss, adversary: Any, real: Pairs, fake: Pairs) -> tuple[Tensor, Tensor]:
-    """Return the learned log ratio of pairs ``real`` to pairs ``fake``, at both: scores of shape ``[..., N]``."""
-    return ratio.log_ratio(adversary(*real)), ratio.log_ratio(adversary(*fake))
 
 
 def cycle_error(encoder: nn.Module, decoder: nn.Module, z: Tensor) -> Tensor:
