@@ -196,6 +196,11 @@ class Injected(nn.Module):
         return out.reshape(*vector.shape[:-1], -1)
 
 
+def bounded_exp(log_scale: Tensor) -> Tensor:
+    """Return the scale ``exp(log_scale)`` of the same shape, kept smoothly within ``exp(±10)``."""
+    return (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
+
+
 class LocationScaleNet(nn.Module):
     """A network from a context to the location and scale of a Gaussian; 0 and 1 at the start.
 
@@ -222,7 +227,7 @@ class LocationScaleNet(nn.Module):
         raw = self.skip(x) + self.net(x)
         d = self.latent_dim
         loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
-        diagonal = (LOG_RANGE * (log_diagonal / LOG_RANGE).tanh()).exp()
+        diagonal = bounded_exp(log_diagonal)
         rows, columns = torch.tril_indices(d, d, -1, device=x.device)
         lower = raw.new_zeros(*raw.shape[:-1], d, d)
         lower[..., rows, columns] = below * diagonal[..., rows]

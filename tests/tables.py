@@ -109,7 +109,7 @@ class TableContrast(Contrast):
 
 
 class Tables:
-    """Random tables of a data distribution, a prior and both arrows, and what follows from them.
+    """Random tables of a data distribution, a prior, encoder and decoder, and what follows from them.
 
     Joint tables are ``[Z, X]``.
     """
@@ -125,7 +125,7 @@ class Tables:
         self.p = self.z[:, None] * self.x_given_z
         self.q_z, self.p_x = self.q.sum(1), self.p.sum(0)
 
-    def arrows(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def networks(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Encoder, decoder and prior."""
         return Arrow(self.z_given_x), Arrow(self.x_given_z), TablePrior(self.z)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import models
-from frechet import FeatureNet
 from implicitvi import AVBSVI, Fit, ImplicitGuide
 from implicitvi.diagnostics.sbc import sbc
 from implicitvi.vae import VAE
@@ -98,5 +97,4 @@ def test_no_gpu_is_started_that_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -
     x = torch.rand(40, 4)
     vae = VAE(GaussianEncoder(nn.Linear(4, 4)), Decoder(nn.Linear(2, 4), BernoulliLikelihood([4])), 2)
     vae.log_evidence(x, "iwae")
-    FeatureNet(x, torch.arange(40) % 2, steps=2)
     sbc(models.normal_normal, lambda model, data: fit(data["obs"]), models.Y, num_datasets=10, num_draws=9)

@@ -62,7 +62,7 @@ K, L = 5, 4  # values of x and of z
 
 
 class Game:
-    """A table for each arrow and for the data, with the exact utilities of the model that trains them."""
+    """A table for encoder, decoder, prior and data, with the exact utilities of the model that trains them."""
 
     def __init__(self, seed: int, *, learned_prior: bool = False):
         logits = random(L, seed=seed + 1)
@@ -423,16 +423,16 @@ X, Z = or_bars(24, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("pairs", "error", "message"),
     [
-        ((X, Z[:20]), ShapeError, r"\[20, 8\] for 24 data, expected \[24, 8\]"),
-        ((X, Z[:, :7]), ShapeError, r"\[24, 7\] for 24 data, expected \[24, 8\]"),
+        ((X, Z[:20]), ShapeError, r"of shape \[24, 8\], got \[20, 8\] for 24 data"),
+        ((X, Z[:, :7]), ShapeError, r"of shape \[24, 8\], got \[24, 7\] for 24 data"),
         ((X, Z.argmax(1)), ShapeError, r"\[24\] for 24 data"),
         ((X[:, 0], Z), ShapeError, "Data must be of shape"),
-        ((X, 2 * Z - 1), OptionError, "the encoder cannot score the codes of 24 of 24 pairs"),
-        ((X, Z.where(Z == 0, math.nan)), OptionError, "the encoder cannot score"),
+        ((X, 2 * Z - 1), OptionError, "possible for encoder and prior, got .* 24 of 24 rows"),
+        ((X, Z.where(Z == 0, math.nan)), OptionError, "possible for encoder and prior"),
         ((X.where(X == 0, math.nan), Z), ModelError, "not finite"),
-        ((255 * X, Z), OptionError, "do not suit a Bernoulli likelihood"),
-        ((X, Z, Z), OptionError, "pairs are not two things"),
-        (X, OptionError, "pairs are not two things"),
+        ((255 * X, Z), OptionError, "Data of a Bernoulli likelihood must be between 0 and 1"),
+        ((X, Z, Z), OptionError, r"pairs must be \(data"),
+        (X, OptionError, r"pairs must be \(data"),
     ],
 )
 def test_pairs_that_do_not_match_are_refused_before_the_first_step(
@@ -450,7 +450,7 @@ def test_a_misspelt_option_is_a_type_error() -> None:
 
 
 def test_a_fit_with_pairs_stops_and_resumes_as_if_never_stopped(tmp_path: Path) -> None:
-    """More pairs than rows of a batch: those of every turn are drawn anew, and come from the fit's own stream."""
+    """More pairs than rows of a batch: those of every turn are another choice, and come from the fit's own stream."""
     rows, _ = or_bars(40, generator=torch.Generator().manual_seed(1))
 
     def stop(trainer: Trainer) -> None:
@@ -478,7 +478,7 @@ def test_pairs_are_forgotten_after_the_fit() -> None:
     assert model._pairs is None
 
 
-# What it needs of its arrows.
+# Needs of encoder, decoder and prior.
 
 
 class Sampled(nn.Module):
@@ -503,7 +503,7 @@ class LearnedDraws(nn.Module):
         return Implicit(lambda s: self.loc + torch.zeros(*s, 8), [], [8])
 
 
-def test_arrows_without_a_density_are_refused() -> None:
+def test_networks_without_a_density_are_refused() -> None:
     model = bars()
     with pytest.raises(ModelError, match="encoder of .* must have a density"):
         SymmetricVAE(Sampled([8]), model.decoder, bar_codes)
@@ -513,7 +513,7 @@ def test_arrows_without_a_density_are_refused() -> None:
 
 def test_a_prior_without_a_density_may_be_drawn_from_but_not_learned() -> None:
     model, prior = bars(), LearnedDraws()
-    with pytest.raises(ModelError, match="a prior with parameters is learned by its density"):
+    with pytest.raises(ModelError, match="A prior with parameters must have a log_prob"):
         SymmetricVAE(model.encoder, model.decoder, prior)
     SymmetricVAE(model.encoder, model.decoder, prior.requires_grad_(False))
 
@@ -675,7 +675,7 @@ def test_one_objective_for_all_gives_all_of_the_ladder_gradients(upward: bool) -
 
 def test_a_ladder_with_too_few_logits_is_refused() -> None:
     _, decoder, prior = ladder()
-    with pytest.raises(ShapeError, match="got 4, expected 5, 2 for the upper level and 3"):
+    with pytest.raises(ShapeError, match="must be 5, 2 for the upper level and 3 for the lower, got 4"):
         SymmetricVAE(LadderEncoder(net(6, 4), prior), decoder, prior)
 
 

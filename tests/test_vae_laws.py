@@ -1,4 +1,4 @@
-"""Laws of the latent variable models: what their losses are worth, where gradients go, what each system refuses."""
+"""Laws of the VAE objectives: values of their losses, the parameters that gradients reach, what each one refuses."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from implicitvi.errors import ImplicitVIError
 from implicitvi.training import Stage
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import Implicit
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder
+from implicitvi.vae.encoders import ConditionalGaussian, DeterministicEncoder, GaussianEncoder
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
 from implicitvi.vae.objectives.aae import AAE
 from implicitvi.vae.objectives.ali import ALI
 from implicitvi.vae.objectives.asvae import ASVAE
-from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE
 from implicitvi.vae.objectives.avb import AVB
-from implicitvi.vae.objectives.biadversarial import BiadversarialVAE, kl_bound
+from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
 from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
-from implicitvi.vae.objectives.pairs import parted, slope
+from implicitvi.vae.objectives.pairs import kl_bound, parted, slope
 from implicitvi.vae.objectives.vae import VAE
 from tables import PARTS, Lookup, TableContrast, Tables, entropy, expectation, jensen_shannon, kl
 from vae_contracts import (
@@ -54,7 +54,7 @@ from vae_contracts import (
 
 # Identities: on finite alphabets, with exact adversaries, the loss of a batch is the number the theory says.
 #
-# Each entry: a system with its optimal adversaries (times a sign, for the planted bug), and what the losses of its
+# Each entry: a model with its optimal adversaries (times a sign, for the planted bug), and what the losses of its
 # players, by name, are worth.
 
 Case = Callable[[Tables, float], tuple[LatentModel, dict[str, Tensor]]]
@@ -67,20 +67,20 @@ def product(t: Tables) -> Tensor:
 
 def avb(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     ratio = t.q.log() - product(t).log()
-    model = AVB(*t.arrows(), Lookup(sign * ratio), informed=False)
+    model = AVB(*t.networks(), Lookup(sign * ratio), informed=False)
     return model, {"adversary": 2 * log(2) - 2 * jensen_shannon(t.q, product(t)), "model": -t.elbo}
 
 
 def avb_f_gan(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     ratio = t.q.log() - product(t).log()
-    model = AVB(*t.arrows(), Lookup(1 + sign * ratio), informed=False, ratio="fgan_kl")
+    model = AVB(*t.networks(), Lookup(1 + sign * ratio), informed=False, ratio="fgan_kl")
     return model, {"adversary": -kl(t.q, product(t)), "model": -t.elbo}
 
 
 def aae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     ratio = t.q_z.log() - t.z.log()
     middle = (t.q_z + t.z) / 2
-    return AAE(*t.arrows(), Lookup(sign * ratio)), {
+    return AAE(*t.networks(), Lookup(sign * ratio)), {
         "model": -expectation(t.q, t.x_given_z.log()),
         "adversary": 2 * log(2) - 2 * jensen_shannon(t.q_z, t.z),
         # -E_q log(p / (p + q)), the published generator's
@@ -90,7 +90,7 @@ def aae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
 
 def ali(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     both = 2 * jensen_shannon(t.q, t.p)
-    return ALI(*t.arrows(), Lookup(sign * (t.q.log() - t.p.log()))), {
+    return ALI(*t.networks(), Lookup(sign * (t.q.log() - t.p.log()))), {
         "adversary": log(4) - both,
         "model": log(4) + kl(t.q, t.p) + kl(t.p, t.q) - both,
     }
@@ -99,7 +99,7 @@ def ali(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
 def asvae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     of_encoder = t.q.log() - (t.z[:, None] * t.p_x).log()
     of_decoder = t.p.log() - (t.q_z[:, None] * t.x).log()
-    model = ASVAE(*t.arrows(), Lookup(sign * of_encoder), Lookup(sign * of_decoder))
+    model = ASVAE(*t.networks(), Lookup(sign * of_encoder), Lookup(sign * of_decoder))
     of_data = expectation(t.x, t.p_x.log()) - kl(t.q, t.p)
     of_codes = expectation(t.z, t.q_z.log()) - kl(t.p, t.q)
     return model, {"model": -of_data - of_codes, "data_term": of_data, "code_term": of_codes}
@@ -107,7 +107,7 @@ def asvae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
 
 def marginal_asvae(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     ratio = t.x.log() - t.contrast.log()
-    encoder, decoder, prior = t.arrows()
+    encoder, decoder, prior = t.networks()
     model = MarginalASVAE(encoder, decoder, prior, Lookup(sign * ratio), contrast=TableContrast(t.contrast), weight=0.7)
     return model, {
         "adversary": 2 * log(2) - 2 * jensen_shannon(t.x, t.contrast),
@@ -129,7 +129,7 @@ def biadversarial(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor
 def biadversarial_logistic(t: Tables, sign: float) -> tuple[LatentModel, dict[str, Tensor]]:
     fake = t.q_z[:, None] * t.x_given_z
     of_codes, of_data = t.q.log() - product(t).log(), t.q.log() - fake.log()
-    model = BiadversarialVAE(*t.arrows(), Lookup(sign * of_codes), Lookup(sign * of_data), limit=50.0)
+    model = BiadversarialVAE(*t.networks(), Lookup(sign * of_codes), Lookup(sign * of_data), limit=50.0)
     information = kl(t.q, t.q_z[:, None] * t.x)
     return model, {
         "adversary": log(16) - 2 * jensen_shannon(t.q, product(t)) - 2 * jensen_shannon(t.q, fake),
@@ -204,7 +204,7 @@ def test_the_terms_of_the_asvae_sum_to_the_symmetric_divergence() -> None:
 
 
 def test_the_adversaries_of_the_asvae_are_shown_the_right_pairs() -> None:
-    """Both arrows copy, so a pair that belongs together has equal halves: first its own, then one dealt out anew."""
+    """Encoder and decoder copy, so a pair that belongs together has equal halves: first its own, then another's."""
     seen: dict[str, list[bool]] = {"encoder": [], "decoder": []}
 
     def witness(name: str) -> nn.Module:
@@ -228,7 +228,7 @@ def test_the_adversaries_of_the_asvae_are_shown_the_right_pairs() -> None:
     assert seen == {"encoder": [True, False], "decoder": [True, False]}
 
 
-# Oracle: linear Gaussian arrows and Gaussian data, whose joints are Gaussians of five dimensions. With the exact
+# Oracle: linear Gaussian networks and Gaussian data, whose joints are Gaussians of five dimensions. With the exact
 # adversary the objective of each draw is the analytic integrand.
 
 
@@ -253,7 +253,7 @@ class Affine(nn.Module):
 
 
 class Linear:
-    """Gaussian data ``[3]`` and codes ``[2]``, the arrows between them, and all log densities of pairs."""
+    """Gaussian data ``[3]`` and codes ``[2]``, encoder and decoder, and all log densities of pairs."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -393,8 +393,8 @@ def test_oracle_ali() -> None:
     """Both players' losses are the cross-entropy of the exact posterior probability of either joint."""
     m = Linear()
     model = ALI(m.encoder, m.decoder, m.prior, m.oracle(lambda z, x: m.log_q(z, x) - m.log_p(z, x)))
-    adversary, arrows = model.players(lambda: m.x)
-    for player, swapped in ((adversary, False), (arrows, True)):
+    adversary, networks = model.players(lambda: m.x)
+    for player, swapped in ((adversary, False), (networks, True)):
         m.shown.clear()
         loss, _ = next(player.losses(stage(7)))
         of_encoder, of_decoder = sorted(m.shown, key=lambda pair: -pair[0].dim())
@@ -413,7 +413,7 @@ def test_oracle_aae() -> None:
     exactly(loss, (both - m.prior.log_prob(z)).mean())
 
 
-# Every system of the list.
+# Every model of the list.
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -471,7 +471,7 @@ def fitted(name: str, seed: int = 0) -> tuple[LatentModel, VAEFit]:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_every_system_trains(name: str) -> None:
+def test_every_objective_trains(name: str) -> None:
     model, fit = fitted(name)
     assert fit.stop_reason == "finished" and fit.skipped == 0
     for player in model.players(data):
@@ -501,7 +501,7 @@ def test_the_same_seed_gives_the_same_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_copy_of_a_system_owns_all_its_parts(name: str) -> None:
+def test_a_copy_of_a_model_owns_all_its_parts(name: str) -> None:
     """A running average is a copy: what it says must not depend on what becomes of the original."""
     model = shaken(name).eval()
     copy = deepcopy(model)
@@ -518,7 +518,7 @@ def said(model: LatentModel) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_the_state_of_a_system_is_all_of_it(name: str) -> None:
+def test_the_state_of_a_model_is_all_of_it(name: str) -> None:
     model, _ = fitted(name)
     torch.manual_seed(5)
     copy = SYSTEMS[name]().eval()
@@ -576,7 +576,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "BiadversarialVAE, ratio": (
         lambda: BiadversarialVAE(implicit_encoder(), implicit_decoder(), Z, of_pairs(), of_pairs(), ratio="fgan"),
-        "ratio must be one of; got 'fgan', .*Did you mean 'fgan_kl'",
+        "ratio must be one of .*'fgan_kl', .*got 'fgan'. Did you mean 'fgan_kl'",
     ),
     "AuxiliaryVAE, first": (
         lambda: auxiliary(encoder=DeterministicEncoder(nn.Linear(X, A))),
@@ -588,13 +588,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "AuxiliaryVAE, dimensions": (
         lambda: auxiliary(auxiliary=ConditionalGaussian(nn.Linear(Z + X, 4))),
-        "disagree on the dimension of the auxiliary variable; got 3 and 2",
+        "Dimensions of a in encoder and auxiliary must be equal, got 3 and 2",
     ),
     "VAE without a density": (
         lambda: VAE(implicit_encoder(), bernoulli_decoder(), Z),
         "encoder of VAE must have a density",
     ),
-    "a single datum": (lambda: parted(torch.zeros(3, 1, Z)), "a batch of 1 row"),
+    "a single datum": (lambda: parted(torch.zeros(3, 1, Z)), "rows of a batch must be 2 or more"),
 }
 
 
@@ -610,7 +610,7 @@ def auxiliary(**changed: nn.Module) -> AuxiliaryVAE:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_system_cannot_use_is_refused_by_name(name: str) -> None:
+def test_what_an_objective_cannot_use_is_refused_by_name(name: str) -> None:
     make, words = REFUSED[name]
     with pytest.raises(ImplicitVIError, match=words):
         make()

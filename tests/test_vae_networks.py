@@ -176,7 +176,7 @@ def test_pixels_have_means_inside_the_unit_interval_and_a_scale_each() -> None:
     x = torch.rand(nets.x_shape)
     by_hand = Normal(logits.sigmoid().view(nets.x_shape), 0.25).log_prob(x).sum()
     torch.testing.assert_close(decoder(torch.ones(D)).log_prob(x), by_hand)
-    with pytest.raises(OptionError, match="likelihood of pixels; got values from 0 to 2"):
+    with pytest.raises(OptionError, match="likelihood of pixels must be between 0 and 1, got values from 0 to 2"):
         decoder.check(torch.tensor([0.0, 2.0]))
 
 
@@ -335,7 +335,7 @@ def test_a_vae_with_a_flow_takes_the_density_that_comes_with_the_draws() -> None
     torch.testing.assert_close(elbo, model.log_joint(z, x) - q.log_prob(z), atol=1e-4, rtol=1e-4)
 
 
-# Systems
+# Models
 
 
 SYSTEMS: dict[str, Callable[[], VAE | AVB]] = {
@@ -430,7 +430,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
     "contrast": (lambda: AVB.dense(4, 2, contrast="gausian"), OptionError, "'gaussian'"),
     "z_dim": (lambda: VAE.dense(4, 0), OptionError, "z_dim must be .*, got 0"),
     "x_dim": (lambda: VAE.dense(0, 2), OptionError, "x_shape must be .*, got 0"),
-    "no hidden": (lambda: VAE.dense(4, 2, hidden=()), OptionError, "no hidden layers"),
+    "no hidden": (lambda: VAE.dense(4, 2, hidden=()), OptionError, "hidden must be at least one width"),
     "hidden": (lambda: VAE.dense(4, 2, hidden=(8, 0)), OptionError, "hidden must be"),
     "noise, implicit": (
         lambda: AVB.dense(4, 3, contrast="prior", noise_dim=2),
@@ -442,28 +442,36 @@ REFUSED: dict[str, tuple[Callable[[], object], type[ImplicitVIError], str]] = {
         OptionError,
         "noise_dim must be .* >= 3, got 2",
     ),
-    "noise, unused": (lambda: Dense(4).encoder(2, "iaf", noise_dim=4), OptionError, "noise_dim means nothing"),
-    "basis, unused": (lambda: Dense(4).encoder(2, "implicit", num_basis=4), OptionError, "num_basis means nothing"),
+    "noise, unused": (
+        lambda: Dense(4).encoder(2, "iaf", noise_dim=4),
+        OptionError,
+        "posterior with noise_dim must be .*, got 'iaf'",
+    ),
+    "basis, unused": (
+        lambda: Dense(4).encoder(2, "implicit", num_basis=4),
+        OptionError,
+        "posterior with num_basis must be .*, got 'implicit'",
+    ),
     "basis": (lambda: AVB.dense(4, 2, num_basis=0), OptionError, "num_basis must be"),
     "pairing": (lambda: Dense(4, pairing="prodct"), OptionError, "'product'"),
-    "rows": (lambda: VAE.convolutional((784,), 2), ShapeError, "convolutions need images"),
+    "rows": (lambda: VAE.convolutional((784,), 2), ShapeError, r"must be \(channels, height, width\), got \(784,\)"),
     "grey": (lambda: VAE.convolutional((28, 28), 2), ShapeError, "Grey images have one channel"),
     "strides": (
         lambda: Convolutional((1, 8, 8), strides=(2,)),
         OptionError,
-        "channels and strides do not fit; got 2 and 1",
+        "channels and strides must be equally many, .*got 2 and 1",
     ),
-    "channels": (lambda: Convolutional((1, 8, 8), channels=(4, 0)), OptionError, "channels is out"),
-    "kernel": (lambda: Convolutional((1, 8, 8), kernel=4), OptionError, "an odd number"),
+    "channels": (lambda: Convolutional((1, 8, 8), channels=(4, 0)), OptionError, "channels must be"),
+    "kernel": (lambda: Convolutional((1, 8, 8), kernel=4), OptionError, "kernel size must be odd, got 4"),
     "critic": (
         lambda: Convolutional((1, 8, 8), critic=Dense(64)),
         ShapeError,
-        r"critic is for data of another shape; got \(64,\)",
+        r"x_shape of the critic must be \(1, 8, 8\), got \(64,\)",
     ),
     "likelihood's shape": (
         lambda: VAE.dense(4, 2, likelihood=GaussianLikelihood([5])),
         ShapeError,
-        r"another shape; got \(5,\), expected \(4,\)",
+        r"x_shape of the likelihood must be \(4,\), got \(5,\)",
     ),
     "codes": (
         lambda: VAE.dense(4, 2).decode(torch.randn(3, 5)),

@@ -1,6 +1,6 @@
-"""All systems of latent variable models, in one list: every one is held to the same laws.
+"""All objectives of latent variable models, in one list: every one is held to the same laws.
 
-A new system joins the list here and is tested.
+A new objective joins the list here and is tested.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from implicitvi.vae.decoders import (
     Likelihood,
     StraightThroughLikelihood,
 )
-from implicitvi.vae.encoders import DeterministicEncoder, GaussianEncoder, ImplicitEncoder
+from implicitvi.vae.encoders import ConditionalGaussian, DeterministicEncoder, GaussianEncoder, ImplicitEncoder
 from implicitvi.vae.model import LatentModel
 from implicitvi.vae.objectives.aae import AAE
 from implicitvi.vae.objectives.ali import ALI
 from implicitvi.vae.objectives.asvae import ASVAE
-from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE, ConditionalGaussian
+from implicitvi.vae.objectives.auxiliary import AuxiliaryVAE
 from implicitvi.vae.objectives.avb import AVB
 from implicitvi.vae.objectives.biadversarial import BiadversarialVAE
 from implicitvi.vae.objectives.marginal_asvae import MarginalASVAE
@@ -128,7 +128,7 @@ def data(num_rows: int = 40, seed: int = 0) -> Tensor:
 
 
 def shaken(name: str) -> LatentModel:
-    """A system whose zero layers are filled, so that every parameter matters."""
+    """A model whose zero layers are filled, so that every parameter matters."""
     torch.manual_seed(0)
     model = SYSTEMS[name]()
     with torch.no_grad():

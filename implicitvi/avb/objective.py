@@ -35,12 +35,12 @@ def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
     return log_joint - log_contrast - log_ratio
 
 
-def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
+def importance_weighted(elbo: Tensor, z: Tensor | None, num_importance: int) -> Tensor:
     """Return the bound ``log mean_k exp elbo`` over ``K`` draws: ``elbo [S, (B,)]`` to ``[S / K, (B,)]``.
 
     The draws ``z [S, (B,) D]`` get the doubly reparameterised gradient: holding ``q`` fixed in the ELBO leaves its mean
     gradient unchanged only while all draws weigh the same; squaring the weights on the way through ``z`` (and only
-    there) corrects it. With ``K = 1`` nothing changes.
+    there) corrects it. With ``K = 1`` nothing changes; with ``z=None`` the gradient is that of the bound.
 
     References:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016, eq. 8.
@@ -50,7 +50,7 @@ def importance_weighted(elbo: Tensor, z: Tensor, num_importance: int) -> Tensor:
     if num_importance == 1:
         return elbo
     groups: Tensor = elbo.unflatten(0, (num_importance, -1))
-    if z.requires_grad:
+    if z is not None and z.requires_grad:
         weights = groups.detach().softmax(0).flatten(0, 1)[..., None]
         z.register_hook(lambda gradient: gradient * weights)
     return groups.logsumexp(0) - log(num_importance)

@@ -16,6 +16,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from implicitvi.errors import check_choice
+
 
 class RatioLoss(Protocol):
     """A loss that an adversary minimises, and the map from its output to a log ratio."""
@@ -94,3 +96,11 @@ class LeastSquares:
 
 
 RATIOS: dict[str, type[RatioLoss]] = {"logistic": Logistic, "fgan_kl": FGanKL, "least_squares": LeastSquares}
+
+
+def ratio_of(ratio: str | RatioLoss) -> RatioLoss:
+    """Return a ratio loss by its name, or the given one unchanged."""
+    if not isinstance(ratio, str):
+        return ratio
+    check_choice("ratio", ratio, RATIOS)
+    return RATIOS[ratio]()

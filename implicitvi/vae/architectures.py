@@ -1,7 +1,7 @@
-"""Networks that fit together, by name: the arrows and adversaries of a model, dense or convolutional.
+"""Ready-made networks by name: encoders, decoders and adversaries, dense or convolutional.
 
-An `Architecture` makes encoders, decoders and adversaries for data of one shape. A system that says in ``assemble``
-which of them it is made of has the constructors of `ReadyMade`: ``dense``, ``convolutional``, ``mnist``, ``faces``.
+An `Architecture` makes networks for data of one shape. An objective that subclasses `ReadyMade` declares which of them
+it needs, and has the constructors ``dense``, ``convolutional``, ``mnist`` and ``faces``.
 
 Implementing an architecture: subclass `Architecture`, define ``layers``, ``outputs`` and ``adversary``. Implementing a
 posterior: a function with the signature of `Posterior` that joins `POSTERIORS`.
@@ -14,18 +14,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from implicitvi.avb.adversaries import InjectedAdversary, JointAdversary, PairwiseAdversary
+from implicitvi.avb.adversaries import GatedAdversary, InjectedAdversary, JointAdversary, PairwiseAdversary
 from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
 from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
 from implicitvi.nn import mlp
 from implicitvi.vae.decoders import Decoder, Likelihood, likelihood_of
 from implicitvi.vae.encoders import (
     BinaryEncoder,
+    ConditionalGaussian,
     DeterministicEncoder,
     FlowEncoder,
     GaussianEncoder,
@@ -33,14 +34,15 @@ from implicitvi.vae.encoders import (
     InjectedEncoder,
 )
 from implicitvi.vae.flows import InverseAutoregressiveFlow, PlanarFlow
+from implicitvi.vae.model import LatentModel
 
 
 class Architecture(ABC):
-    """Encoders, decoders and adversaries for data of one shape. Each call makes a new network.
+    """A maker of encoders, decoders and adversaries for data of one shape. Each call makes a new network.
 
     Args:
         x_shape: Shape of one datum; a number for rows of that length.
-        basis: Widths of the hidden layers of each network of a noise basis.
+        basis: Widths of the hidden layers in each network of a noise basis.
         noise: The implicit posterior that suits these networks, a key of `POSTERIORS`.
     """
 
@@ -53,15 +55,15 @@ class Architecture(ABC):
 
     @abstractmethod
     def layers(self) -> list[nn.Module]:
-        """Layers from data ``[B, *x_shape]`` to features, without the activations between them."""
+        """Return the layers from data ``[B, *x_shape]`` to features, without the activations between them."""
 
     @abstractmethod
     def outputs(self, z_dim: int, size: int) -> nn.Module:
-        """A network from codes ``[..., D]`` to the outputs of a decoder ``[..., size]``."""
+        """Return a network from codes ``[..., D]`` to the outputs of a decoder ``[..., size]``."""
 
     @abstractmethod
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
-        """``T(z, x)``: codes ``[S, B, D]`` and data ``[B, *x_shape]`` to scores ``[S, B]``.
+        """Return ``T(z, x)``: codes ``[S, B, D]`` and data ``[B, *x_shape]`` to scores ``[S, B]``.
 
         Args:
             z_dim: Dimension ``D`` of a code.
@@ -69,13 +71,19 @@ class Architecture(ABC):
         """
 
     def features(self) -> nn.Sequential:
-        """A network from data ``[B, *x_shape]`` to features ``[B, C]``."""
+        """Return a network from data ``[B, *x_shape]`` to features ``[B, C]``."""
         return nn.Sequential(*_activated(self.layers(), nn.ELU), nn.Flatten())
+
+    @torch.no_grad()
+    def sized_features(self) -> tuple[nn.Sequential, int]:
+        """Return `features` and their number ``C``."""
+        features = self.features()
+        return features, features(torch.zeros(1, *self.x_shape)).shape[-1]
 
     def encoder(
         self, z_dim: int, posterior: str = "gaussian", *, noise_dim: int | None = None, num_basis: int | None = None
     ) -> nn.Module:
-        """``q(z | x)``.
+        """Return ``q(z | x)``.
 
         Args:
             z_dim: Dimension ``D`` of a code.
@@ -88,22 +96,29 @@ class Architecture(ABC):
         """
         check_at_least("z_dim", z_dim, 1)
         check_choice("posterior", posterior, POSTERIORS)
-        for option, value, users in (
+        for option, value, kinds in (
             ("noise_dim", noise_dim, ("implicit", "injected", "noise_basis")),
             ("num_basis", num_basis, ("noise_basis",)),
         ):
             if value is not None:
                 check_at_least(option, value, 1)
-                if posterior not in users:
-                    raise OptionError(
-                        f"{option} means nothing to this posterior",
-                        got=repr(posterior),
-                        expected=f"one of {', '.join(map(repr, users))}",
-                    )
+                if posterior not in kinds:
+                    raise OptionError.must_be(f"posterior with {option}", f"one of {kinds}", repr(posterior))
         return POSTERIORS[posterior](self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim))
 
+    def conditional(self, given_dim: int, drawn_dim: int, hidden: Sequence[int] = (64,)) -> ConditionalGaussian:
+        """Return a Gaussian over ``[drawn_dim]`` given a datum and a vector ``[given_dim]``.
+
+        Args:
+            given_dim: Dimension of the vector that is given.
+            drawn_dim: Dimension of a draw.
+            hidden: Widths of the layers from features and vector to means and scales.
+        """
+        features, size = self.sized_features()
+        return ConditionalGaussian(mlp([given_dim + size, *hidden, 2 * drawn_dim]), features)
+
     def decoder(self, z_dim: int, likelihood: str | Likelihood = "bernoulli") -> Decoder:
-        """``p(x | z)``.
+        """Return ``p(x | z)``.
 
         Args:
             z_dim: Dimension ``D`` of a code.
@@ -112,27 +127,18 @@ class Architecture(ABC):
         check_at_least("z_dim", z_dim, 1)
         made = likelihood_of(likelihood, self.x_shape)
         if made.x_shape != self.x_shape:
-            raise ShapeError(
-                "the likelihood is of data of another shape", got=tuple(made.x_shape), expected=self.x_shape
-            )
+            raise ShapeError.must_be("x_shape of the likelihood", self.x_shape, tuple(made.x_shape))
         return Decoder(self.outputs(z_dim, made.size), made)
-
-    def arrows(
-        self, z_dim: int, posterior: str, likelihood: str | Likelihood, prior: Any, **noise: int | None
-    ) -> tuple[nn.Module, nn.Module, Any]:
-        """Encoder, decoder and prior of a system: `encoder`, `decoder`, and ``N(0, I)`` where the prior is ``None``."""
-        encoder = self.encoder(z_dim, posterior, **noise)
-        return encoder, self.decoder(z_dim, likelihood), z_dim if prior is None else prior
 
 
 class Dense(Architecture):
-    """Multilayer perceptrons on the entries of a datum in one row.
+    """An architecture of multilayer perceptrons on the entries of a datum in one row.
 
     Args:
         x_shape: Shape of one datum; a number for rows of that length.
         hidden: Widths of the hidden layers of encoder and adversary, and of the decoder from its end.
-        pairing: How the adversary looks at code and datum: ``"product"`` for each by itself before an inner product
-            (`PairwiseAdversary`), ``"joint"`` for both together (`JointAdversary`).
+        pairing: Network of the adversary: ``"product"`` for an inner product of features of code and datum
+            (`PairwiseAdversary`), ``"joint"`` for one network of both (`JointAdversary`).
         product_dim: Length of the vectors of that product; ``None`` for the last width.
         basis: Widths of the hidden layers of each network of a noise basis.
 
@@ -151,7 +157,7 @@ class Dense(Architecture):
     ):
         super().__init__(x_shape, basis=basis)
         if not hidden:
-            raise OptionError("there are no hidden layers", expected="at least one width")
+            raise OptionError.must_be("hidden", "at least one width", hidden)
         for width in hidden:
             check_at_least("hidden", width, 1)
         check_choice("pairing", pairing, ["joint", "product"])
@@ -178,15 +184,15 @@ class Dense(Architecture):
 
 
 class Convolutional(Architecture):
-    """Convolutions over images with values in [0, 1]; the decoder is the mirror image of the encoder.
+    """An architecture of convolutions over images with values in [0, 1]; the decoder mirrors the encoder.
 
     Args:
         x_shape: Channels, height and width of one image.
         channels: Channels after each convolution.
         strides: Stride of each; ``None`` for 2 everywhere.
         kernel: Height and width of a kernel, an odd number.
-        blocks: Residual blocks before each convolution but the first, and before each of the decoder but its first.
-        critic: Networks whose adversary is used in place of these convolutions with the code added after each
+        blocks: Residual blocks before each convolution except the first, in encoder and decoder.
+        critic: Architecture that makes the adversary; ``None`` for these convolutions with the code added after each
             (`InjectedAdversary`).
         basis: Widths of the hidden layers of each network of a noise basis.
 
@@ -208,42 +214,30 @@ class Convolutional(Architecture):
         super().__init__(x_shape, basis=basis, noise="injected")
         self.channels = tuple(channels)
         self.strides = (2,) * len(self.channels) if strides is None else tuple(strides)
-        self.kernel = kernel
-        self.blocks = blocks
-        self.critic = critic
+        self.kernel, self.blocks, self.critic = kernel, blocks, critic
         if len(self.x_shape) != 3:
-            raise ShapeError(
-                "convolutions need images",
-                got=f"x_shape {self.x_shape}",
-                expected="(channels, height, width)",
-                do="Grey images have one channel; for rows take Dense.",
-            )
+            do = "Grey images have one channel; use Dense for rows."
+            raise ShapeError.must_be("x_shape of images", "(channels, height, width)", self.x_shape, do)
         if not self.channels or len(self.strides) != len(self.channels):
-            raise OptionError(
-                "channels and strides do not fit",
-                got=f"{len(self.channels)} and {len(self.strides)} of them",
-                expected="one of each for every convolution",
-            )
-        for name, sizes in (("channels", self.channels), ("strides", self.strides)):
-            for size in sizes:
-                check_at_least(name, size, 1)
+            got = f"{len(self.channels)} and {len(self.strides)}"
+            raise OptionError.must_be("channels and strides", "equally many, one for each convolution", got)
+        for channels_after, stride in zip(self.channels, self.strides, strict=True):
+            check_at_least("channels", channels_after, 1)
+            check_at_least("strides", stride, 1)
         check_at_least("blocks", blocks, 0)
         if kernel < 1 or kernel % 2 == 0:
-            raise OptionError("the kernel has no middle", got=kernel, expected="an odd number")
+            raise OptionError.must_be("kernel size", "odd", kernel)
         if critic is not None and critic.x_shape != self.x_shape:
-            raise ShapeError("the critic is for data of another shape", got=critic.x_shape, expected=self.x_shape)
+            raise ShapeError.must_be("x_shape of the critic", self.x_shape, critic.x_shape)
 
     def layers(self) -> list[nn.Module]:
         sizes = pairwise([self.x_shape[0], *self.channels])
-        convolutions = [
+        first, *rest = (
             nn.Conv2d(i, o, self.kernel, stride, padding=self.kernel // 2)
             for (i, o), stride in zip(sizes, self.strides, strict=True)
-        ]
-        first, *rest = convolutions
-        return [
-            nn.Sequential(Centre(), first),
-            *(nn.Sequential(*self._residual(conv.in_channels), conv) for conv in rest),
-        ]
+        )
+        later = (nn.Sequential(*self._residual(conv.in_channels), conv) for conv in rest)
+        return [nn.Sequential(Centre(), first), *later]
 
     def outputs(self, z_dim: int, size: int) -> nn.Module:
         _, *sides = self.x_shape
@@ -253,17 +247,11 @@ class Convolutional(Architecture):
         channels = [*reversed(self.channels), size // prod(sides)]
         net: list[nn.Module] = []
         for k, stride in enumerate(reversed(self.strides)):
-            # what a stride has rounded up is given back by the padding
-            padding = [b - (a - 1) * stride - 1 for a, b in zip(steps[k], steps[k + 1], strict=True)]
-            conv = nn.ConvTranspose2d(
-                channels[k],
-                channels[k + 1],
-                self.kernel,
-                stride,
-                padding=self.kernel // 2,
-                output_padding=(padding[0], padding[1]),
-            )
-            net += [nn.ELU(), *(self._residual(channels[k]) if k else []), conv]
+            # the output's padding makes up for the size that a stride has rounded
+            high, wide = (b - (a - 1) * stride - 1 for a, b in zip(steps[k], steps[k + 1], strict=True))
+            before, after = channels[k : k + 2]
+            conv = nn.ConvTranspose2d(before, after, self.kernel, stride, self.kernel // 2, (high, wide))
+            net += [nn.ELU(), *(self._residual(before) if k else []), conv]
         return Upward(z_dim, [channels[0], *steps[0]], nn.Sequential(*net))
 
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
@@ -277,15 +265,15 @@ class Convolutional(Architecture):
 
 
 def mnist_networks(width: int = 64) -> Convolutional:
-    """The networks for MNIST of the AVB paper, images ``[1, 28, 28]``.
+    """Return the networks of the AVB paper for MNIST, images ``[1, 28, 28]``.
 
     Four convolutions of 5 x 5 pixels, from ``width`` to ``8 width`` channels and down to 7 x 7; a noise basis of three
     layers of ``2 width``; an adversary that is an inner product of ``128 width`` features of data and of codes after
-    three layers of ``16 width``. In the paper's code each of its four terms has layers of its own, here the two of
-    the data share them and so do the two of the codes; there is no batch normalisation.
+    three layers of ``16 width``. In the paper's code each of its four terms has its own layers; here the two terms of
+    the data share theirs, as do the two of the codes, and there is no batch normalisation.
 
     Args:
-        width: 64 for the paper's; less for smaller networks.
+        width: 64 as in the paper; less for smaller networks.
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 5.2 and code.
@@ -303,13 +291,13 @@ def mnist_networks(width: int = 64) -> Convolutional:
 
 
 def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convolutional:
-    """The networks for faces of the AVB paper's code, images ``[3, size, size]``.
+    """Return the networks of the AVB paper's code for faces, images ``[3, size, size]``.
 
-    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, residual blocks between,
-    and an adversary of the same convolutions with the code added after each, without batch normalisation.
+    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, residual blocks between
+    them, and an adversary of the same convolutions with the code added after each, without batch normalisation.
 
     Args:
-        width: 64 for the paper's; less for smaller networks.
+        width: 64 as in the paper; less for smaller networks.
         size: Height and width of an image.
         blocks: Residual blocks between two convolutions.
 
@@ -323,52 +311,73 @@ def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convol
     return Convolutional(shape, channels=channels, kernel=5, blocks=blocks, critic=critic)
 
 
-class ReadyMade(ABC):
-    """Constructors of a system whose networks come from an `Architecture`."""
+class ReadyMade(LatentModel):
+    """A latent variable model whose networks can come from an `Architecture`.
+
+    The constructor of a subclass takes encoder, decoder and prior, an adversary for each of ``adversaries``, then
+    options by keyword.
+
+    Attributes:
+        posterior: Kind of the encoder unless another is asked for; see `Architecture.encoder`.
+        likelihood: Likelihood of the decoder unless another is asked for, a key of `LIKELIHOODS`.
+        adversaries: The inputs of each adversary: ``"codes"``, or ``"pairs"`` of codes and data.
+    """
+
+    posterior: ClassVar[str] = "gaussian"
+    likelihood: ClassVar[str] = "bernoulli"
+    adversaries: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    @abstractmethod
-    def assemble(cls, *args: Any, **kwargs: Any) -> Self:
-        """The system, of ``networks`` for codes of dimension ``z_dim``, and with options of its own."""
+    def build(
+        cls,
+        networks: Architecture,
+        z_dim: int,
+        *,
+        posterior: str | None = None,
+        likelihood: str | Likelihood | None = None,
+        prior: Any = None,
+        noise_dim: int | None = None,
+        num_basis: int | None = None,
+        square: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Return a model of ready-made networks.
+
+        Args:
+            networks: Maker of encoder, decoder and adversaries.
+            z_dim: Dimension ``D`` of a code.
+            posterior: Option of `Architecture.encoder`; ``None`` for that of the class.
+            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`; ``None`` for that of the class.
+            prior: As for the class; ``None`` for ``N(0, I)``.
+            noise_dim: Option of `Architecture.encoder`.
+            num_basis: Option of `Architecture.encoder`.
+            square: Where the scores of pairs start; see `Architecture.adversary`.
+            options: Other options of the class.
+        """
+        encoder = networks.encoder(z_dim, posterior or cls.posterior, noise_dim=noise_dim, num_basis=num_basis)
+        decoder = networks.decoder(z_dim, likelihood or cls.likelihood)
+        kinds = {"codes": lambda: GatedAdversary(z_dim), "pairs": lambda: networks.adversary(z_dim, square=square)}
+        adversaries = [kinds[inputs]() for inputs in cls.adversaries]
+        return cls(encoder, decoder, z_dim if prior is None else prior, *adversaries, **options)
 
     @classmethod
     def dense(
         cls, x_dim: int | Sequence[int], z_dim: int, *, hidden: Sequence[int] = (300, 300), **options: Any
     ) -> Self:
-        """The system of multilayer perceptrons.
-
-        Args:
-            x_dim: Length of a row, or shape of one datum.
-            z_dim: Dimension ``D`` of a code.
-            hidden: Widths of the hidden layers.
-            options: As for ``assemble``.
-        """
-        return cls.assemble(Dense(x_dim, hidden=hidden), z_dim, **options)
+        """Return a model of `Dense` networks for rows of a length, or data of a shape; ``options`` as in `build`."""
+        return cls.build(Dense(x_dim, hidden=hidden), z_dim, **options)
 
     @classmethod
     def convolutional(
         cls, x_shape: Sequence[int], z_dim: int, *, channels: Sequence[int] = (32, 64), **options: Any
     ) -> Self:
-        """The system of convolutions, for small images with values in [0, 1].
-
-        Args:
-            x_shape: Channels, height and width of one image.
-            z_dim: Dimension ``D`` of a code.
-            channels: Channels after each convolution, every one of which halves height and width.
-            options: As for ``assemble``.
-        """
-        return cls.assemble(Convolutional(x_shape, channels=channels), z_dim, **options)
+        """Return a model of `Convolutional` networks, all of stride 2, for small images; ``options`` as in `build`."""
+        return cls.build(Convolutional(x_shape, channels=channels), z_dim, **options)
 
     @classmethod
     def mnist(cls, z_dim: int = 32, *, width: int = 64, **options: Any) -> Self:
-        """The system of `mnist_networks`, for images ``[1, 28, 28]`` in black and white.
-
-        Args:
-            z_dim: Dimension ``D`` of a code.
-            width: Channels of the first convolution.
-            options: As for ``assemble``.
-        """
-        return cls.assemble(mnist_networks(width), z_dim, **options)
+        """Return a model of `mnist_networks` for black and white images ``[1, 28, 28]``; ``options`` as in `build`."""
+        return cls.build(mnist_networks(width), z_dim, **options)
 
     @classmethod
     def faces(
@@ -380,29 +389,20 @@ class ReadyMade(ABC):
         likelihood: str | Likelihood = "pixels",
         **options: Any,
     ) -> Self:
-        """The system of `face_networks`, for colour images ``[3, size, size]``.
-
-        Args:
-            z_dim: Dimension ``D`` of a code.
-            width: Channels of the first convolution.
-            size: Height and width of an image.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
-            options: As for ``assemble``.
-        """
-        networks = face_networks(width, size=size)
-        return cls.assemble(networks, z_dim, likelihood=likelihood, **options)
+        """Return a model of `face_networks` for colour images ``[3, size, size]``; ``options`` as in `build`."""
+        return cls.build(face_networks(width, size=size), z_dim, likelihood=likelihood, **options)
 
 
 class Centre(nn.Module):
-    """Values in [0, 1] to [-1, 1]."""
+    """A layer that maps values in [0, 1] to [-1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[...]`` to the same shape."""
+        """Return ``2 x - 1`` of values of any shape."""
         return 2 * x - 1
 
 
 class ResidualConvolution(nn.Module):
-    """``h + conv(σ(conv(h)))``, the last convolution zero at the start.
+    """A residual layer ``h + conv(σ(conv(h)))``, the last convolution zero at the start.
 
     Args:
         channels: Channels of input and output.
@@ -417,13 +417,13 @@ class ResidualConvolution(nn.Module):
         nn.init.zeros_(self.outer.bias)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor) -> Tensor:
-        """``[B, channels, height, width]`` to the same shape."""
+        """Return images ``[B, channels, height, width]`` of the same shape."""
         out: Tensor = h + self.outer(nn.functional.elu(self.inner(h)))
         return out
 
 
 class Upward(nn.Module):
-    """A linear layer to a small image of many channels, and a network from there to a large one, entry by entry.
+    """A linear layer to a small image of many channels, and a network from there to a large one in one row.
 
     Args:
         z_dim: Dimension ``D`` of a code.
@@ -438,7 +438,7 @@ class Upward(nn.Module):
         self.network = network
 
     def forward(self, z: Tensor) -> Tensor:
-        """Codes ``[..., D]`` to the entries of an image in one row ``[..., size]``."""
+        """Return the entries of the images of codes ``[..., D]``, ``[..., size]``."""
         lead = z.shape[:-1]
         h = self.first(z.reshape(lead.numel(), z.shape[-1])).unflatten(-1, self.shape)
         x: Tensor = self.network(h)
@@ -449,32 +449,22 @@ Posterior = Callable[[Architecture, int, int, int], nn.Module]
 LEAKY = partial(nn.LeakyReLU, 0.2)
 
 
-def _gaussian(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-    return GaussianEncoder(_then_linear(nets, 2 * z_dim))
+def _linear(nets: Architecture, outputs: int) -> nn.Module:
+    features, size = nets.sized_features()
+    return nn.Sequential(features, nn.Linear(size, outputs))
 
 
-def _deterministic(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-    return DeterministicEncoder(_then_linear(nets, z_dim))
+def _flow(kind: Callable[[int, int], nn.Module]) -> Posterior:
+    def posterior(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
+        features, size = nets.sized_features()
+        return FlowEncoder(features, kind(z_dim, size))
 
-
-def _binary(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-    return BinaryEncoder(_then_linear(nets, z_dim))
-
-
-def _iaf(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-    features = nets.features()
-    return FlowEncoder(features, InverseAutoregressiveFlow(z_dim, size_of(nets, features)))
-
-
-def _planar(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-    features = nets.features()
-    return FlowEncoder(features, PlanarFlow(z_dim, size_of(nets, features)))
+    return posterior
 
 
 def _implicit(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
-    features = nets.features()
-    sampler = GatedSampler(z_dim, noise_dim=noise_dim, context_dim=size_of(nets, features), width=128)
-    return ImplicitEncoder(sampler, features)
+    features, size = nets.sized_features()
+    return ImplicitEncoder(GatedSampler(z_dim, noise_dim=noise_dim, context_dim=size, width=128), features)
 
 
 def _injected(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
@@ -482,41 +472,23 @@ def _injected(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Modu
 
 
 def _noise_basis(nets: Architecture, z_dim: int, noise_dim: int, num_basis: int) -> nn.Module:
-    features = nets.features()
-    sampler = NoiseBasisSampler(
-        z_dim,
-        noise_dim=noise_dim,
-        context_dim=size_of(nets, features),
-        num_basis=num_basis,
-        hidden=nets.basis,
-        mixing=(),
-    )
-    return ImplicitEncoder(sampler, features)
+    features, size = nets.sized_features()
+    sizes = {"noise_dim": noise_dim, "context_dim": size, "num_basis": num_basis}
+    return ImplicitEncoder(NoiseBasisSampler(z_dim, **sizes, hidden=nets.basis, mixing=()), features)
 
 
 POSTERIORS: dict[str, Posterior] = {
-    "gaussian": _gaussian,
-    "iaf": _iaf,
-    "planar": _planar,
-    "binary": _binary,
+    "gaussian": lambda nets, z_dim, *_: GaussianEncoder(_linear(nets, 2 * z_dim)),
+    "iaf": _flow(InverseAutoregressiveFlow),
+    "planar": _flow(PlanarFlow),
+    "binary": lambda nets, z_dim, *_: BinaryEncoder(_linear(nets, z_dim)),
     "implicit": _implicit,
     "injected": _injected,
     "noise_basis": _noise_basis,
-    "deterministic": _deterministic,
+    "deterministic": lambda nets, z_dim, *_: DeterministicEncoder(_linear(nets, z_dim)),
 }
 
 
 def _activated(layers: Sequence[nn.Module], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-    """Layers, each with an activation behind it."""
+    """Return the layers, each followed by an activation."""
     return [part for layer in layers for part in (layer, activation())]
-
-
-def _then_linear(nets: Architecture, outputs: int) -> nn.Module:
-    features = nets.features()
-    return nn.Sequential(features, nn.Linear(size_of(nets, features), outputs))
-
-
-@torch.no_grad()
-def size_of(nets: Architecture, features: nn.Module) -> int:
-    """How many features there are."""
-    return int(features(torch.zeros(1, *nets.x_shape)).shape[-1])

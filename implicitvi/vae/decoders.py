@@ -1,8 +1,8 @@
-"""Likelihoods: what turns the outputs of a decoder's network into a distribution of data.
+"""Decoders: a network of codes, then a likelihood that makes a distribution of data from its outputs.
 
-Implementing a likelihood: subclass `Likelihood`, say how many outputs it needs in ``size``, make the distribution
-in ``forward`` and say in ``check`` which data it cannot give; then join `LIKELIHOODS`. Where none of this is wanted,
-any module from codes to a `torch.distributions.Distribution` is a decoder as it is.
+Implementing a likelihood: subclass `Likelihood`, give the number of outputs it needs in ``size``, make the distribution
+in ``forward``, refuse impossible data in ``check``; then join `LIKELIHOODS`. Any module from codes to a
+`torch.distributions.Distribution` is a decoder too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 
 class Likelihood(nn.Module, ABC):
-    """From a network's outputs to ``p(x | z)``.
+    """A map from a network's outputs to ``p(x | z)``.
 
     Args:
         x_shape: Shape of one datum.
@@ -32,50 +32,49 @@ class Likelihood(nn.Module, ABC):
 
     @property
     def size(self) -> int:
-        """Outputs that the network must have."""
+        """Number of outputs that the network must have."""
         return self.x_shape.numel()
 
     @abstractmethod
     def forward(self, outputs: Tensor) -> Distribution:
-        """``outputs [..., size]`` to a distribution with batch shape ``[...]`` and event shape ``x_shape``."""
+        """Return the distribution of ``outputs [..., size]``: batch shape ``[...]``, event shape ``x_shape``."""
 
     def check(self, x: Tensor) -> None:
-        """Raise `OptionError` for data ``x [N, *x_shape]`` that the likelihood could never give."""
+        """Raise `OptionError` for data ``x [N, *x_shape]`` that are impossible under the likelihood."""
 
     def _independent(self, each: Distribution) -> Distribution:
-        return Independent(each, len(self.x_shape), validate_args=False)
+        return Independent(each, len(self.x_shape) - len(each.event_shape), validate_args=False)
 
 
 class BernoulliLikelihood(Likelihood):
-    """Binary data; the outputs are logits. Grey values in [0, 1] are scored by the cross-entropy.
+    """A likelihood of binary data; the outputs are logits. Grey values in [0, 1] are scored by the cross-entropy.
 
     >>> BernoulliLikelihood([1, 2])(torch.zeros(3, 2)).log_prob(torch.ones(1, 2))
     tensor([-1.3863, -1.3863, -1.3863])
     """
 
+    bernoulli: type[Bernoulli] = Bernoulli
+
     def forward(self, outputs: Tensor) -> Distribution:
-        logits = outputs.unflatten(-1, self.x_shape)
-        return self._independent(Bernoulli(logits=logits, validate_args=False))
+        return self._independent(self.bernoulli(logits=outputs.unflatten(-1, self.x_shape), validate_args=False))
 
     def check(self, x: Tensor) -> None:
         _check_unit_interval(x, "a Bernoulli likelihood")
 
 
 class StraightThroughLikelihood(BernoulliLikelihood):
-    """Binary data for systems whose discriminator looks at what the decoder draws: `StraightThroughBernoulli`."""
+    """A likelihood of binary data whose draws have gradients, for an adversary: `StraightThroughBernoulli`."""
 
-    def forward(self, outputs: Tensor) -> Distribution:
-        logits = outputs.unflatten(-1, self.x_shape)
-        return self._independent(StraightThroughBernoulli(logits=logits, validate_args=False))
+    bernoulli = StraightThroughBernoulli
 
 
 class GaussianLikelihood(Likelihood):
-    """Real data; the outputs are means, the scale is learned.
+    """A likelihood of real data; the outputs are means, the scale is learned.
 
     Args:
         x_shape: Shape of one datum.
-        scale: ``"shared"`` for one scale, ``"each"`` for one of every value, learned as parameters; ``"output"`` where
-            the network gives it, datum by datum; a number where it is known.
+        scale: ``"shared"`` for one scale, ``"each"`` for one of every value, learned as parameters; ``"output"`` if
+            the network gives it, datum by datum; a number if it is known.
         least: Least scale. Without one, a value that never varies sends the density to infinity.
     """
 
@@ -100,11 +99,10 @@ class GaussianLikelihood(Likelihood):
         return self.x_shape.numel() * (2 if self.from_output else 1)
 
     def forward(self, outputs: Tensor) -> Distribution:
+        log_scale = self.log_scale
         if self.from_output:
             outputs, log_scale = outputs.chunk(2, -1)
             log_scale = log_scale.unflatten(-1, self.x_shape)
-        else:
-            log_scale = self.log_scale
         loc = self._loc(outputs.unflatten(-1, self.x_shape))
         scale = log_scale.exp().clamp(min=self.least)
         return self._independent(Normal(loc, scale, validate_args=False))
@@ -114,9 +112,9 @@ class GaussianLikelihood(Likelihood):
 
 
 class PixelLikelihood(GaussianLikelihood):
-    """Grey or colour values in [0, 1]: a Gaussian whose mean is the logistic function of the outputs.
+    """A likelihood of grey or colour values in [0, 1]: a Gaussian whose mean is the logistic function of the outputs.
 
-    Each value has a scale of its own, learned as a parameter, as in the code of Mescheder et al. (2017) for faces.
+    Each value has its own scale, learned as a parameter, as in the code of Mescheder et al. (2017) for faces.
 
     Args:
         x_shape: Shape of one datum.
@@ -137,20 +135,16 @@ class PixelLikelihood(GaussianLikelihood):
 
 
 class CategoricalLikelihood(Likelihood):
-    """One of ``K`` classes at every place, as one-hot data ``[N, ..., K]``; the outputs are logits."""
+    """A likelihood of one of ``K`` classes at every place, as one-hot data ``[N, ..., K]``; the outputs are logits."""
 
     def forward(self, outputs: Tensor) -> Distribution:
-        logits = outputs.unflatten(-1, self.x_shape)
-        return Independent(
-            OneHotCategorical(logits=logits, validate_args=False), len(self.x_shape) - 1, validate_args=False
-        )
+        return self._independent(OneHotCategorical(logits=outputs.unflatten(-1, self.x_shape), validate_args=False))
 
     def check(self, x: Tensor) -> None:
         if not (((x == 0) | (x == 1)).all() and (x.sum(-1) == 1).all()):
             raise OptionError(
-                "the data do not suit a categorical likelihood",
-                expected="one-hot rows along the last axis",
-                do="torch.nn.functional.one_hot(classes, K).float() makes them.",
+                "Data of a categorical likelihood must be one-hot along the last axis. "
+                "torch.nn.functional.one_hot(classes, K).float() makes them."
             )
 
 
@@ -164,18 +158,14 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 
 
 def _check_unit_interval(x: Tensor, likelihood: str) -> None:
-    low, high = x.aminmax()
+    low, high = (value.item() for value in x.aminmax())
     if low < 0 or high > 1:
-        raise OptionError(
-            f"the data do not suit {likelihood}",
-            got=f"values from {low.item():g} to {high.item():g}",
-            expected="0 to 1",
-            do="Divide pixels by 255, or take likelihood='gaussian'.",
-        )
+        do = "Divide pixels by 255, or use likelihood='gaussian'."
+        raise OptionError.must_be(f"Data of {likelihood}", "between 0 and 1", f"values from {low:g} to {high:g}", do)
 
 
 def likelihood_of(name: str | Likelihood, x_shape: Sequence[int]) -> Likelihood:
-    """A likelihood by its name, or as it is."""
+    """Return a likelihood by its name, or the given one unchanged."""
     if isinstance(name, Likelihood):
         return name
     check_choice("likelihood", name, LIKELIHOODS)
@@ -183,11 +173,11 @@ def likelihood_of(name: str | Likelihood, x_shape: Sequence[int]) -> Likelihood:
 
 
 class Decoder(nn.Module):
-    """``p(x | z)``: a network, then a likelihood.
+    """A decoder ``p(x | z)`` with a density: a network, then a likelihood.
 
     Args:
         network: Codes ``[..., D]`` to outputs ``[..., size]``.
-        likelihood: What the outputs mean.
+        likelihood: Outputs to a distribution of data.
 
     >>> decoder = Decoder(nn.Linear(2, 4), BernoulliLikelihood([4]))
     >>> decoder(torch.zeros(5, 3, 2)).log_prob(torch.ones(3, 4)).shape
@@ -200,12 +190,12 @@ class Decoder(nn.Module):
         self.likelihood = likelihood
 
     def forward(self, z: Tensor) -> Distribution:
-        """``p(x | z)`` for codes ``z [..., D]``."""
+        """Return ``p(x | z)`` for codes ``z [..., D]``."""
         p: Distribution = self.likelihood(self.network(z))
         return p
 
     def check(self, x: Tensor) -> None:
-        """Raise `OptionError` for data ``x [N, *x_shape]`` that this decoder could never give."""
+        """Raise `OptionError` for data ``x [N, *x_shape]`` that are impossible under the likelihood."""
         self.likelihood.check(x)
 
 
@@ -226,7 +216,7 @@ class ImplicitDecoder(nn.Module):
         self.noise_dim = noise_dim
 
     def forward(self, z: Tensor) -> Distribution:
-        """``p(x | z)`` for codes ``z [..., D]``, to be drawn from only."""
+        """Return ``p(x | z)``, draws only, for codes ``z [..., D]``."""
 
         def draw(shape: torch.Size) -> Tensor:
             lead = shape + z.shape[:-1]

@@ -1,8 +1,8 @@
-"""What an encoder, a decoder or a prior may return besides the distributions of torch.
+"""Distributions that an encoder, a decoder or a prior may return besides those of torch.
 
-Every arrow of a model is a module that returns a `torch.distributions.Distribution`: ``encoder(x)`` is ``q(z | x)``,
-``decoder(z)`` is ``p(x | z)``. What that distribution can do (draw, draw with gradients, score) decides which
-systems it may be part of.
+Encoder, decoder and prior are modules that return a `torch.distributions.Distribution`: ``encoder(x)`` is ``q(z | x)``,
+``decoder(z)`` is ``p(x | z)``, ``prior()`` is ``p(z)``. The methods of that distribution (``sample``, ``rsample``,
+``log_prob``) decide which objectives can use it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, constraints
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints, kl_divergence
 
 from implicitvi.errors import ModelError
+from implicitvi.nn import bounded_exp
 
 Draw = Callable[[torch.Size], Tensor]
 
 
 class Implicit(Distribution):
-    """A distribution known by its draws alone: it has ``rsample`` and no density.
+    """A distribution that can be drawn from with gradients, and has no density.
 
     Args:
         draw: Sample shape to draws ``[*sample_shape, *batch_shape, *event_shape]``, differentiable.
@@ -39,27 +40,25 @@ class Implicit(Distribution):
         self._draw = draw
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Differentiable draws ``[*sample_shape, *batch_shape, *event_shape]``."""
+        """Return differentiable draws ``[*sample_shape, *batch_shape, *event_shape]``."""
         return self._draw(torch.Size(sample_shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws ``[*sample_shape, *batch_shape, *event_shape]``."""
+        """Return draws ``[*sample_shape, *batch_shape, *event_shape]`` without gradients."""
         return self._draw(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Raises `ModelError`: nobody knows it."""
+        """Raise `ModelError`: the density is unknown."""
         raise ModelError(
-            "an implicit distribution has no density",
-            do="Use a system that needs draws of it only, or a network with a density.",
+            "An implicit distribution has no density. Use an objective that needs its draws only, or another network."
         )
 
 
 class StraightThroughBernoulli(Bernoulli):
     """A Bernoulli whose draws are 0 or 1 and whose gradient is that of the probabilities.
 
-    The gradient is biased; it is what a discriminator of binary data can send into a decoder, and what binary codes
-    can send into an encoder.
+    The gradient is biased. It lets an adversary of binary data train a decoder, and binary codes train an encoder.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons, Yoshua Bengio, Nicholas Léonard,
@@ -69,16 +68,44 @@ class StraightThroughBernoulli(Bernoulli):
     has_rsample = True
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws ``[*sample_shape, *batch_shape]`` of 0 and 1."""
+        """Return draws ``[*sample_shape, *batch_shape]`` of 0 and 1."""
         draws: Tensor = self.sample(torch.Size(sample_shape))
         return draws + (self.probs - self.probs.detach())  # in this order the draws stay 0 and 1
 
 
+def diagonal_gaussian(outputs: Tensor) -> Distribution:
+    """Return the Gaussian of a network's ``outputs [..., 2 D]``: means, then log scales (`bounded_exp`)."""
+    loc, log_scale = full_precision(outputs).chunk(2, -1)
+    return Independent(Normal(loc, bounded_exp(log_scale), validate_args=False), 1, validate_args=False)
+
+
+def full_precision(codes: Tensor) -> Tensor:
+    """Return codes of any shape in float32 or better: in 16 bits different codes become equal."""
+    return codes.float() if codes.dtype in (torch.bfloat16, torch.float16) else codes
+
+
 def has_density(distribution: Distribution) -> bool:
-    """Whether a distribution scores its own draws."""
+    """Return whether a distribution scores its own draws."""
     try:
         with torch.no_grad():
             distribution.log_prob(distribution.sample())
     except (NotImplementedError, ModelError):
         return False
     return True
+
+
+def divergence(q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None) -> Tensor:
+    """Return ``KL(q ‖ p)`` in nats: ``[B]`` in closed form if torch has one, else ``[S, B]`` at draws ``z [S, B, D]``.
+
+    Args:
+        q: Batch shape ``[B]``, event shape ``[D]``.
+        p: Batch shape ``[]``, event shape ``[D]``.
+        z: Draws of ``q``.
+        log_q: Their log density, if it is known already.
+    """
+    try:
+        closed: Tensor = kl_divergence(q, p.expand(q.batch_shape))
+        return closed
+    except NotImplementedError:
+        estimate: Tensor = (q.log_prob(z) if log_q is None else log_q) - p.log_prob(z)
+        return estimate

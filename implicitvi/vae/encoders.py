@@ -1,7 +1,7 @@
-"""Encoders: modules from data to ``q(z | x)``, explicit where it has a density and implicit where it does not.
+"""Encoders: modules from data to ``q(z | x)``, explicit if it has a density and implicit if not.
 
 ``encoder(x)`` takes data ``x [B, *x_shape]`` and returns a distribution with batch shape ``[B]`` and event shape
-``[D]``. Any module that does so is an encoder.
+``[D]``. Any such module is an encoder.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Distribution, Independent
 
 from implicitvi.avb.samplers import NoiseBasisSampler, Sampler
 from implicitvi.errors import OptionError, check_at_least
-from implicitvi.nn import LOG_RANGE, Injected
-from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
+from implicitvi.nn import Injected, concat_context
+from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli, diagonal_gaussian, full_precision
 
 
-class GaussianEncoder(nn.Module):
+class _Encoder(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+
+class GaussianEncoder(_Encoder):
     """An explicit diagonal Gaussian, ``N(z; m(x), s(x)²)``.
 
     Args:
@@ -29,45 +35,48 @@ class GaussianEncoder(nn.Module):
     torch.Size([3])
     """
 
-    def __init__(self, network: nn.Module):
+    def forward(self, x: Tensor) -> Distribution:
+        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
+        return diagonal_gaussian(self.network(x))
+
+
+class ConditionalGaussian(nn.Module):
+    """An explicit diagonal Gaussian given a vector and a datum: `AuxiliaryVAE`'s ``second`` and ``auxiliary``.
+
+    Args:
+        network: Vector and features of the datum in one row, ``[..., K + C]``, to ``[..., 2 D]``: means, log scales.
+        features: Data ``[B, *x_shape]`` to features ``[B, C]``; ``None`` for the entries of ``x`` in one row.
+    """
+
+    def __init__(self, network: nn.Module, features: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.network = network
+        self.features = nn.Flatten() if features is None else features
 
-    def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``."""
-        return gaussian_of(self.network(x))
-
-
-def gaussian_of(outputs: Tensor) -> Distribution:
-    """The diagonal Gaussian that ``outputs [..., 2 D]`` stand for: means, then log scales, kept within ±10."""
-    loc, log_scale = _full(outputs).chunk(2, -1)
-    scale = (LOG_RANGE * (log_scale / LOG_RANGE).tanh()).exp()
-    return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
+    def forward(self, given: Tensor, x: Tensor) -> Distribution:
+        """Return the Gaussian, batch shape ``[..., B]``, for ``given [..., B, K]`` and ``x [B, *x_shape]``."""
+        return diagonal_gaussian(self.network(concat_context(given, self.features(x))))
 
 
-class DeterministicEncoder(nn.Module):
+class DeterministicEncoder(_Encoder):
     """A code for every datum without noise: ``z = f(x)``.
 
     Args:
         network: Data ``[B, *x_shape]`` to codes ``[B, D]``.
     """
 
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
-        z = _full(self.network(x))
+        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
+        z = full_precision(self.network(x))
         return Implicit(lambda shape: z.expand(shape + z.shape), z.shape[:1], z.shape[1:])
 
 
 class BinaryEncoder(nn.Module):
-    """An explicit distribution of binary codes, each bit by itself given ``x``.
+    """An explicit distribution of binary codes, independent bits given ``x``.
 
     Args:
         network: Data ``[B, *x_shape]`` to logits ``[B, D]``.
-        straight_through: Whether draws have gradients, those of `StraightThroughBernoulli`, for systems that need them.
+        straight_through: Whether draws have gradients (`StraightThroughBernoulli`), for objectives that need them.
     """
 
     def __init__(self, network: nn.Module, *, straight_through: bool = False):
@@ -76,16 +85,16 @@ class BinaryEncoder(nn.Module):
         self.bits = StraightThroughBernoulli if straight_through else Bernoulli
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         bits = self.bits(logits=self.network(x), validate_args=False)
         return Independent(bits, 1, validate_args=False)
 
 
 class ImplicitEncoder(nn.Module):
-    """Features of a datum, then a `Sampler` of them: ``z = f(ε, h(x))``.
+    """A `Sampler` given features of a datum: ``z = f(ε, h(x))``.
 
-    The features are computed once for all draws of a datum. With a `NoiseBasisSampler` the distribution it returns
-    also has ``moments``, in closed form given ``x``, for Adaptive Contrast (Mescheder et al. 2017, section 4).
+    The features are computed once for all draws of a datum. With a `NoiseBasisSampler` the distribution also has
+    ``moments``, in closed form given ``x``, for Adaptive Contrast (Mescheder et al. 2017, section 4).
 
     Args:
         sampler: Sampler whose context is the features.
@@ -95,19 +104,17 @@ class ImplicitEncoder(nn.Module):
     def __init__(self, sampler: Sampler, features: nn.Module | None = None):
         super().__init__()
         if not sampler.context_dim:
-            raise OptionError(
-                "the sampler of an encoder has no context", got="context_dim=0", expected="the number of features"
-            )
+            raise OptionError("The sampler of an encoder must have a context: context_dim, the number of features.")
         self.sampler = sampler
         self.features = nn.Flatten() if features is None else features
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
+        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
         return Encoded(self.sampler, self.features(x))
 
 
 class Encoded(Implicit):
-    """What an `ImplicitEncoder` returns: draws of a sampler given the features of a batch.
+    """An implicit distribution of codes: the draws of a sampler given the features of a batch.
 
     Args:
         sampler: The sampler.
@@ -121,11 +128,11 @@ class Encoded(Implicit):
 
     @property
     def has_moments(self) -> bool:
-        """Whether the conditional moments are known in closed form."""
+        """Return whether the conditional moments are known in closed form."""
         return isinstance(self.sampler, NoiseBasisSampler)
 
     def moments(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Conditional mean ``[B, D]`` and covariance ``[B, D, D]``: `NoiseBasisSampler.moments`."""
+        """Return conditional mean ``[B, D]`` and covariance ``[B, D, D]`` (`NoiseBasisSampler.moments`)."""
         assert isinstance(self.sampler, NoiseBasisSampler)
         return self.sampler.moments(num_samples, self.features)
 
@@ -135,9 +142,9 @@ class Encoded(Implicit):
 
 
 class InjectedEncoder(nn.Module):
-    """An implicit encoder that adds a linear image of one noise vector after each of its layers: `Injected`.
+    """An implicit encoder that adds a linear image of one noise vector after each of its layers (`Injected`).
 
-    As the convolutional encoder without Adaptive Contrast of Mescheder et al. (2017), whose every feature map gets its
+    This is the convolutional encoder without Adaptive Contrast of Mescheder et al. (2017): every feature map gets its
     own projection of the same noise.
 
     Args:
@@ -164,17 +171,17 @@ class InjectedEncoder(nn.Module):
         self.network = Injected(layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation)
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``, to be drawn from only."""
+        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
 
         def draw(shape: torch.Size) -> Tensor:
             eps = torch.randn(*shape, len(x), self.noise_dim, dtype=x.dtype, device=x.device)
-            return _full(self.network(eps, x))
+            return full_precision(self.network(eps, x))
 
         return Implicit(draw, x.shape[:1], [self.latent_dim])
 
 
 class FlowEncoder(nn.Module):
-    """An explicit flow on features of the datum.
+    """An explicit flow given features of the datum.
 
     Args:
         features: Data ``[B, *x_shape]`` to features ``[B, C]``.
@@ -188,23 +195,41 @@ class FlowEncoder(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         q: Distribution = self.flow(self.features(x))
         return q
 
 
-def _full(codes: Tensor) -> Tensor:
-    """Codes in no less than float32: in mixed precision a layer gives fewer bits, too few to tell codes apart."""
-    return codes.float() if codes.dtype in (torch.bfloat16, torch.float16) else codes
+class TwoStageEncoder(nn.Module):
+    """An implicit encoder, the integral of ``q(a | x) q(z | a, x)`` over ``a``.
+
+    Args:
+        first: ``q(a | x)``, a module of ``x``.
+        second: ``q(z | a, x)``, a module of ``(a, x)``.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, x: Tensor) -> Distribution:
+        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
+        q_a = self.first(x)
+
+        def draw(shape: torch.Size) -> Tensor:
+            z: Tensor = self.second(q_a.rsample(shape), x).rsample()
+            return z
+
+        return Implicit(draw, x.shape[:1], self.second(q_a.sample(), x).event_shape)
 
 
 def moments_of(q: Any, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[B, D]`` of an encoder's distribution: its own, or those of draws."""
-    if isinstance(q, Implicit) or not hasattr(type(q), "variance"):
-        draws = q.sample(torch.Size([num_samples]))
-        return draws.mean(0), draws.std(0)
-    try:
-        return q.mean, q.stddev
-    except NotImplementedError:
-        draws = q.sample(torch.Size([num_samples]))
-        return draws.mean(0), draws.std(0)
+    """Return mean and standard deviation ``[B, D]`` of a distribution: its own if it has them, else those of draws."""
+    if not isinstance(q, Implicit) and hasattr(type(q), "variance"):
+        try:
+            return q.mean, q.stddev
+        except NotImplementedError:
+            pass
+    draws = q.sample(torch.Size([num_samples]))
+    return draws.mean(0), draws.std(0)

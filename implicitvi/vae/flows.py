@@ -1,8 +1,8 @@
-"""Flow posteriors: a Gaussian given the features of a datum, then invertible maps that the same features steer.
+"""Flow posteriors: a Gaussian given the features of a datum, then invertible maps given the same features.
 
-Drawing is one pass through the maps, and the density of a draw comes with it (`Flow.rsample_and_log_prob`): a `VAE`
-asks for no more. The density of any other code needs the inverse, which is a pass for each dimension of an
-autoregressive flow and a root for each map of a planar one.
+One pass through the maps makes a draw and its density (`Flow.rsample_and_log_prob`), which is all that a `VAE` needs.
+The density of any other code needs the inverse: a pass for each dimension of an autoregressive flow, a root for each
+map of a planar one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.nn.functional import softplus
 
 from implicitvi.errors import check_at_least
 from implicitvi.nn import zuko_imported
-from implicitvi.vae.encoders import gaussian_of
+from implicitvi.vae.distributions import diagonal_gaussian
 
 
 class Flow(TransformedDistribution):
-    """A transformed distribution that knows the density of its own draws without inverting anything.
+    """A transformed distribution that scores its own draws without an inverse.
 
     Args:
         base: Distribution with event shape ``[D]``.
@@ -33,7 +33,7 @@ class Flow(TransformedDistribution):
         self.maps = tuple(transforms)
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:
-        """Differentiable draws ``[*sample_shape, B, D]`` and their log density ``[*sample_shape, B]`` in nats."""
+        """Return draws ``[*sample_shape, B, D]`` with gradients, and their log density ``[*sample_shape, B]``."""
         z = self.base_dist.rsample(torch.Size(sample_shape))
         log_prob = self.base_dist.log_prob(z)
         for transform in self.maps:
@@ -43,10 +43,10 @@ class Flow(TransformedDistribution):
 
 
 class PlanarTransform(Transform):
-    """``z + û tanh(wᵀz + b)``, which moves codes towards or away from a plane.
+    """A map ``z + û tanh(wᵀz + b)``, which moves codes towards or away from a plane.
 
-    ``û`` is ``u`` with as much of ``w`` added as makes ``wᵀû > -1``, so that the map is invertible. Its inverse needs
-    one number for each code, the root of ``a + wᵀû tanh(a + b) = wᵀz``, which grows in ``a``.
+    ``û`` is ``u`` plus the multiple of ``w`` for which ``wᵀû > -1``, so that the map is invertible. The inverse needs
+    one number for each code, the root of ``a + wᵀû tanh(a + b) = wᵀz``, whose left side increases in ``a``.
 
     Args:
         u: Direction of the move ``[B, D]``.
@@ -69,7 +69,7 @@ class PlanarTransform(Transform):
         self.u = u + ((self.slope - along) / (w.square().sum(-1) + 1e-12))[..., None] * w
 
     def call_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of ``z [..., B, D]`` and the log of its Jacobian's determinant ``[..., B]``."""
+        """Return the image of ``z [..., B, D]`` and the log of the Jacobian's determinant ``[..., B]``."""
         h = ((self.w * z).sum(-1) + self.b).tanh()
         return z + self.u * h[..., None], (1 + self.slope * (1 - h.square())).log()
 
@@ -77,7 +77,7 @@ class PlanarTransform(Transform):
         return self.call_and_ladj(x)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The log of the Jacobian's determinant at ``x [..., B, D]``: ``[..., B]``."""
+        """Return the log of the Jacobian's determinant at ``x [..., B, D]``: ``[..., B]``."""
         return self.call_and_ladj(x)[1]
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -89,14 +89,14 @@ class PlanarTransform(Transform):
                 below = middle + self.slope * (middle + self.b).tanh() < target
                 low, high = torch.where(below, middle, low), torch.where(below, high, middle)
             a = (low + high) / 2
-        # a last step of Newton's, which also carries the gradient of the root
+        # a last step of Newton's method also carries the gradient of the root
         h = (a + self.b).tanh()
         a = a - (a + self.slope * h - target) / (1 + self.slope * (1 - h.square()))
         return y - self.u * (a + self.b).tanh()[..., None]
 
 
 class PlanarFlow(nn.Module):
-    """Features to a Gaussian and planar maps of it, all of whose parameters are given datum by datum.
+    """A Gaussian and planar maps of it, with all parameters given by the features.
 
     Args:
         latent_dim: Dimension ``D`` of a code.
@@ -113,26 +113,26 @@ class PlanarFlow(nn.Module):
         self.sizes = (latent_dim, latent_dim, 1)
 
     def forward(self, h: Tensor) -> Distribution:
-        """``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
+        """Return ``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
         parts = self.maps(h).unflatten(-1, (-1, sum(self.sizes))).unbind(-2)
         planes = [part.split(self.sizes, -1) for part in parts]
         maps = [PlanarTransform(u, w, b.squeeze(-1)) for u, w, b in planes]
-        return Flow(gaussian_of(self.base(h)), maps)
+        return Flow(diagonal_gaussian(self.base(h)), maps)
 
 
 class InverseAutoregressiveFlow(nn.Module):
-    """Features to a Gaussian and autoregressive maps of it, in the direction in which draws are cheap; needs zuko.
+    """A Gaussian and autoregressive maps of it, in the direction in which draws are cheap; needs zuko.
 
         z_i ← m_i(z_{<i}, h) + s_i(z_{<i}, h) z_i
 
-    The order of the dimensions is turned round from one map to the next.
+    Each map reverses the order of the dimensions of the one before.
 
     Args:
         latent_dim: Dimension ``D`` of a code.
         context_dim: Number ``C`` of features.
         transforms: Number of maps.
         hidden: Widths of the hidden layers of each.
-        steering: Number of features that each map is given; a linear map makes them of all.
+        steering: Number of linear combinations of the features that each map is given.
 
     References:
         Improving Variational Inference with Inverse Autoregressive Flow, Diederik Kingma et al., 2016.
@@ -162,6 +162,6 @@ class InverseAutoregressiveFlow(nn.Module):
             )
 
     def forward(self, h: Tensor) -> Distribution:
-        """``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
+        """Return ``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
         steer = self.steer(h)
-        return Flow(gaussian_of(self.base(h)), [each(steer) for each in self.maps])
+        return Flow(diagonal_gaussian(self.base(h)), [each(steer) for each in self.maps])

@@ -1,7 +1,7 @@
 """Binary codes of two levels: a prior that learns its lower level, and encoders that go down or up the levels.
 
-A code is one vector ``z = [z0, z1]``, the bits of the upper level and then those of the lower. Data depend on the lower
-level alone: a decoder begins with `LowerLevel`.
+A code is one vector ``z = [z0, z1]``: the bits of the upper level, then those of the lower. Data depend on the lower
+level only, so the first layer of a decoder is `LowerLevel`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from implicitvi.vae.distributions import StraightThroughBernoulli
 
 
 class TwoLevels(Distribution):
-    """Bits of one level, then those of the other given the first: ``p(z0) p(z1 | z0)``, or ``p(z1) p(z0 | z1)``.
+    """A distribution of binary codes of two levels: ``p(z0) p(z1 | z0)``, or ``p(z1) p(z0 | z1)``.
 
     Args:
         first: Logits ``[*batch_shape, D0]`` of the level that is drawn first.
-        second: Its bits ``[..., *batch_shape, D0]`` to the logits ``[..., *batch_shape, D1]`` of the other level.
+        second: Bits ``[..., *batch_shape, D0]`` to the logits ``[..., *batch_shape, D1]`` of the other level.
         second_dim: Bits of the other level.
-        upwards: Whether the lower level is drawn first. Its bits stand last in the vector all the same.
-        straight_through: Whether draws have gradients, those of `StraightThroughBernoulli`.
+        upwards: Whether the lower level is drawn first. Its bits are last in the vector all the same.
+        straight_through: Whether draws have gradients (`StraightThroughBernoulli`).
 
     >>> TwoLevels(torch.zeros(3), lambda z0: z0[..., :2], 2).log_prob(torch.zeros(5))
     tensor(-3.4657)
@@ -52,18 +52,18 @@ class TwoLevels(Distribution):
         self.has_rsample = straight_through
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws ``[*sample_shape, *batch_shape, D0 + D1]`` with straight-through gradients."""
+        """Return draws ``[*sample_shape, *batch_shape, D0 + D1]`` with straight-through gradients."""
         if not self.has_rsample:
-            raise NotImplementedError("straight_through=True gives gradients to the draws of bits")
+            raise NotImplementedError("Draws of bits have gradients only with straight_through=True.")
         return self._draw(torch.Size(sample_shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws ``[*sample_shape, *batch_shape, D0 + D1]`` of 0 and 1."""
+        """Return draws ``[*sample_shape, *batch_shape, D0 + D1]`` of 0 and 1."""
         return self._draw(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability ``[...]`` in nats of codes ``[..., D0 + D1]``."""
+        """Return the log probability ``[...]`` in nats of codes ``[..., D0 + D1]``."""
         one, other = self._ordered(value.split(self.sizes, -1))
         log_first: Tensor = _bits(self.first).log_prob(one).sum(-1)
         log_second: Tensor = _bits(self.second(one)).log_prob(other).sum(-1)
@@ -75,13 +75,13 @@ class TwoLevels(Distribution):
         return torch.cat(self._ordered((one, other)), -1)
 
     def _ordered(self, levels: Any) -> tuple[Tensor, Tensor]:
-        """From the order of drawing to that of the vector, or back."""
+        """Change from the order of drawing to that of the vector, or back."""
         a, b = levels
         return (b, a) if self.upwards else (a, b)
 
 
 class LadderPrior(nn.Module):
-    """``p(z0) p(z1 | z0)``: fair bits, then bits whose logits a network gives.
+    """A prior ``p(z0) p(z1 | z0)``: fair bits, then bits whose logits a network gives.
 
     Args:
         network: Upper bits ``[..., D0]`` to logits ``[..., D1]`` of the lower ones.
@@ -102,24 +102,24 @@ class LadderPrior(nn.Module):
             self.lower_dim = network(self.upper).shape[-1]
 
     def forward(self) -> Distribution:
-        """The distribution, with event shape ``[D0 + D1]``."""
+        """Return the distribution, with event shape ``[D0 + D1]``."""
         return TwoLevels(self.upper, self.network, self.lower_dim)
 
 
 class LadderEncoder(nn.Module):
-    """An encoder that goes down the levels with the prior, and adds what the datum says to its logits.
+    """An encoder that goes down the levels with the prior and adds a term of the datum to its logits.
 
         logits of q(z0 | x)     = logits of p(z0) + a0(x)
         logits of q(z1 | z0, x) = logits of p(z1 | z0) + a1(x)
 
-    Where ``log p(x | z1)`` is linear in ``z1`` the second line is the exact posterior's. The prior's network is shared
-    and not the encoder's own: it belongs to the decoder's player and gets no gradient here.
+    If ``log p(x | z1)`` is linear in ``z1`` the second line is the exact posterior's. The prior's network is shared: it
+    belongs to the decoder's player and gets no gradient here.
 
     Args:
         network: Data ``[B, *x_shape]`` to ``a0`` and ``a1`` side by side, ``[B, D0 + D1]``.
         prior: The prior of the same model.
-        straight_through: For systems with one objective for all arrows, such as `VAE`: draws have the gradients of
-            `StraightThroughBernoulli`, and the prior's network gets the gradient of its part here too.
+        straight_through: For objectives shared by encoder, decoder and prior, such as `VAE`: draws have the gradients
+            of `StraightThroughBernoulli`, and the prior's network gets the gradient of its part here too.
 
     References:
         Ladder Variational Autoencoders, Casper Kaae Sønderby, Tapani Raiko, Lars Maaløe, Søren Kaae Sønderby,
@@ -134,17 +134,14 @@ class LadderEncoder(nn.Module):
         self._prior = (prior,)  # a tuple: its parameters belong to the model
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         (prior,) = self._prior
         sizes = [len(prior.upper), prior.lower_dim]
-        says: Tensor = self.network(x)
-        if says.shape[-1] != sum(sizes):
-            raise ShapeError(
-                "the encoder's network does not have a logit for every bit of the prior",
-                got=says.shape[-1],
-                expected=f"{sum(sizes)}, {sizes[0]} for the upper level and {sizes[1]} for the lower",
-            )
-        upper, lower = says.split(sizes, -1)
+        terms: Tensor = self.network(x)
+        if terms.shape[-1] != sum(sizes):
+            expected = f"{sum(sizes)}, {sizes[0]} for the upper level and {sizes[1]} for the lower"
+            raise ShapeError.must_be("The number of logits of the encoder's network", expected, terms.shape[-1])
+        upper, lower = terms.split(sizes, -1)
 
         def given(z0: Tensor) -> Tensor:
             logits = prior.network(z0)
@@ -157,13 +154,13 @@ class LadderEncoder(nn.Module):
 class UpwardEncoder(nn.Module):
     """An encoder that goes up the levels and shares nothing with the prior: ``q(z1 | x) q(z0 | z1)``.
 
-    The order of the wake-sleep algorithm (Hinton, Dayan, Frey, Neal, 1995).
+    This is the order of the wake-sleep algorithm (Hinton, Dayan, Frey, Neal, 1995).
 
     Args:
         lower: Data ``[B, *x_shape]`` to logits ``[B, D1]`` of the lower bits.
         upper: Lower bits ``[..., D1]`` to logits ``[..., D0]`` of the upper ones.
         upper_dim: Bits ``D0`` of the upper level.
-        straight_through: Whether draws have gradients, those of `StraightThroughBernoulli`.
+        straight_through: Whether draws have gradients (`StraightThroughBernoulli`).
     """
 
     def __init__(self, lower: nn.Module, upper: nn.Module, upper_dim: int, *, straight_through: bool = False):
@@ -174,14 +171,14 @@ class UpwardEncoder(nn.Module):
         self.straight_through = straight_through
 
     def forward(self, x: Tensor) -> Distribution:
-        """``q(z | x)`` for ``x [B, *x_shape]``."""
+        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         return TwoLevels(
             self.lower(x), self.upper, self.upper_dim, upwards=True, straight_through=self.straight_through
         )
 
 
 class LowerLevel(nn.Module):
-    """The lower bits ``z1 [..., D1]`` of a code ``[..., D0 + D1]``: what a decoder of two levels looks at.
+    """A layer that selects the lower bits ``z1 [..., D1]`` of a code ``[..., D0 + D1]``.
 
     Args:
         upper_dim: Bits ``D0`` of the upper level.
@@ -192,7 +189,7 @@ class LowerLevel(nn.Module):
         self.upper_dim = upper_dim
 
     def forward(self, z: Tensor) -> Tensor:
-        """``[..., D0 + D1]`` to ``[..., D1]``."""
+        """Return the lower bits ``[..., D1]`` of codes ``[..., D0 + D1]``."""
         return z[..., self.upper_dim :]
 
 

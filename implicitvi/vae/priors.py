@@ -16,7 +16,7 @@ from implicitvi.vae.distributions import Implicit
 
 
 class StandardNormal(nn.Module):
-    """``N(0, I)`` in ``D`` dimensions, on whatever device the model is.
+    """A prior ``N(0, I)`` in ``D`` dimensions, on the device of the model.
 
     >>> StandardNormal(2)().log_prob(torch.zeros(2))
     tensor(-1.8379)
@@ -30,13 +30,13 @@ class StandardNormal(nn.Module):
         self.register_buffer("unit", torch.ones(latent_dim), persistent=False)
 
     def forward(self) -> Distribution:
-        """The distribution, with event shape ``[D]``."""
+        """Return the distribution, with event shape ``[D]``."""
         each = Normal(torch.zeros_like(self.unit), self.unit, validate_args=False)
         return Independent(each, 1, validate_args=False)
 
 
 class FixedPrior(nn.Module):
-    """A distribution of torch as a prior; it follows the model to its device.
+    """A prior that is a distribution of torch; it follows the model to its device.
 
     Args:
         distribution: Batch shape ``[]``, event shape ``[D]``.
@@ -45,16 +45,13 @@ class FixedPrior(nn.Module):
     def __init__(self, distribution: Distribution):
         super().__init__()
         if distribution.batch_shape or len(distribution.event_shape) != 1:
-            raise ShapeError(
-                "the prior is not the distribution of one vector",
-                got=f"batch shape {tuple(distribution.batch_shape)}, event shape {tuple(distribution.event_shape)}",
-                expected="batch shape () and event shape (D,)",
-                do="torch.distributions.Independent(prior, 1) makes the last axis the vector.",
-            )
+            got = f"batch shape {tuple(distribution.batch_shape)}, event shape {tuple(distribution.event_shape)}"
+            do = "torch.distributions.Independent(prior, 1) makes the last axis the event."
+            raise ShapeError.must_be("The prior", "a distribution with batch shape () and event shape (D,)", got, do)
         self.distribution = distribution
 
     def forward(self) -> Distribution:
-        """The distribution, with event shape ``[D]``."""
+        """Return the distribution, with event shape ``[D]``."""
         return self.distribution
 
     def _apply(self, fn: Any, recurse: bool = True) -> FixedPrior:
@@ -79,16 +76,12 @@ class SampledPrior(nn.Module):
         with forked():
             shape = draw(2).shape
         if len(shape) != 2 or shape[0] != 2 or latent_dim not in (None, shape[1]):
-            raise ShapeError(
-                "the prior's draws have the wrong shape",
-                got=f"{tuple(shape)} for 2 draws",
-                expected=f"(2, {latent_dim or 'D'})",
-            )
+            raise ShapeError.must_be("Two draws of the prior", f"of shape (2, {latent_dim or 'D'})", tuple(shape))
         self.latent_dim = shape[1]
         self.register_buffer("place", torch.zeros(()), persistent=False)
 
     def forward(self) -> Distribution:
-        """The distribution, to be drawn from only."""
+        """Return the distribution, draws only, with event shape ``[D]``."""
         return Implicit(self._draw, [], [self.latent_dim])
 
     def _draw(self, shape: torch.Size) -> Tensor:
@@ -96,18 +89,16 @@ class SampledPrior(nn.Module):
 
 
 def prior_of(prior: Any) -> nn.Module:
-    """A module that returns ``p(z)``: of a dimension, a distribution, a function of a number of draws, or as it is."""
+    """Return a prior from a dimension, a distribution, or a function of a number of draws; a module unchanged."""
     if isinstance(prior, int) and not isinstance(prior, bool):
         return StandardNormal(prior)
     if isinstance(prior, Distribution):
         return FixedPrior(prior)
-    if isinstance(prior, nn.Module):
-        return prior
-    return SampledPrior(prior)
+    return prior if isinstance(prior, nn.Module) else SampledPrior(prior)
 
 
 def _applied(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A copy of a distribution with all its tensors moved, those of its parts too."""
+    """Return a copy of a distribution with ``fn`` applied to all its tensors, those of its parts too."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, Distribution):

@@ -1,38 +1,36 @@
-"""The adversarial autoencoder: reconstruction, and codes that all together look like the prior."""
+"""The adversarial autoencoder: reconstruction, and codes whose distribution over all data resembles the prior."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.architectures import Architecture, ReadyMade
-from implicitvi.vae.decoders import Likelihood
-from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.architectures import ReadyMade
+from implicitvi.vae.model import Batch
 from implicitvi.vae.objectives.pairs import codes, rows
 
 
-class AAE(ReadyMade, LatentModel):
-    """The adversarial autoencoder, three players in turn.
+class AAE(ReadyMade):
+    """An adversarial autoencoder, three players in turn.
 
         encoder, decoder:  max  E_q[log p(x | z)]
         adversary:         min  E_q softplus(-T(z)) + E_p softplus(T(z))          T ≈ log q(z) - log p(z)
         encoder:           min  E_q softplus(T(z))
 
-    With ``q(z)`` the codes of all data together. This is `AVB` with an adversary that does not look at ``x``
-    (Mescheder et al. 2017, section 6.2): of ``KL(q(z | x) ‖ p(z))`` the mutual information of ``x`` and ``z`` is left
-    out, so that the objective is no bound of the evidence.
+    Here ``q(z)`` is the distribution of the codes of all data. This is `AVB` with an adversary that does not look at
+    ``x`` (Mescheder et al. 2017, section 6.2): it leaves the mutual information of ``x`` and ``z`` out of
+    ``KL(q(z | x) ‖ p(z))``, so the objective is not a bound of the evidence.
 
     Args:
         encoder: ``q(z | x)``: draws with gradients; `DeterministicEncoder` is the usual one.
         decoder: ``p(x | z)``, with a density.
-        prior: ``p(z)``, of which draws are enough; the number ``D`` for ``N(0, I)``.
+        prior: ``p(z)``, draws are enough; the number ``D`` for ``N(0, I)``.
         adversary: ``T(z)``: codes ``[..., D]`` to scores ``[...]``.
 
     References:
@@ -40,32 +38,13 @@ class AAE(ReadyMade, LatentModel):
     """
 
     needs = {"prior": {"draws"}, "encoder": {"draws", "gradients"}, "decoder": {"draws", "density"}}
+    posterior = "deterministic"
+    adversaries = ("codes",)
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, adversary: nn.Module):
         super().__init__(encoder, decoder, prior)
         self.adversary = adversary
         self.ratio = Logistic()
-
-    @classmethod
-    def assemble(
-        cls,
-        networks: Architecture,
-        z_dim: int,
-        *,
-        posterior: str = "deterministic",
-        likelihood: str | Likelihood = "bernoulli",
-        prior: Any = None,
-    ) -> Self:
-        """The system of ready-made networks.
-
-        Args:
-            networks: What encoder, decoder and adversary are made of.
-            z_dim: Dimension ``D`` of a code.
-            posterior: See `Architecture.encoder`.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
-            prior: As for the class; ``None`` for ``N(0, I)``.
-        """
-        return cls(*networks.arrows(z_dim, posterior, likelihood, prior), GatedAdversary(z_dim))
 
     def players(self, batch: Batch) -> list[Player]:
         return [

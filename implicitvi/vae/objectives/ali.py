@@ -1,8 +1,8 @@
-"""Adversarially learned inference: one adversary on codes and data together, and no density at all."""
+"""Adversarially learned inference: one adversary of codes and data, no density."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +11,30 @@ from implicitvi.avb.ratios import Logistic
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.architectures import Architecture, ReadyMade
-from implicitvi.vae.decoders import Likelihood
-from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.architectures import ReadyMade
+from implicitvi.vae.model import Batch
 from implicitvi.vae.objectives.pairs import codes, rows, slope
 
 
-class ALI(ReadyMade, LatentModel):
-    """Adversarially learned inference (BiGAN): the two joints meet, ``q(x) q(z | x) = p(z) p(x | z)``.
+class ALI(ReadyMade):
+    """An adversarially learned inference model (BiGAN), trained to equal joints ``q(x) q(z | x) = p(z) p(x | z)``.
 
         adversary:         min  E_q softplus(-T) + E_p softplus(T)                T ≈ log q(x, z) - log p(x, z)
         encoder, decoder:  min  E_q softplus(T) + E_p softplus(-T)  +  λ E_q |x - x'|²
 
     The second line is the first with the labels swapped, which leaves a gradient where the adversary wins. At the
     optimal adversary the first is worth ``2 log 2 - 2 JS`` and the second
-    ``2 log 2 + KL(q ‖ p) + KL(p ‖ q) - 2 JS``, least where the joints are equal. ``x'`` is drawn from the decoder at
-    the encoder's code: with ``cycle = λ`` above 0 this is ALICE, whose codes give their data back.
+    ``2 log 2 + KL(q ‖ p) + KL(p ‖ q) - 2 JS``, which is least for equal joints. ``x'`` is a draw of the decoder at
+    the encoder's code: with ``cycle = λ`` above 0 this is ALICE, whose codes reconstruct their data.
 
-    Data that are 0 and 1 need the likelihood ``"straight_through"``.
+    Data of 0 and 1 need the likelihood ``"straight_through"``.
 
     Args:
         encoder: ``q(z | x)``: draws with gradients.
         decoder: ``p(x | z)``: draws with gradients.
-        prior: ``p(z)``, of which draws are enough; the number ``D`` for ``N(0, I)``.
+        prior: ``p(z)``, draws are enough; the number ``D`` for ``N(0, I)``.
         adversary: ``T(z, x)``: codes ``[..., N, D]`` and data ``[N, *x_shape]`` to scores ``[..., N]``.
-        cycle: Weight ``λ`` of the squared error of a datum through its code and back, summed over its entries.
+        cycle: Weight ``λ`` of the squared error of the reconstruction, summed over the entries of a datum.
         penalty: Weight of the adversary's squared slope on encoder pairs. Above 0 its optimum is no longer the
             log ratio, and training is calmer.
 
@@ -46,6 +45,8 @@ class ALI(ReadyMade, LatentModel):
     """
 
     needs = {"prior": {"draws"}, "encoder": {"draws", "gradients"}, "decoder": {"draws", "gradients"}}
+    likelihood = "straight_through"
+    adversaries = ("pairs",)
 
     def __init__(
         self,
@@ -61,53 +62,18 @@ class ALI(ReadyMade, LatentModel):
         check_at_least("penalty", penalty, 0)
         super().__init__(encoder, decoder, prior)
         self.adversary = adversary
-        self.cycle = cycle
-        self.penalty = penalty
+        self.cycle, self.penalty = cycle, penalty
         self.ratio = Logistic()
 
-    @classmethod
-    def assemble(
-        cls,
-        networks: Architecture,
-        z_dim: int,
-        *,
-        posterior: str = "gaussian",
-        likelihood: str | Likelihood = "straight_through",
-        prior: Any = None,
-        cycle: float = 0.0,
-        penalty: float = 0.0,
-    ) -> Self:
-        """The system of ready-made networks.
-
-        Args:
-            networks: What encoder, decoder and adversary are made of.
-            z_dim: Dimension ``D`` of a code.
-            posterior: See `Architecture.encoder`.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
-            prior: As for the class; ``None`` for ``N(0, I)``.
-            cycle: As for the class.
-            penalty: As for the class.
-        """
-        return cls(
-            *networks.arrows(z_dim, posterior, likelihood, prior),
-            networks.adversary(z_dim),
-            cycle=cycle,
-            penalty=penalty,
-        )
-
     def players(self, batch: Batch) -> list[Player]:
-        return [
-            self.player("adversary", [self.adversary], self._adversary_loss, batch, adversary=True),
-            self.player("model", [self.encoder, self.decoder], self._loss, batch),
-        ]
+        adversary = self.player("adversary", [self.adversary], self._adversary_loss, batch, adversary=True)
+        return [adversary, self.player("model", [self.encoder, self.decoder], self._loss, batch)]
 
     def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
             z_q, z_p, x_p = self._draws(x, stage)
         loss = self.ratio.loss(self.adversary(z_q, x), self.adversary(z_p, x_p))
-        if self.penalty:
-            loss = loss + 0.5 * self.penalty * slope(self.adversary, z_q, x)
-        return loss, {}
+        return (loss + 0.5 * self.penalty * slope(self.adversary, z_q, x) if self.penalty else loss), {}
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         z_q, z_p, x_p = self._draws(x, stage)
@@ -118,7 +84,7 @@ class ALI(ReadyMade, LatentModel):
         return loss + self.cycle * error, {"squared_error": error}
 
     def _draws(self, x: Tensor, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes ``z_q [S, B, D]`` of the data, and pairs ``z_p [S · B, D]``, ``x_p [S · B, *x_shape]`` of the model."""
+        """Return codes ``z_q [S, B, D]`` of the data, and model pairs ``z_p [S · B, D]``, ``x_p [S · B, *x_shape]``."""
         z_q = self.encoder(x).rsample(torch.Size([stage.num_particles]))
         z_p = codes(self.prior(), len(rows(z_q)))
         return z_q, z_p, self.decoder(z_p).rsample()

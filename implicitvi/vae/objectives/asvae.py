@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,32 +10,29 @@ from torch import Tensor, nn
 from implicitvi.avb.ratios import Logistic
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.architectures import Architecture, ReadyMade
-from implicitvi.vae.decoders import Likelihood
-from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.architectures import ReadyMade
+from implicitvi.vae.model import Batch
 from implicitvi.vae.objectives.pairs import codes, parted, rows
 
 
-class ASVAE(ReadyMade, LatentModel):
-    """The adversarial symmetric VAE: encoder and decoder exchange their roles in the two halves of the objective.
+class ASVAE(ReadyMade):
+    """An adversarial symmetric VAE: encoder and decoder exchange their roles in the two halves of the objective.
 
         E_q[log p(x | z) - T_q(z, x)] + E_p[log q(z | x) - T_p(z, x)]
 
         T_q ≈ log q(x, z) - log p(x) p(z),        T_p ≈ log p(x, z) - log q(x) q(z)
 
     At the optimal adversaries the first half is ``E log p(x) - KL(q(x, z) ‖ p(x, z))`` over the data and the second
-    ``E log q(z) - KL(p(x, z) ‖ q(x, z))`` over the prior. With the adversaries held fixed, as here, its gradient is
-    that of the two divergences.
+    ``E log q(z) - KL(p(x, z) ‖ q(x, z))`` over the prior. With the adversaries held fixed, as here, the gradient is
+    that of the two divergences. The form is reconstructed from the text of the publication and its reviews.
 
-    The form is reconstructed from what the publication and its reviews say of the objective.
-
-    Start from arrows that a `VAE` has trained for a while: a new system takes them as they are. From scratch the log
-    densities pull harder than adversaries that have learned little (docs/decisions/0003-second-divergence.md).
+    Start from an encoder and a decoder that a `VAE` has trained for a while; the constructor takes them unchanged. From
+    scratch the log densities pull harder than untrained adversaries (docs/decisions/0003-second-divergence.md).
 
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.
         decoder: ``p(x | z)``: draws with gradients, and a density.
-        prior: ``p(z)``, of which draws are enough; the number ``D`` for ``N(0, I)``.
+        prior: ``p(z)``, draws are enough; the number ``D`` for ``N(0, I)``.
         encoder_adversary: ``T_q(z, x)``: codes ``[..., N, D]`` and data ``[N, *x_shape]`` to scores ``[..., N]``.
         decoder_adversary: ``T_p(z, x)``, likewise.
 
@@ -43,11 +40,9 @@ class ASVAE(ReadyMade, LatentModel):
         Adversarial Symmetric Variational Autoencoder, Yunchen Pu et al., 2017.
     """
 
-    needs = {
-        "prior": {"draws"},
-        "encoder": {"draws", "gradients", "density"},
-        "decoder": {"draws", "gradients", "density"},
-    }
+    needs = {"prior": {"draws"}} | dict.fromkeys(("encoder", "decoder"), {"draws", "gradients", "density"})
+    likelihood = "straight_through"
+    adversaries = ("pairs", "pairs")
 
     def __init__(
         self,
@@ -62,38 +57,17 @@ class ASVAE(ReadyMade, LatentModel):
         self.decoder_adversary = decoder_adversary
         self.ratio = Logistic()
 
-    @classmethod
-    def assemble(
-        cls, networks: Architecture, z_dim: int, *, likelihood: str | Likelihood = "straight_through", prior: Any = None
-    ) -> Self:
-        """The system of ready-made networks.
-
-        Args:
-            networks: What encoder, decoder and both adversaries are made of.
-            z_dim: Dimension ``D`` of a code.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
-            prior: As for the class; ``None`` for ``N(0, I)``.
-        """
-        return cls(
-            *networks.arrows(z_dim, "gaussian", likelihood, prior), networks.adversary(z_dim), networks.adversary(z_dim)
-        )
-
     def players(self, batch: Batch) -> list[Player]:
         adversaries = [self.encoder_adversary, self.decoder_adversary]
-        return [
-            self.player("adversary", adversaries, self._adversary_loss, batch, adversary=True),
-            self.player("model", [self.encoder, self.decoder], self._loss, batch),
-        ]
+        adversary = self.player("adversary", adversaries, self._adversary_loss, batch, adversary=True)
+        return [adversary, self.player("model", [self.encoder, self.decoder], self._loss, batch)]
 
     def terms(self, x: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """The halves of the objective, draw by draw, in nats.
+        """Return the halves of the objective in nats, at pairs of the encoder ``[S, B]`` and the model ``[S · B]``.
 
         Args:
             x: Data ``[B, *x_shape]``.
             num_samples: Codes drawn for each datum, ``S``.
-
-        Returns:
-            That of pairs of the encoder, ``[S, B]``, and that of as many pairs of the decoder, ``[S · B]``.
         """
         z = self.encoder(x).rsample(torch.Size([num_samples]))
         of_data: Tensor = self.decoder(z).log_prob(x) - self.encoder_adversary(z, x)
@@ -112,10 +86,9 @@ class ASVAE(ReadyMade, LatentModel):
             z_other = codes(self.prior(), len(z_p))
         t_q, t_p = self.encoder_adversary, self.decoder_adversary
         loss = self.ratio.loss(t_q(z_q, x), t_q(z_other, x_p))
-        loss = loss + self.ratio.loss(t_p(z_p, x_p), t_p(parted(z_q), x))
-        return loss, {}
+        return loss + self.ratio.loss(t_p(z_p, x_p), t_p(parted(z_q), x)), {}
 
     def _model_pairs(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """As many pairs ``z [N, D]``, ``x [N, *x_shape]`` of the model as there are codes ``like [S, B, D]``."""
+        """Return pairs ``z [N, D]``, ``x [N, *x_shape]`` of the model, as many as codes ``like [S, B, D]``."""
         z = codes(self.prior(), len(rows(like)))
         return z, self.decoder(z).rsample()

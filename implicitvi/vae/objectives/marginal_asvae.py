@@ -1,4 +1,4 @@
-"""The symmetric variational autoencoder with a contrast: one adversary, on data alone."""
+"""The symmetric variational autoencoder with a contrast: one adversary, of data only."""
 
 from __future__ import annotations
 
@@ -13,41 +13,35 @@ from implicitvi.avb.ratios import Logistic
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
+from implicitvi.vae.distributions import divergence
 from implicitvi.vae.model import Batch, LatentModel
 from implicitvi.vae.objectives.pairs import codes
-from implicitvi.vae.objectives.vae import divergence
 
 
 class MarginalASVAE(LatentModel):
-    """Both divergences of the two joints, with all that is explicit in them taken from the arrows.
+    """A symmetric VAE that learns only the density of the data and takes every other density as it is.
 
         E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
             - λ E_p[log p(x | z) + log p(z) - log q(z | x) - log r(x) - T(x)]            T ≈ log q(x) - log r(x)
 
-    With explicit arrows `ASVAE` asks its adversaries for more than is unknown: of ``KL(p(x, z) ‖ q(x, z))`` only the
-    density of the data is. Here one adversary learns it, against a contrast ``r(x)`` that follows the data, as in
-    Adaptive Contrast. At the optimal adversary the objective is the evidence lower bound less
-    ``λ KL(p(x, z) ‖ q(x, z))``. As for `ASVAE`, start from arrows that a `VAE` has trained.
+    Of ``KL(p(x, z) ‖ q(x, z))`` only ``q(x)``, the density of the data, is unknown. One adversary learns it against a
+    contrast ``r(x)`` that follows the data, as in Adaptive Contrast; at its optimum the objective is the ELBO less
+    ``λ KL(p(x, z) ‖ q(x, z))``. Start from an encoder and a decoder that a `VAE` has trained, as for `ASVAE`.
 
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.
         decoder: ``p(x | z)``: draws with gradients, and a density.
         prior: ``p(z)``, with a density; the number ``D`` for ``N(0, I)``.
         adversary: ``T(x)``: standardised data ``[N, *x_shape]`` to scores ``[N]``.
-        contrast: ``r(x)``, made of the data of a batch, each in one row; ``None`` for a Gaussian with their moments.
+        contrast: ``r(x)``, made from the data of a batch, each in one row; ``None`` for a Gaussian with their moments.
         weight: ``λ``; 0 is the `VAE`.
 
     References:
-        Adversarial Symmetric Variational Autoencoder, Yunchen Pu et al., 2017, for the two divergences.
-        Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 4, for the
-        contrast.
+        Adversarial Symmetric Variational Autoencoder, Yunchen Pu et al., 2017: the two divergences.
+        Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 4: the contrast.
     """
 
-    needs = {
-        "prior": {"draws", "density"},
-        "encoder": {"draws", "gradients", "density"},
-        "decoder": {"draws", "gradients", "density"},
-    }
+    needs = {"prior": {"draws", "density"}} | dict.fromkeys(("encoder", "decoder"), {"draws", "gradients", "density"})
 
     def __init__(
         self,
@@ -61,37 +55,25 @@ class MarginalASVAE(LatentModel):
     ):
         check_at_least("weight", weight, 0)
         super().__init__(encoder, decoder, prior)
-        self.adversary = adversary
+        self.adversary, self.weight, self.ratio = adversary, weight, Logistic()
         self.contrast = GaussianContrast() if contrast is None else contrast
-        self.weight = weight
-        self.ratio = Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
-        arrows = [self.encoder, self.decoder, self.prior]
-        return [
-            self.player("adversary", [self.adversary], self._adversary_loss, batch, adversary=True),
-            self.player("model", arrows, self._loss, batch),
-        ]
+        adversary = self.player("adversary", [self.adversary], self._adversary_loss, batch, adversary=True)
+        return [adversary, self.player("model", [self.encoder, self.decoder, self.prior], self._loss, batch)]
 
     def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
-        """The evidence lower bound of each datum ``x [B, *x_shape]``: ``[num_samples, B]`` in nats."""
-        q = self.encoder(x)
-        z = q.rsample(torch.Size([num_samples]))
+        """Return the evidence lower bound of each datum ``x [B, *x_shape]``: ``[num_samples, B]`` in nats."""
+        z = (q := self.encoder(x)).rsample(torch.Size([num_samples]))
         elbo: Tensor = self.decoder(z).log_prob(x) - divergence(q, self.prior(), z)
         return elbo
 
     def reverse(self, x: Tensor, num_samples: int) -> Tensor:
-        """``log p(x, z) - log q(x, z)`` in nats at ``num_samples`` pairs of the model: ``[num_samples]``.
-
-        Args:
-            x: Data ``[B, *x_shape]``, which the contrast is made of.
-            num_samples: Number of pairs.
-        """
+        """Return ``log p(x, z) - log q(x, z)`` at pairs of the model, ``[num_samples]``; data ``x [B, *x_shape]``."""
         prior = self.prior()
         z = codes(prior, num_samples)
         p = self.decoder(z)
-        made = p.rsample()
-        r = self.contrast(x.flatten(1))
+        made, r = p.rsample(), self.contrast(x.flatten(1))
         log_data = r.log_prob(made.flatten(1)) + self._score(made, r)
         log_ratio: Tensor = p.log_prob(made) + prior.log_prob(z) - self.encoder(made).log_prob(z) - log_data
         return log_ratio
@@ -101,15 +83,13 @@ class MarginalASVAE(LatentModel):
         return {"elbo": self.elbo(x).mean()}
 
     def _score(self, x: Tensor, r: Distribution) -> Tensor:
-        """``T`` of data ``x [N, *x_shape]``, in the coordinates of the contrast."""
-        flat = x.flatten(1)
-        standard = self.contrast.standardise(flat, r)[:, : flat.shape[1]]
-        scores: Tensor = self.adversary(standard.view_as(x))
-        return self.ratio.log_ratio(scores)
+        """Return ``T`` of data ``x [N, *x_shape]``, in the coordinates of the contrast."""
+        standard = self.contrast.standardise(x.flatten(1), r)[:, : x[0].numel()]
+        return self.ratio.log_ratio(self.adversary(standard.view_as(x)))
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
-        elbo = self.elbo(x, stage.num_particles).mean()
-        reverse = self.reverse(x, stage.num_particles * len(x)).mean()
+        count = stage.num_particles
+        elbo, reverse = self.elbo(x, count).mean(), self.reverse(x, count * len(x)).mean()
         return self.weight * reverse - elbo, {"elbo": elbo, "reverse_kl": reverse}
 
     def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:

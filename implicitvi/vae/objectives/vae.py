@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from math import log
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
 
+from implicitvi.avb.objective import importance_weighted
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
 from implicitvi.training.player import Metrics
-from implicitvi.vae.architectures import Architecture, ReadyMade
-from implicitvi.vae.decoders import Likelihood
-from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.architectures import ReadyMade
+from implicitvi.vae.distributions import divergence
+from implicitvi.vae.model import Batch
 
 
-def divergence(q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None) -> Tensor:
-    """``KL(q ‖ p)`` in nats: ``[B]`` in closed form where torch knows one, else ``[S, B]`` of draws ``z [S, B, D]``.
-
-    Args:
-        q: Batch shape ``[B]``, event shape ``[D]``.
-        p: Batch shape ``[]``, event shape ``[D]``.
-        z: Draws of ``q``.
-        log_q: Their log density, where it is known already.
-    """
-    try:
-        closed: Tensor = kl_divergence(q, p.expand(q.batch_shape))
-        return closed
-    except NotImplementedError:
-        estimate: Tensor = (q.log_prob(z) if log_q is None else log_q) - p.log_prob(z)
-        return estimate
-
-
-class VAE(ReadyMade, LatentModel):
-    """The variational autoencoder, with any posterior that has a density.
+class VAE(ReadyMade):
+    """A variational autoencoder, with any posterior that has a density.
 
         E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
 
-    The divergence is in closed form where torch knows one (a Gaussian encoder and prior), else ``log q - log p`` of the
+    The divergence is in closed form if torch has one (for a Gaussian encoder and prior), else ``log q - log p`` of the
     draws, as for a flow. With ``num_importance = K`` the objective is the log of the mean of ``K`` importance
     weights (IWAE).
 
@@ -65,44 +47,20 @@ class VAE(ReadyMade, LatentModel):
         super().__init__(encoder, decoder, prior)
         self.num_importance = num_importance
 
-    @classmethod
-    def assemble(
-        cls,
-        networks: Architecture,
-        z_dim: int,
-        *,
-        posterior: str = "gaussian",
-        likelihood: str | Likelihood = "bernoulli",
-        prior: Any = None,
-        num_importance: int = 1,
-    ) -> Self:
-        """The system of ready-made networks.
-
-        Args:
-            networks: What encoder and decoder are made of.
-            z_dim: Dimension ``D`` of a code.
-            posterior: ``"gaussian"``, ``"iaf"`` or ``"planar"``; see `Architecture.encoder`.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood`.
-            prior: As for the class; ``None`` for ``N(0, I)``.
-            num_importance: As for the class.
-        """
-        return cls(*networks.arrows(z_dim, posterior, likelihood, prior), num_importance=num_importance)
-
     def players(self, batch: Batch) -> list[Player]:
         return [self.player("model", [self.encoder, self.decoder, self.prior], self._loss, batch)]
 
     def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
-        """The bound of each datum ``x [B, *x_shape]`` from ``num_samples`` draws each: ``[num_samples, B]`` in nats."""
+        """Return the bound of each datum ``x [B, *x_shape]`` at draws of its code: ``[num_samples, B]`` in nats."""
         q, p = self.encoder(x), self.prior()
         shape = torch.Size([num_samples])
-        # a flow is cheap in one direction: the density of its draws comes with them
+        # a flow is cheap in one direction: its draws come with their density
         together = getattr(q, "rsample_and_log_prob", None)
         z, log_q = together(shape) if together else (q.rsample(shape), None)
         likelihood: Tensor = self.decoder(z).log_prob(x)
         if self.num_importance == 1:
             return likelihood - divergence(q, p, z, log_q)
-        log_q = q.log_prob(z) if log_q is None else log_q
-        elbo: Tensor = likelihood + p.log_prob(z) - log_q
+        elbo: Tensor = likelihood + p.log_prob(z) - (q.log_prob(z) if log_q is None else log_q)
         return elbo
 
     @torch.no_grad()
@@ -110,11 +68,7 @@ class VAE(ReadyMade, LatentModel):
         return {"elbo": self._bound(x, 1).mean()}
 
     def _bound(self, x: Tensor, num_particles: int) -> Tensor:
-        elbo = self.elbo(x, num_particles * self.num_importance)
-        if self.num_importance == 1:
-            return elbo
-        groups: Tensor = elbo.unflatten(0, (self.num_importance, -1))
-        return groups.logsumexp(0) - log(self.num_importance)
+        return importance_weighted(self.elbo(x, num_particles * self.num_importance), None, self.num_importance)
 
     def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
         return -self._bound(x, stage.num_particles).mean(), {}
