@@ -369,7 +369,7 @@ def holed() -> Tensor:
 BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": (lambda: data(20, 5), ShapeError, r"must be of shape \[N, 6\], got \[20, 5\]"),
     "images without a channel": (lambda: torch.rand(4, 2, 3), ShapeError, r"x.flatten\(1\)"),
-    "range": (lambda: 255 * data(), OptionError, "values from 0 to 255, expected 0 to 1.*by 255"),
+    "range": (lambda: 255 * data(), OptionError, "must be between 0 and 1, got values from 0 to 255.*by 255"),
     "negative": (lambda: -data(), OptionError, "values from -1 to"),
     "NaN pixels": (holed, ModelError, "must be finite, got 1 of 20 rows.*impute them"),
     "no rows": (lambda: data(0), ShapeError, r"Data must be at least one row, got shape \(0, 6\)"),
@@ -471,7 +471,7 @@ def test_settings_are_options_as_a_value() -> None:
         (lambda: likelihood_of("bernouli", [X]), "likelihood must be one of .*Did you mean 'bernoulli'"),
         (
             lambda: AVB(avb().encoder, decoder(), lambda n: torch.randn(n, Z), nn.Identity(), contrast="gaussian"),
-            "Adaptive Contrast needs a density of the prior.*contrast='prior'",
+            "The prior must have a density for Adaptive Contrast.*contrast='prior'",
         ),
         (
             lambda: VAE(vae().encoder, decoder(), lambda n: torch.randn(n, Z)),
