@@ -5,6 +5,7 @@ from implicitvi.export import to_arviz
 from implicitvi.inference.elbo import AVB_ELBO
 from implicitvi.inference.fit import Fit
 from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.inference.settings import Settings
 from implicitvi.inference.svi import AVBSVI
 from implicitvi.training import Checkpoint, EarlyStop, StopTraining, TensorBoard, Tracker
 
@@ -15,10 +16,11 @@ __all__ = [
     "EarlyStop",
     "Fit",
     "ImplicitGuide",
+    "Settings",
     "StopTraining",
     "TensorBoard",
     "Tracker",
     "diagnose",
     "to_arviz",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

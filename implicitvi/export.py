@@ -140,8 +140,9 @@ def _guides(sources: Sequence[Any]) -> list[Any]:
     """Return the guides among guides and fits; raise `OptionError` for anything else."""
     guides = [getattr(source, "guide", source) for source in sources]
     if not guides or not all(map(is_guide, guides)):
-        got, do = ", ".join(type(each).__name__ for each in sources) or "none", "For MCMC, use az.from_pyro."
-        raise OptionError.must_be("source", "an ImplicitGuide, a Fit, or several of them", got, do)
+        got = ", ".join(type(each).__name__ for each in sources) or "none"
+        advice = "Write to_arviz(fit, model, *args); for MCMC use az.from_pyro."
+        raise OptionError.must_be("source", "an ImplicitGuide, a Fit, or several of them", got, advice)
     return guides
 
 

@@ -22,6 +22,7 @@ from implicitvi import (
     EarlyStop,
     Fit,
     ImplicitGuide,
+    Settings,
     TensorBoard,
     Tracker,
     metrics,
@@ -69,7 +70,16 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
         "half a draw": (lambda: guide().setup(Y).sample(2.5), "num_samples must be an int >= "),  # type: ignore[arg-type]
         "amortized over a number": (
             lambda: ImplicitGuide(models.normal_normal, amortize=3),  # type: ignore[arg-type]
-            "neither a plate nor a function",
+            "the name of a plate, {plate: features} or features, got 3",
+        ),
+    },
+    "Settings": {
+        "no steps": (lambda: Settings(num_steps=0), "num_steps must be an int >= 1, got 0"),
+        "unknown mode": (lambda: Settings(mode="vmpa"), "Did you mean 'vmap'"),
+        "all of the average": (lambda: Settings(averaging=1.0), "averaging must be at least 0 and below 1, got 1.0"),
+        "not settings": (
+            lambda: AVBSVI(models.normal_normal, guide(), settings={"num_steps": 5}),  # type: ignore[arg-type]
+            "settings must be a Settings",
         ),
     },
     "Fit": {
@@ -112,12 +122,12 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
             lambda: to_arviz(
                 ImplicitGuide(models.global_latents_in_minibatches).setup(Y), models.global_latents_in_minibatches, Y
             ),
-            "arguments under which it looks at all of its data",
+            "must use all of its data, got 2 of 3 in plate 'data'. Pass arguments",
         ),
         "no arguments": (lambda: to_arviz(guide(), models.normal_normal), "guide.setup"),
     },
     "c2st": of_draws(c2st),
-    "knn_kl": of_draws(knn_kl) | {"k": (lambda: knn_kl(DRAWS, DRAWS + 1, k=0), "k is out of")},
+    "knn_kl": of_draws(knn_kl) | {"k": (lambda: knn_kl(DRAWS, DRAWS + 1, k=0), "k must be")},
     "mean_error": of_draws(mean_error),
     "mmd": of_draws(mmd) | {"width": (lambda: mmd(DRAWS, DRAWS, bandwidth=0), "bandwidth")},
     "sd_ratio": of_draws(sd_ratio),
