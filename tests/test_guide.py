@@ -123,11 +123,11 @@ def test_global_latents_may_meet_minibatches() -> None:
 
 def test_before_setup_there_is_a_named_error() -> None:
     guide = ImplicitGuide(models.eight_schools)
-    with pytest.raises(SetupError, match="has not seen its model"):
+    with pytest.raises(SetupError, match="must be set up with its model"):
         guide.sample(3)
-    with pytest.raises(SetupError, match="has not seen its model"):
+    with pytest.raises(SetupError, match="must be set up with its model"):
         guide.load_state_dict({})
-    with pytest.raises(SetupError, match="has not seen its model"):
+    with pytest.raises(SetupError, match="must be set up with its model"):
         _ = guide.layout
     assert guide.sample(3, models.SIGMA, models.Y)["eta"].shape == (3, 8)
 

@@ -475,7 +475,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
     "functions not passed": (
         lambda folder: (tiny().run(Y).save(folder), AVBSVI.load(folder, models.normal_normal)),
         CheckpointError,
-        r"got adversary, sampler. Pass them again: AVBSVI.load\(folder, model, adversary=..., "
+        r"got none for adversary, sampler. Pass them again: AVBSVI.load\(folder, model, adversary=..., "
         r"guide=ImplicitGuide\(model, sampler=...\)\)",
     ),
     "a function too many": (
@@ -486,15 +486,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
     "a ratio of ones own": (
         lambda folder: (small(ratio=FGanKL(limit=3.0)).run(Y).save(folder), AVBSVI.load(folder, models.normal_normal)),
         CheckpointError,
-        r"got ratio. Pass them again: .*ratio=\.\.\.\)",
+        r"got none for ratio. Pass them again: .*ratio=\.\.\.\)",
     ),
     "every without a folder": (
         lambda folder: small().run(Y, every=3),
         OptionError,
-        "every is given without a checkpoint; got 3. Pass checkpoint=folder",
+        "every must be given with checkpoint, got every=3 alone. Pass checkpoint=folder",
     ),
     "every zero": (lambda folder: small().run(Y, checkpoint=folder, every=0), OptionError, "every must be"),
-    "before the model": (lambda folder: small().save(folder), SetupError, "has not seen its model"),
+    "before the model": (lambda folder: small().save(folder), SetupError, "must see its model first"),
 }
 
 
@@ -526,14 +526,14 @@ def test_the_same_weights_have_to_give_the_same_draws(tmp_path: Path, monkeypatc
     tiny().run(Y).save(tmp_path)
     plain = DenseSampler.transform
     monkeypatch.setattr(DenseSampler, "transform", lambda *args: 1.01 * plain(*args))
-    with pytest.raises(CheckpointError, match="does not give the draws that it gave"):
+    with pytest.raises(CheckpointError, match="must be those that it gave"):
         load("functions", tmp_path).guide.sample(3, Y)
 
 
 def test_a_fit_made_by_hand_cannot_be_saved(tmp_path: Path) -> None:
     fit = small().run(Y)
     by_hand = Fit(**{k: v for k, v in vars(fit).items() if k != "write"})
-    with pytest.raises(SetupError, match="only fits made by AVBSVI"):
+    with pytest.raises(SetupError, match="must be made by AVBSVI"):
         by_hand.save(tmp_path)
 
 
@@ -547,7 +547,7 @@ def wider(y: Tensor) -> None:
 @pytest.mark.parametrize(("model", "y"), [(models.normal_normal, 2 * Y), (wider, Y)])
 def test_other_data_or_another_model_are_not_taken_for_the_same(model: Any, y: Tensor, tmp_path: Path) -> None:
     small().run(Y, checkpoint=tmp_path)
-    with pytest.raises(CheckpointError, match="another model or other data"):
+    with pytest.raises(CheckpointError, match="must be of the same model and data"):
         small(model).run(y, checkpoint=tmp_path)
     # on purpose it may be
     assert AVBSVI.load(tmp_path, model, progress=False).run(y).num_steps == 16

@@ -123,10 +123,10 @@ class SavedFit:
         for sampler, probe in zip(_parts(guide.sampler), self.state["probe"], strict=True):
             now, then = _answer(sampler, probe), probe["z"].to(sampler.loc)
             if not torch.allclose(now, then, rtol=0, atol=1e-3 * float(then.abs().max()), equal_nan=True):
-                got = f"draws that differ by {float((now - then).abs().max()):.2g}"
-                expected = "the sampler of the saved fit, whose draws differ by at most a thousandth of their size"
+                got = f"a difference of {float((now - then).abs().max()):.2g}"
+                expected = "those that it gave when it was saved, to a thousandth of their size"
                 advice = "Use the version of implicitvi in config.json, and the same sampler."
-                raise CheckpointError.must_be("the sampler", expected, got, advice)
+                raise CheckpointError.must_be("the draws of the sampler", expected, got, advice)
 
 
 def save(

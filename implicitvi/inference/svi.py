@@ -100,7 +100,7 @@ class AVBSVI(TrainingHolder):
         else:
             self._training.bind(arguments)
         if self._restarts and self.objective.parameters:
-            got = f"{', '.join(self.objective.parameters)}. Use restarts=1, or fit copies of the model"
+            got = f"{', '.join(map(repr, self.objective.parameters))}. Use restarts=1, or fit copies of the model"
             raise ModelError.must_be("a model with restarts", "without parameters, which they would share", got)
         self.trainer.write = self._write
         if self._saved is not None:
