@@ -59,20 +59,21 @@ class Amortization:
             ModelError: There are no features: the plate observes nothing.
             ShapeError: The function of the features returns other shapes.
         """
-        layout, faq = run.layout, "a-latent-for-every-row"
+        layout = run.layout
         if self.features is None:
             if run.observed is None:
+                message = f"Plate {self.plate!r} must observe something to show to the network."
                 advice = "Pass amortize={plate: features} with a function of the model's arguments."
-                raise ModelError(
-                    f"Plate {self.plate!r} must observe something to show to the network. {advice}", faq=faq
-                )
+                raise ModelError(f"{message} {advice}", faq="a-latent-for-every-row")
             return run.observed
         rows = self.features(*args, **kwargs)
         sizes = sorted({layout.full_size, layout.size}, reverse=True)
         if not isinstance(rows, Tensor) or not rows.dim() or len(rows) not in sizes:
             got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             expected = "a tensor with a row for each element, " + " or ".join(f"[{size}, ...]" for size in sizes)
-            raise ShapeError.must_be(f"the features of plate {self.plate!r}", expected, got, faq=faq)
+            raise ShapeError.must_be(
+                f"the features of plate {self.plate!r}", expected, got, faq="a-latent-for-every-row"
+            )
         return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
 
     def row(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,7 +141,7 @@ class AmortizedSampler(nn.Module):
 
 
 def plate_sampler(run: PlateRun, rows: Tensor, make_sampler: Callable[..., Sampler]) -> AmortizedSampler:
-    """Return the sampler of shared and local latents of a plate, at the location of the latents in a run."""
+    """Return the sampler of shared and local latents of a plate with features ``rows [B, C]``, located at a run's."""
     g, z = run.layout.part(run.u[None])
     shared = None if g is None else make_sampler(g.shape[1])
     sampler = AmortizedSampler(shared, make_sampler, datum_dim=z.shape[-1], feature_dim=rows.shape[1]).to(run.u)

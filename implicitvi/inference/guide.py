@@ -37,13 +37,11 @@ from implicitvi.pyro_model.target import Target
 _instances = itertools.count(1)
 
 
-UNKNOWN = "the-density-of-the-posterior-is-not-known"  # in the FAQ
-
-
 def _unknown_of_dataset(_: Tensor) -> Tensor:
     """Raise `SetupError`, in the role of a learned log density, for guides amortized over datasets."""
     advice = "Compare draws, guide.sample(num_samples, ...), or fit ImplicitGuide(model) to this dataset with AVBSVI."
-    raise SetupError(f"A guide amortized over datasets has no learned density. {advice}", faq=UNKNOWN)
+    message = f"A guide amortized over datasets has no learned density. {advice}"
+    raise SetupError(message, faq="the-density-of-the-posterior-is-not-known")
 
 
 class ImplicitDistribution(TorchDistribution):
@@ -91,7 +89,8 @@ class ImplicitDistribution(TorchDistribution):
         """
         if self.log_density is None:
             advice = "Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO cannot."
-            raise SetupError(f"The density of an implicit posterior must be learned first. {advice}", faq=UNKNOWN)
+            message = f"The density of an implicit posterior must be learned first. {advice}"
+            raise SetupError(message, faq="the-density-of-the-posterior-is-not-known")
         flat = value.reshape(-1, *self.event_shape)
         return self.log_density(flat).reshape(value.shape[:-1])
 

@@ -95,8 +95,8 @@ class Training:
         """
         if arguments.devices() != self._devices:
             expected, got = (", ".join(sorted(each)) for each in (self._devices, arguments.devices()))
-            advice, faq = "Move them back; a fit stays on the device of its first call.", "tensors-on-different-devices"
-            raise ModelError.must_be("the model's arguments", f"on {expected}", got, advice, faq=faq)
+            what, advice = "the model's arguments", "Move them back; a fit stays on the device of its first call."
+            raise ModelError.must_be(what, f"on {expected}", got, advice, faq="tensors-on-different-devices")
         self.target = self.target.at(arguments)
 
 
@@ -204,8 +204,8 @@ def _one_device(arguments: Arguments) -> Iterator[None]:
             raise
         got = f"{first_line(error)}, with arguments on {', '.join(sorted(arguments.devices()))}"
         advice = "Make constants from the data, as in dist.Normal(y.new_tensor(0.0), 1.0), or move the data."
-        faq = "tensors-on-different-devices"
-        raise ModelError.must_be("all tensors of the model", "on one device", got, advice, faq=faq) from error
+        what, expected = "all tensors of the model", "on one device"
+        raise ModelError.must_be(what, expected, got, advice, faq="tensors-on-different-devices") from error
 
 
 def _posterior_objective(
