@@ -70,7 +70,7 @@ class Amortization:
         sizes = sorted({layout.full_size, layout.size}, reverse=True)
         if not isinstance(rows, Tensor) or not rows.dim() or len(rows) not in sizes:
             got = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            expected = "a tensor with a row for each element, " + " or ".join(f"[{size}, ...]" for size in sizes)
+            expected = "a tensor with a row for each element: " + " or ".join(f"[{size}, ...]" for size in sizes)
             raise ShapeError.must_be(
                 f"the features of plate {self.plate!r}", expected, got, faq="a-latent-for-every-row"
             )
