@@ -15,8 +15,10 @@ import models
 import zoo
 from implicitvi import AVBSVI, ImplicitGuide
 from implicitvi.errors import ModelError
+from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.log_joint import LogJoint, _agree
 from implicitvi.pyro_model.prior import ModelPrior
+from implicitvi.pyro_model.target import Target
 
 Model = Callable[..., Any]
 BATCHED: dict[str, tuple[Model, tuple[Tensor, ...]]] = {
@@ -108,7 +110,7 @@ def test_a_batch_that_disagrees_with_the_loop_is_refused(mode: str) -> None:
     y = torch.arange(3.0)
     log_joint = made(models.normal_normal, (y,))
     honest = getattr(log_joint, f"_{mode}")
-    setattr(log_joint, f"_{mode}", lambda u, args, kwargs: honest(u, args, kwargs) + u.mean())
+    setattr(log_joint, f"_{mode}", lambda u, call: honest(u, call) + u.mean())
     log_joint.choose(torch.randn(3, 1), y)
     assert log_joint.mode == {"vmap": "plate", "plate": "vmap"}[mode]
     asked = made(models.normal_normal, (y,), mode=mode)
@@ -204,7 +206,8 @@ def test_an_excluded_site_is_left_out_and_its_density_not_asked_for(mode: str) -
     z = torch.randn(4, 1).double()
     likelihood = torch.distributions.Normal(z, 1.0).log_prob(y).sum(-1)
     torch.testing.assert_close(log_joint(z, y), likelihood)
-    assert log_joint.describe(z[0], y) == ""
+    target = Target(zoo.implicit_prior, Arguments.of(y), mode=mode).near({"z": z[0]})
+    assert target.log_joint.exclude == ("z",) and target.describe(z[0]) == ""
 
 
 def test_the_plate_of_particles_is_taken_where_vmap_cannot_be() -> None:
@@ -228,7 +231,7 @@ def test_points_without_a_density_cannot_make_a_wrong_mode_look_right(mode: str)
     y = torch.arange(3.0).double()
     log_joint = made(models.half_line, (y,), mode=mode)
     honest = getattr(log_joint, f"_{mode}")
-    setattr(log_joint, f"_{mode}", lambda u, args, kwargs: honest(u, args, kwargs) + u.mean())
+    setattr(log_joint, f"_{mode}", lambda u, call: honest(u, call) + u.mean())
     with pytest.raises(ModelError, match="disagree|too few points"):
         log_joint(torch.full((3, 1), -0.1).double(), y)
     assert made(models.half_line, (y,), mode=mode)(torch.full((3, 1), -0.1).double(), y).isneginf().all()
@@ -291,7 +294,7 @@ def test_an_error_that_no_value_causes_is_the_models() -> None:
     options: dict[str, Any] = {"num_steps": 2, "num_particles": 8, "warm_start": 2}
     svi = AVBSVI(local, ImplicitGuide(local), progress=False, seed=0, **options)
     svi.run(torch.zeros(3))
-    with pytest.raises(ModelError, match="whatever the values of its latents.*Shape mismatch"):
+    with pytest.raises(ModelError, match="must run at some values of its latents.*Shape mismatch"):
         svi.step(torch.zeros(5))
     with pytest.raises(ModelError, match="unknown option"):
         svi.run(torch.zeros(3), known=False)
