@@ -1,4 +1,4 @@
-"""Flow posteriors: a Gaussian given the features of a datum, then invertible maps given the same features.
+"""Flow posteriors: a Gaussian given the features ``[B, C]`` of data, then invertible maps given the same features.
 
 One pass through the maps makes a draw and its density (`Flow.rsample_and_log_prob`), which is all that a `VAE` needs.
 The density of any other code needs the inverse: a pass for each dimension of an autoregressive flow, a root for each
@@ -77,7 +77,6 @@ class PlanarTransform(Transform):
         return self.call_and_ladj(x)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the log of the Jacobian's determinant at ``x [..., B, D]``: ``[..., B]``."""
         return self.call_and_ladj(x)[1]
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -113,11 +112,9 @@ class PlanarFlow(nn.Module):
         self.sizes = (latent_dim, latent_dim, 1)
 
     def forward(self, h: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
         parts = self.maps(h).unflatten(-1, (-1, sum(self.sizes))).unbind(-2)
-        planes = [part.split(self.sizes, -1) for part in parts]
-        maps = [PlanarTransform(u, w, b.squeeze(-1)) for u, w, b in planes]
-        return Flow(diagonal_gaussian(self.base(h)), maps)
+        planes = (part.split(self.sizes, -1) for part in parts)
+        return Flow(diagonal_gaussian(self.base(h)), [PlanarTransform(u, w, b.squeeze(-1)) for u, w, b in planes])
 
 
 class InverseAutoregressiveFlow(nn.Module):
@@ -153,15 +150,11 @@ class InverseAutoregressiveFlow(nn.Module):
         self.base = nn.Linear(context_dim, 2 * latent_dim)
         self.steer = nn.Linear(context_dim, steering)
         order = torch.arange(latent_dim)
+        orders = [order.flip(0) if i % 2 else order for i in range(transforms)]
         with zuko_imported() as zuko:
-            self.maps = nn.ModuleList(
-                zuko.flows.MaskedAutoregressiveTransform(
-                    latent_dim, steering, order=order.flip(0) if i % 2 else order, hidden_features=hidden
-                )
-                for i in range(transforms)
-            )
+            made = zuko.flows.MaskedAutoregressiveTransform
+            self.maps = nn.ModuleList(made(latent_dim, steering, order=o, hidden_features=hidden) for o in orders)
 
     def forward(self, h: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
         steer = self.steer(h)
         return Flow(diagonal_gaussian(self.base(h)), [each(steer) for each in self.maps])

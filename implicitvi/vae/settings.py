@@ -43,7 +43,7 @@ class FitSettings:
 
     epochs: int = option(50, "Passes through the data, and the horizon of every schedule.", check=check_whole)
     batch_size: int = option(
-        128, "Rows of a batch, over all processes; a ``DataLoader`` has its own.", check=check_whole
+        128, "Rows of a batch over all processes; a ``DataLoader`` has its own.", check=check_whole
     )
     num_particles: int = option(1, "Codes drawn for each datum of a step.", check=check_whole)
     adversary_steps: int | tuple[int, int] = option(1, "Steps of each adversary before each step of the other players.")

@@ -13,10 +13,9 @@ from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.ratios import RatioLoss, ratio_of
 from implicitvi.numerics.types import LogDensity
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.contrasts import EncoderSampler, contrast_of, opponents
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 
 
 class AVB(ReadyMade):
@@ -94,6 +93,6 @@ class AVB(ReadyMade):
         """Return ``log p(x, z)``, without ``log p(z)`` if the prior is the contrast and cancels."""
         return lambda z: self.decoder(z).log_prob(x) if self.relative else self.log_joint(z, x)
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor | None, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         elbo, dropped = self._objective.elbo(stage.num_particles, self._log_joint(x), x)
         return (-elbo.mean() if len(elbo) else None), {"dropped": dropped}

@@ -26,8 +26,7 @@ Pairs = tuple[Tensor, Tensor]  # codes [M, D] and data [M, *x_shape]
 
 def codes(prior: Distribution, num_samples: int) -> Tensor:
     """Return draws ``z [num_samples, D]`` of the prior, without gradients."""
-    z: Tensor = prior.sample(torch.Size([num_samples]))
-    return z
+    return prior.sample(torch.Size([num_samples]))
 
 
 def codes_like(z: Tensor, prior: Distribution) -> Tensor:
@@ -105,10 +104,7 @@ def own_share(pairs: Pairs, device: torch.device) -> Pairs:
 def labelled(pairs: Any, model: LatentModel, **utilities: Utility) -> Pairs:
     """Return codes ``[M, D]`` and data ``[M, *x_shape]`` of labelled pairs ``(data, codes)`` that a model can score.
 
-    Args:
-        pairs: Data ``[M, *x_shape]`` and codes ``[M, D]``.
-        model: The model that will be trained on them.
-        utilities: Utility of encoder and decoder, by name.
+    The utilities are those of encoder and decoder, by name.
 
     Raises:
         ShapeError: There is not one code of the right dimension for each datum.

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from implicitvi.avb.objective import importance_weighted
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
 from implicitvi.vae.distributions import divergence
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 
 
 class VAE(ReadyMade):
@@ -70,5 +69,5 @@ class VAE(ReadyMade):
     def _bound(self, x: Tensor, num_particles: int) -> Tensor:
         return importance_weighted(self.elbo(x, num_particles * self.num_importance), None, self.num_importance)
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         return -self._bound(x, stage.num_particles).mean(), {}
