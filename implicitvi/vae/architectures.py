@@ -47,8 +47,7 @@ class Architecture(ABC):
         self.x_shape = (x_shape,) if isinstance(x_shape, int) else tuple(x_shape)
         for size in self.x_shape:
             check_at_least("x_shape", size, 1)
-        self.basis = tuple(basis)
-        self.noise = noise
+        self.basis, self.noise = tuple(basis), noise
 
     @abstractmethod
     def layers(self) -> list[nn.Module]:
@@ -85,8 +84,7 @@ class Architecture(ABC):
             posterior: With a density: ``"gaussian"``, the flows ``"iaf"`` and ``"planar"``, and ``"binary"``. With
                 draws only: ``"implicit"``, features and noise through one more network; ``"injected"``, noise added
                 after every layer; ``"noise_basis"``, whose moments given ``x`` are known; ``"deterministic"``.
-            noise_dim: Dimension of the noise, or of that of each network of a basis; ``None`` for ``2 D``, and at
-                least 8.
+            noise_dim: Dimension of the noise, that of each network in a basis; ``None`` for ``2 D``, and at least 8.
             num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
         """
         check_at_least("z_dim", z_dim, 1)
@@ -100,10 +98,7 @@ class Architecture(ABC):
         return POSTERIORS[posterior](self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim))
 
     def conditional(self, given_dim: int, drawn_dim: int, hidden: Sequence[int] = (64,)) -> ConditionalGaussian:
-        """Return a Gaussian over ``[drawn_dim]`` given a datum and a vector ``[given_dim]``.
-
-        The layers from features and vector to means and scales have the widths ``hidden``.
-        """
+        """Return a Gaussian over ``[drawn_dim]`` given a datum and ``[given_dim]``, by layers of widths ``hidden``."""
         features, size = self.sized_features()
         return ConditionalGaussian(mlp([given_dim + size, *hidden, 2 * drawn_dim]), features)
 
@@ -146,8 +141,7 @@ class Dense(Architecture):
         for width in hidden:
             check_at_least("hidden", width, 1)
         check_choice("pairing", pairing, ["joint", "product"])
-        self.hidden = tuple(hidden)
-        self.pairing = pairing
+        self.hidden, self.pairing = tuple(hidden), pairing
         self.product_dim = hidden[-1] if product_dim is None else product_dim
         check_at_least("product_dim", self.product_dim, 1)
 
@@ -177,8 +171,7 @@ class Convolutional(Architecture):
         strides: Stride of each; ``None`` for 2 everywhere.
         kernel: Height and width of a kernel, an odd number.
         blocks: Residual blocks before each convolution except the first, in encoder and decoder.
-        critic: Architecture that makes the adversary; ``None`` for these convolutions with the code added after each
-            (`InjectedAdversary`).
+        critic: Architecture of the adversary; ``None`` for these convolutions and an `InjectedAdversary`.
         basis: Widths of the hidden layers of each network of a noise basis.
 
     >>> Convolutional((1, 7, 9)).decoder(2)(torch.zeros(5, 3, 2)).event_shape
@@ -216,11 +209,8 @@ class Convolutional(Architecture):
             raise ShapeError.must_be("x_shape of the critic", self.x_shape, critic.x_shape)
 
     def layers(self) -> list[nn.Module]:
-        sizes = pairwise([self.x_shape[0], *self.channels])
-        first, *rest = (
-            nn.Conv2d(i, o, self.kernel, stride, padding=self.kernel // 2)
-            for (i, o), stride in zip(sizes, self.strides, strict=True)
-        )
+        sizes = zip([self.x_shape[0], *self.channels[:-1]], self.channels, self.strides, strict=True)
+        first, *rest = (nn.Conv2d(i, o, self.kernel, stride, self.kernel // 2) for i, o, stride in sizes)
         later = (nn.Sequential(*self._residual(conv.in_channels), conv) for conv in rest)
         return [nn.Sequential(Centre(), first), *later]
 
@@ -270,13 +260,9 @@ def mnist_networks(width: int = 64) -> Convolutional:
 def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convolutional:
     """Return the networks of the AVB paper's code for faces, images ``[3, size, size]``.
 
-    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, residual blocks between
-    them, and an adversary of the same convolutions with the code added after each, without batch normalisation.
-
-    Args:
-        width: 64 as in the paper; less for smaller networks.
-        size: Height and width of an image.
-        blocks: Residual blocks between two convolutions.
+    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, ``blocks`` residual blocks
+    between two, and an adversary of the same convolutions with the code added after each, without batch normalisation.
+    The paper's ``width`` is 64.
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, supplement and code.
@@ -356,10 +342,7 @@ class ReadyMade(LatentModel):
 
     @classmethod
     def faces(cls, z_dim: int = 64, *, width: int = 64, size: int = 64, **options: Any) -> Self:
-        """Return a model of `face_networks` for colour images ``[3, size, size]``; ``options`` as in `build`.
-
-        The likelihood is ``"pixels"`` unless another is given.
-        """
+        """Return a model of `face_networks` for ``[3, size, size]``, with likelihood ``"pixels"``; else as `build`."""
         return cls.build(face_networks(width, size=size), z_dim, **{"likelihood": "pixels", **options})
 
 
@@ -410,12 +393,9 @@ def _linear(nets: Architecture, outputs: int) -> nn.Module:
     return nn.Sequential(features, nn.Linear(size, outputs))
 
 
-def _flow(kind: Callable[[int, int], nn.Module]) -> Posterior:
-    def posterior(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-        features, size = nets.sized_features()
-        return FlowEncoder(features, kind(z_dim, size))
-
-    return posterior
+def _flow(nets: Architecture, flow: Callable[[int, int], nn.Module], z_dim: int) -> nn.Module:
+    features, size = nets.sized_features()
+    return FlowEncoder(features, flow(z_dim, size))
 
 
 def _implicit(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
@@ -435,8 +415,8 @@ def _noise_basis(nets: Architecture, z_dim: int, noise_dim: int, num_basis: int)
 
 POSTERIORS: dict[str, Posterior] = {
     "gaussian": lambda nets, z_dim, *_: GaussianEncoder(_linear(nets, 2 * z_dim)),
-    "iaf": _flow(InverseAutoregressiveFlow),
-    "planar": _flow(PlanarFlow),
+    "iaf": lambda nets, z_dim, *_: _flow(nets, InverseAutoregressiveFlow, z_dim),
+    "planar": lambda nets, z_dim, *_: _flow(nets, PlanarFlow, z_dim),
     "binary": lambda nets, z_dim, *_: BinaryEncoder(_linear(nets, z_dim)),
     "implicit": _implicit,
     "injected": _injected,

@@ -12,23 +12,18 @@ from implicitvi.avb.conditional import MomentContrast
 from implicitvi.avb.contrasts import Contrast, DiagonalGaussianContrast, PriorContrast
 from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.players import Turn, adversary_players
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.numerics.types import LogDensity
 from implicitvi.training import Player, Stage
 from implicitvi.vae.distributions import Implicit, has_density
 from implicitvi.vae.encoders import Encoded
 
-CONTRASTS = ("prior", "gaussian")
-
 
 def contrast_of(contrast: str | Contrast, sampler: EncoderSampler, prior: nn.Module, blank: Tensor) -> Contrast:
-    """Return a contrast by its name, or the given one unchanged; ``blank`` is a datum of zeros, ``[1, *x_shape]``.
-
-    Raises:
-        ModelError: Adaptive Contrast with a prior that has no density.
-    """
+    """Return a contrast by its name, or the given one unchanged; ``blank`` is a datum of zeros, ``[1, *x_shape]``."""
     if isinstance(contrast, str):
-        check_choice("contrast", contrast, CONTRASTS)
+        check_choice("contrast", contrast, ("prior", "gaussian"))
     if contrast == "prior":
         return DrawsOfPrior(prior)
     if not has_density(prior()):
@@ -36,17 +31,15 @@ def contrast_of(contrast: str | Contrast, sampler: EncoderSampler, prior: nn.Mod
     if isinstance(contrast, Contrast):
         return contrast
     q = sampler.encoder(blank)
+    in_closed_form = isinstance(q, Encoded) and isinstance(q.sampler, NoiseBasisSampler)
     # a method: a copy of the model takes that of its own sampler
-    return MomentContrast(sampler.moments) if isinstance(q, Encoded) and q.has_moments else DiagonalGaussianContrast()
+    return MomentContrast(sampler.moments) if in_closed_form else DiagonalGaussianContrast()
 
 
 def opponents(
     objective: AVBObjective, log_joint: Callable[[Tensor], LogDensity], batch: Callable[[], Tensor]
 ) -> list[Player]:
-    """Return the adversary of an objective as a player, after its contrast if that has parameters.
-
-    ``log_joint`` maps data ``[B, *x_shape]`` to the log joint of codes ``[S, B, D]``.
-    """
+    """Return the adversary of an objective as a player, after its contrast if that has parameters."""
 
     def contrast_losses(stage: Stage) -> Turn:
         for _ in range(stage.adversary_steps):

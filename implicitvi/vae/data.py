@@ -133,11 +133,7 @@ class LoaderBatches(Batches):
 
 
 def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True) -> Batches:
-    """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own.
-
-    Raises:
-        OptionError, ShapeError: The data cannot be read, or have no rows.
-    """
+    """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own."""
     check_at_least("batch_size", batch_size, 1)
     if isinstance(data, TensorDataset):
         data = data.tensors[0]

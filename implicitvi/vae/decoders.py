@@ -1,8 +1,7 @@
 """Decoders: a network of codes ``[..., D]``, then a likelihood that makes a distribution of data from its outputs.
 
-Implementing a likelihood: subclass `Likelihood`, give the number of outputs it needs in ``size``, make the distribution
-in ``forward``, refuse impossible data in ``check``; then join `LIKELIHOODS`. Any module from codes to a
-`torch.distributions.Distribution` is a decoder too.
+Implementing a likelihood: subclass `Likelihood`, give the number of outputs in ``size``, make the distribution in
+``forward``, refuse impossible data in ``check``; join `LIKELIHOODS`. Any module from codes to a distribution will do.
 """
 
 from __future__ import annotations
@@ -109,8 +108,7 @@ class GaussianLikelihood(Likelihood):
 class PixelLikelihood(GaussianLikelihood):
     """A likelihood of grey or colour values in [0, 1]: a Gaussian whose mean is the logistic function of the outputs.
 
-    Each value has its own scale, learned as a parameter, as in the code of Mescheder et al. (2017) for faces. The
-    arguments are those of `GaussianLikelihood`.
+    Each value has its own scale, learned as in the code of Mescheder et al. (2017) for faces; see `GaussianLikelihood`.
     """
 
     start = 0.25  # the standard deviation of natural pixels, roughly
@@ -190,8 +188,7 @@ class ImplicitDecoder(nn.Module):
     """A decoder without a density: ``x = f(z, ε)`` for Gaussian noise ``ε``.
 
     Args:
-        network: Code and noise side by side, ``[..., D + noise_dim]``, to a datum ``[..., *x_shape]`` or its entries in
-            one row.
+        network: Code and noise in one row, ``[..., D + noise_dim]``, to a datum ``[..., *x_shape]`` or its entries.
         x_shape: Shape of one datum.
         noise_dim: Dimension of the noise; 0 for a deterministic decoder.
     """

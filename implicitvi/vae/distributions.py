@@ -1,8 +1,7 @@
 """Distributions that an encoder, a decoder or a prior may return besides those of torch.
 
-Encoder, decoder and prior are modules that return a `torch.distributions.Distribution`: ``encoder(x)`` is ``q(z | x)``,
-``decoder(z)`` is ``p(x | z)``, ``prior()`` is ``p(z)``. The methods of that distribution (``sample``, ``rsample``,
-``log_prob``) decide which objectives can use it.
+Each is a module that returns one: ``encoder(x)`` is ``q(z | x)``, ``decoder(z)`` is ``p(x | z)``, ``prior()``
+is ``p(z)``. Its methods (``sample``, ``rsample``, ``log_prob``) decide which objectives can use it.
 """
 
 from __future__ import annotations

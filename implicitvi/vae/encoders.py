@@ -113,11 +113,6 @@ class Encoded(Implicit):
         super().__init__(self._sample, features.shape[:1], [sampler.latent_dim])
         self.sampler, self.features = sampler, features
 
-    @property
-    def has_moments(self) -> bool:
-        """Return whether the conditional moments are known in closed form."""
-        return isinstance(self.sampler, NoiseBasisSampler)
-
     def moments(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Return conditional mean ``[B, D]`` and covariance ``[B, D, D]`` (`NoiseBasisSampler.moments`)."""
         assert isinstance(self.sampler, NoiseBasisSampler)
@@ -131,8 +126,7 @@ class Encoded(Implicit):
 class InjectedEncoder(_Encoder):
     """An implicit encoder that adds a linear image of one noise vector after each of its layers (`Injected`).
 
-    This is the convolutional encoder without Adaptive Contrast of Mescheder et al. (2017): every feature map gets its
-    own projection of the same noise.
+    With convolutions it is the encoder of Mescheder et al. (2017) without Adaptive Contrast.
 
     Args:
         layers: Layers from ``x`` to the last features, without their activations.

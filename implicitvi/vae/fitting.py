@@ -104,9 +104,9 @@ class VAEFit(Generic[M]):
     def _repr_html_(self) -> str:
         """Return the record as HTML, with every metric in the first and in the last tenth of the fit."""
         metrics = {n: self.history[n] for n in self.history.names() if n not in ("beta", "dropped")}
-        figures = {f"validation {n}": np.array(v) for n, v in self.validation.items() if v}
+        metrics |= {f"validation {n}": np.array(v) for n, v in self.validation.items() if v}
         rows = []
-        for name, values in {**metrics, **figures}.items():
+        for name, values in metrics.items():
             tenth = max(1, len(values) // 10)
             ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
             rows.append([name, *(f"{end.mean():.3f}" if end.size else "" for end in ends)])

@@ -1,8 +1,7 @@
 """Flow posteriors: a Gaussian given the features ``[B, C]`` of data, then invertible maps given the same features.
 
 One pass through the maps makes a draw and its density (`Flow.rsample_and_log_prob`), which is all that a `VAE` needs.
-The density of any other code needs the inverse: a pass for each dimension of an autoregressive flow, a root for each
-map of a planar one.
+The density of other codes needs the inverse: a pass for each dimension if autoregressive, a root for each planar map.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class PlanarTransform(Transform):
         Variational Inference with Normalizing Flows, Danilo Rezende, Shakir Mohamed, 2015; eq. 10 and appendix A.1.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain = codomain = constraints.real_vector
     bijective = True
 
     def __init__(self, u: Tensor, w: Tensor, b: Tensor):

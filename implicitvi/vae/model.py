@@ -30,7 +30,6 @@ Scored = tuple[Tensor | None, Metrics]  # a loss, ``None`` to skip the step, and
 Loss = Callable[[Tensor, Stage], Scored]
 
 EVIDENCE: dict[str, Callable[..., Tensor]] = {"ais": ais, "iwae": importance_sampling, "quadrature": quadrature}
-STARTS = ("encoder", "prior")
 
 
 class LatentModel(Trainable):
@@ -42,12 +41,11 @@ class LatentModel(Trainable):
     Args:
         encoder: Data ``[B, *x_shape]`` to a distribution over codes: batch shape ``[B]``, event shape ``[D]``.
         decoder: Codes ``[..., D]`` to a distribution over data: batch shape ``[...]``, event shape ``x_shape``.
-        prior: A module that returns ``p(z)``, a distribution with event shape ``[D]``, a function of the number of
-            draws, or the number ``D`` for ``N(0, I)``.
+        prior: A module that returns ``p(z)``, a distribution over ``[D]``, a function from the number of draws to them,
+            or the number ``D`` for ``N(0, I)``.
 
     Attributes:
-        needs: Abilities that encoder, decoder and prior must have: ``"draws"``, ``"gradients"`` (draws with
-            gradients), ``"density"``.
+        needs: Abilities of encoder, decoder and prior: ``"draws"``, ``"gradients"`` (draws with them), ``"density"``.
         x_shape: Shape of one datum.
         latent_dim: Dimension ``D`` of a code.
     """
@@ -70,20 +68,16 @@ class LatentModel(Trainable):
     def fit(
         self, train: Any, *, validation: Any = None, settings: FitSettings | None = None, **options: Unpack[FitOptions]
     ) -> VAEFit[Self]:
-        """Train on data; an interrupt keeps the weights learned so far.
+        """Train on data and return this model with the record of its training; an interrupt keeps the weights so far.
 
         Under ``torchrun``, or in a group of `torch.distributed` that has been started, every process takes its share of
         each batch, and all of them have the same weights at every step (docs/decisions/0004-several-processes.md).
 
         Args:
-            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of batches that are
-                tuples the first part. An epoch leaves out rows that do not fill a last batch; all batches of a
-                ``DataLoader`` are used.
+            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of tuples the first
+                part. An epoch leaves out rows that do not fill a last batch, but uses all batches of a loader.
             validation: As ``train``; the figures of ``validate`` over all of it are kept after every epoch.
             settings: Options as a value; the following ones, where they are given, replace its fields.
-
-        Returns:
-            The trained model, which is this one, with the record of its training.
 
         Raises:
             TypeError: An option is unknown.
@@ -126,11 +120,7 @@ class LatentModel(Trainable):
         return x
 
     def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
-        """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
-
-        Raises:
-            ModelError: The decoder or the prior has no density.
-        """
+        """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``."""
         log_p: Tensor = self.decoder(z).log_prob(x) + self.prior().log_prob(z)
         return log_p
 
@@ -162,7 +152,7 @@ class LatentModel(Trainable):
             OptionError: An option has a value that cannot work, or the encoder has no noise to start from.
         """
         check_choice("method", method, EVIDENCE)
-        check_choice("start", start, STARTS)
+        check_choice("start", start, ("encoder", "prior"))
         check_whole("batch_size", batch_size)
         x = self._input(x)
         self._check_log_joint()

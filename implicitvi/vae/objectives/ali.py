@@ -34,8 +34,7 @@ class ALI(ReadyMade):
         prior: ``p(z)``, draws are enough; the number ``D`` for ``N(0, I)``.
         adversary: ``T(z, x)``: codes ``[..., N, D]`` and data ``[N, *x_shape]`` to scores ``[..., N]``.
         cycle: Weight ``λ`` of the squared error of the reconstruction, summed over the entries of a datum.
-        penalty: Weight of the adversary's squared slope on encoder pairs. Above 0 its optimum is no longer the
-            log ratio, and training is calmer.
+        penalty: Weight of the adversary's squared slope on encoder pairs; it calms training and biases the log ratio.
 
     References:
         Adversarially Learned Inference, Vincent Dumoulin et al., 2017.

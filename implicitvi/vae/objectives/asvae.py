@@ -61,10 +61,7 @@ class ASVAE(ReadyMade):
         return [adversary, self.player("model", [self.encoder, self.decoder], self._loss, batch)]
 
     def terms(self, x: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the halves of the objective in nats, ``[S, B]`` at pairs of the encoder, ``[S · B]`` of the model.
-
-        ``S = num_samples`` codes are drawn for each datum ``x [B, *x_shape]``.
-        """
+        """Return the halves of the objective in nats, ``[S, B]`` and ``[S · B]``, at ``S = num_samples`` codes per datum."""
         z = self.encoder(x).rsample(torch.Size([num_samples]))
         of_data: Tensor = self.decoder(z).log_prob(x) - self.encoder_adversary(z, x)
         z_p, x_p = self._model_pairs(z)

@@ -21,8 +21,7 @@ class VAE(ReadyMade):
         E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
 
     The divergence is in closed form if torch has one (for a Gaussian encoder and prior), else ``log q - log p`` of the
-    draws, as for a flow. With ``num_importance = K`` the objective is the log of the mean of ``K`` importance
-    weights (IWAE).
+    draws, as for a flow. With ``num_importance = K`` the objective is the log mean of ``K`` importance weights (IWAE).
 
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.
@@ -35,11 +34,7 @@ class VAE(ReadyMade):
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016.
     """
 
-    needs = {
-        "prior": {"draws", "density"},
-        "encoder": {"draws", "gradients", "density"},
-        "decoder": {"draws", "density"},
-    }
+    needs = {"encoder": {"draws", "gradients", "density"}} | dict.fromkeys(("prior", "decoder"), {"draws", "density"})
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, num_importance: int = 1):
         check_at_least("num_importance", num_importance, 1)
