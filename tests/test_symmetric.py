@@ -19,7 +19,7 @@ from implicitvi.vae.decoders import BernoulliLikelihood, Decoder
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 from implicitvi.vae.encoders import BinaryEncoder
 from implicitvi.vae.fitting import VAEFit
-from implicitvi.vae.ladder import LadderEncoder, LadderPrior, LowerLevel, UpwardEncoder
+from implicitvi.vae.ladder import LadderEncoder, LadderPrior, LowerLevel
 from implicitvi.vae.objectives.symmetric import SymmetricVAE
 from implicitvi.vae.objectives.vae import VAE
 
@@ -573,15 +573,11 @@ def net(*sizes: int) -> nn.Module:
     return bold(*sizes)
 
 
-def ladder(straight_through: bool = False, upward: bool = False) -> tuple[nn.Module, ...]:
+def ladder(straight_through: bool = False) -> tuple[nn.Module, ...]:
     """Encoder, decoder and prior of two levels on six binary pixels."""
     prior = LadderPrior(net(UPPER, 8, LOWER), UPPER)
     decoder = Decoder(nn.Sequential(LowerLevel(UPPER), net(LOWER, 8, 6)), BernoulliLikelihood([6]))
-    encoder: nn.Module
-    if upward:
-        encoder = UpwardEncoder(net(6, 8, LOWER), net(LOWER, 8, UPPER), UPPER, straight_through=straight_through)
-    else:
-        encoder = LadderEncoder(net(6, 8, UPPER + LOWER), prior, straight_through=straight_through)
+    encoder = LadderEncoder(net(6, 8, UPPER + LOWER), prior, straight_through=straight_through)
     return encoder, decoder, prior
 
 
@@ -595,12 +591,12 @@ PIXELS = torch.bernoulli(torch.full((7, 6), 0.5), generator=torch.Generator().ma
 
 def two_levels(which: str) -> Distribution:
     """``p(z)``, or ``q(z | x)`` of one datum."""
-    encoder, _, prior = ladder(upward=which == "upward")
+    encoder, _, prior = ladder()
     q: Distribution = prior() if which == "prior" else encoder(PIXELS[:1])
     return q
 
 
-@pytest.mark.parametrize("which", ["prior", "ladder", "upward"])
+@pytest.mark.parametrize("which", ["prior", "ladder"])
 def test_codes_of_two_levels_are_drawn_as_they_are_scored(which: str) -> None:
     """Probabilities add to 1, and of 20 000 draws each of the 32 codes has its share within 5 standard errors."""
     q = two_levels(which)
@@ -645,9 +641,8 @@ def test_where_the_likelihood_is_linear_in_the_lower_bits_the_ladder_is_the_post
             torch.testing.assert_close(q, posterior, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("upward", [False, True])
-def test_gradients_stay_home_on_the_ladder(upward: bool) -> None:
-    encoder, decoder, prior = ladder(upward=upward)
+def test_gradients_stay_home_on_the_ladder() -> None:
+    encoder, decoder, prior = ladder()
     model = SymmetricVAE(encoder, decoder, prior)
     own = {"encoder": list(encoder.parameters()), "decoder": [*decoder.parameters(), *prior.parameters()]}
     players = {player.name: player.parameters() for player in model.players(lambda: PIXELS)}
@@ -659,18 +654,17 @@ def test_gradients_stay_home_on_the_ladder(upward: bool) -> None:
         assert torch.autograd.grad(loss, others, allow_unused=True) == (None,) * len(others)
 
 
-@pytest.mark.parametrize("upward", [False, True])
-def test_one_objective_for_all_gives_all_of_the_ladder_gradients(upward: bool) -> None:
+def test_one_objective_for_all_gives_all_of_the_ladder_gradients() -> None:
     """With straight-through bits the ladder is part of the ELBO, the prior's share in the encoder included."""
-    encoder, decoder, prior = ladder(straight_through=True, upward=upward)
+    encoder, decoder, prior = ladder(straight_through=True)
     vae = VAE(encoder, decoder, prior)
     for gradient in torch.autograd.grad(vae.elbo(PIXELS).mean(), list(vae.parameters())):
         assert gradient.norm() > 0
     log_q = encoder(PIXELS).log_prob(torch.ones(5)).sum()
     shared = torch.autograd.grad(log_q, list(prior.parameters()), allow_unused=True)
-    assert all((g is None) == upward for g in shared)
+    assert all(g is not None for g in shared)
     with pytest.raises(ModelError, match="gradients through its draws"):
-        VAE(ladder(upward=upward)[0], decoder, prior)
+        VAE(ladder()[0], decoder, prior)
 
 
 def test_a_ladder_with_too_few_logits_is_refused() -> None:
@@ -679,8 +673,7 @@ def test_a_ladder_with_too_few_logits_is_refused() -> None:
         SymmetricVAE(LadderEncoder(net(6, 4), prior), decoder, prior)
 
 
-@pytest.mark.parametrize("upward", [False, True])
-def test_a_ladder_learns_the_distribution_of_four_patterns(upward: bool) -> None:
+def test_a_ladder_learns_the_distribution_of_four_patterns() -> None:
     """Total variation, summed over all codes and all 64 images: of ``p(x)`` from the data, and of the two joints.
 
     Over ten fits from five starts the greatest were .014 and .028.
@@ -690,9 +683,7 @@ def test_a_ladder_learns_the_distribution_of_four_patterns(upward: bool) -> None
     prior = LadderPrior(bold(upper, 16, lower), upper)
     network = nn.Sequential(LowerLevel(upper), bold(lower, 16, 6))
     decoder = Decoder(network, BernoulliLikelihood([6]))
-    encoder: nn.Module = LadderEncoder(bold(6, 16, upper + lower), prior)
-    if upward:
-        encoder = UpwardEncoder(bold(6, 16, lower), bold(lower, 16, upper), upper)
+    encoder = LadderEncoder(bold(6, 16, upper + lower), prior)
     model = SymmetricVAE(encoder, decoder, prior)
     patterns = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0]]).float()
     data = torch.zeros(64)

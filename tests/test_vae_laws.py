@@ -321,6 +321,22 @@ def test_oracle_avb(contrast: str) -> None:
     exactly(seen, m.log_p(z, x) + m.data.log_prob(x) - m.log_q(z, x))
 
 
+def test_avb_validates_with_whole_groups_of_importance_draws() -> None:
+    """The bound is ``log mean exp`` of four weights of each datum; a fit with held-out data records it."""
+    m = Linear()
+    score = m.oracle(lambda z, x: m.log_q(z, x) - m.data.log_prob(x) - m.prior.log_prob(z))
+    model = AVB(m.encoder, m.decoder, m.prior, score, num_importance=4)
+    bound = model.learned_elbo(m.x)
+    ((z, x),) = m.shown
+    assert len(z) == 4
+    weights = m.log_p(z, x) + m.data.log_prob(x) - m.log_q(z, x)
+    exactly(bound, weights.logsumexp(0, keepdim=True) - log(4))
+    assert [len(model.learned_elbo(m.x, count)) for count in (4, 5, 8)] == [1, 2, 2]
+    model = AVB(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), num_importance=4)
+    fit = model.fit(data(), validation=data(8), num_particles=4, epochs=2, progress=False, seed=0)
+    assert np.isfinite(fit.validation["learned_elbo"]).all() and len(fit.validation["learned_elbo"]) == 2
+
+
 class Remembered(DiagonalGaussianContrast):
     """Remembers what it returned, and leaves the adversary's input as it is."""
 

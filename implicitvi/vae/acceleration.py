@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Distributions, densities and contrasts are left out: a sum over a thousand pixels needs more than eight bits.
     """
-    handles = [handle for network in _networks(model) for handle in _autocast(network, dtype)]
-    try:
+    with ExitStack() as stack:
+        for network in _networks(model):
+            for handle in _autocast(network, dtype):
+                stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _autocast(network: nn.Module, dtype: torch.dtype) -> list[Any]:

@@ -1,8 +1,5 @@
 """Ready-made networks by name: encoders, decoders and adversaries, dense or convolutional.
 
-An `Architecture` makes networks for data of one shape. An objective that subclasses `ReadyMade` declares which of them
-it needs, and has the constructors ``dense``, ``convolutional``, ``mnist`` and ``faces``.
-
 Implementing an architecture: subclass `Architecture`, define ``layers``, ``outputs`` and ``adversary``. Implementing a
 posterior: a function with the signature of `Posterior` that joins `POSTERIORS`.
 """
@@ -50,8 +47,7 @@ class Architecture(ABC):
         self.x_shape = (x_shape,) if isinstance(x_shape, int) else tuple(x_shape)
         for size in self.x_shape:
             check_at_least("x_shape", size, 1)
-        self.basis = tuple(basis)
-        self.noise = noise
+        self.basis, self.noise = tuple(basis), noise
 
     @abstractmethod
     def layers(self) -> list[nn.Module]:
@@ -65,9 +61,7 @@ class Architecture(ABC):
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
         """Return ``T(z, x)``: codes ``[S, B, D]`` and data ``[B, *x_shape]`` to scores ``[S, B]``.
 
-        Args:
-            z_dim: Dimension ``D`` of a code.
-            square: Whether scores start at ``½(‖z‖² - D)``, which suits the prior as contrast, or at 0.
+        Scores start at 0, or with ``square`` at ``½(‖z‖² - D)``, which suits the prior as contrast.
         """
 
     def features(self) -> nn.Sequential:
@@ -90,16 +84,13 @@ class Architecture(ABC):
             posterior: With a density: ``"gaussian"``, the flows ``"iaf"`` and ``"planar"``, and ``"binary"``. With
                 draws only: ``"implicit"``, features and noise through one more network; ``"injected"``, noise added
                 after every layer; ``"noise_basis"``, whose moments given ``x`` are known; ``"deterministic"``.
-            noise_dim: Dimension of the noise, or of that of each network of a basis; ``None`` for ``2 D``, and at
-                least 8.
+            noise_dim: Dimension of the noise, that of each network in a basis; ``None`` for ``2 D``, and at least 8.
             num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
         """
         check_at_least("z_dim", z_dim, 1)
         check_choice("posterior", posterior, POSTERIORS)
-        for option, value, kinds in (
-            ("noise_dim", noise_dim, ("implicit", "injected", "noise_basis")),
-            ("num_basis", num_basis, ("noise_basis",)),
-        ):
+        noisy = ("implicit", "injected", "noise_basis")
+        for option, value, kinds in (("noise_dim", noise_dim, noisy), ("num_basis", num_basis, noisy[2:])):
             if value is not None:
                 check_at_least(option, value, 1)
                 if posterior not in kinds:
@@ -107,23 +98,12 @@ class Architecture(ABC):
         return POSTERIORS[posterior](self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim))
 
     def conditional(self, given_dim: int, drawn_dim: int, hidden: Sequence[int] = (64,)) -> ConditionalGaussian:
-        """Return a Gaussian over ``[drawn_dim]`` given a datum and a vector ``[given_dim]``.
-
-        Args:
-            given_dim: Dimension of the vector that is given.
-            drawn_dim: Dimension of a draw.
-            hidden: Widths of the layers from features and vector to means and scales.
-        """
+        """Return a Gaussian over ``[drawn_dim]`` given a datum and ``[given_dim]``, by layers of widths ``hidden``."""
         features, size = self.sized_features()
         return ConditionalGaussian(mlp([given_dim + size, *hidden, 2 * drawn_dim]), features)
 
     def decoder(self, z_dim: int, likelihood: str | Likelihood = "bernoulli") -> Decoder:
-        """Return ``p(x | z)``.
-
-        Args:
-            z_dim: Dimension ``D`` of a code.
-            likelihood: A key of `LIKELIHOODS`, or a `Likelihood` of data of this shape.
-        """
+        """Return ``p(x | z)`` for codes ``[..., z_dim]``, by a key of `LIKELIHOODS` or a `Likelihood` of such data."""
         check_at_least("z_dim", z_dim, 1)
         made = likelihood_of(likelihood, self.x_shape)
         if made.x_shape != self.x_shape:
@@ -161,8 +141,7 @@ class Dense(Architecture):
         for width in hidden:
             check_at_least("hidden", width, 1)
         check_choice("pairing", pairing, ["joint", "product"])
-        self.hidden = tuple(hidden)
-        self.pairing = pairing
+        self.hidden, self.pairing = tuple(hidden), pairing
         self.product_dim = hidden[-1] if product_dim is None else product_dim
         check_at_least("product_dim", self.product_dim, 1)
 
@@ -192,8 +171,7 @@ class Convolutional(Architecture):
         strides: Stride of each; ``None`` for 2 everywhere.
         kernel: Height and width of a kernel, an odd number.
         blocks: Residual blocks before each convolution except the first, in encoder and decoder.
-        critic: Architecture that makes the adversary; ``None`` for these convolutions with the code added after each
-            (`InjectedAdversary`).
+        critic: Architecture of the adversary; ``None`` for these convolutions and an `InjectedAdversary`.
         basis: Widths of the hidden layers of each network of a noise basis.
 
     >>> Convolutional((1, 7, 9)).decoder(2)(torch.zeros(5, 3, 2)).event_shape
@@ -221,8 +199,8 @@ class Convolutional(Architecture):
         if not self.channels or len(self.strides) != len(self.channels):
             got = f"{len(self.channels)} and {len(self.strides)}"
             raise OptionError.must_be("channels and strides", "equally many, one for each convolution", got)
-        for channels_after, stride in zip(self.channels, self.strides, strict=True):
-            check_at_least("channels", channels_after, 1)
+        for after, stride in zip(self.channels, self.strides, strict=True):
+            check_at_least("channels", after, 1)
             check_at_least("strides", stride, 1)
         check_at_least("blocks", blocks, 0)
         if kernel < 1 or kernel % 2 == 0:
@@ -231,11 +209,8 @@ class Convolutional(Architecture):
             raise ShapeError.must_be("x_shape of the critic", self.x_shape, critic.x_shape)
 
     def layers(self) -> list[nn.Module]:
-        sizes = pairwise([self.x_shape[0], *self.channels])
-        first, *rest = (
-            nn.Conv2d(i, o, self.kernel, stride, padding=self.kernel // 2)
-            for (i, o), stride in zip(sizes, self.strides, strict=True)
-        )
+        sizes = zip([self.x_shape[0], *self.channels[:-1]], self.channels, self.strides, strict=True)
+        first, *rest = (nn.Conv2d(i, o, self.kernel, stride, self.kernel // 2) for i, o, stride in sizes)
         later = (nn.Sequential(*self._residual(conv.in_channels), conv) for conv in rest)
         return [nn.Sequential(Centre(), first), *later]
 
@@ -270,43 +245,30 @@ def mnist_networks(width: int = 64) -> Convolutional:
     Four convolutions of 5 x 5 pixels, from ``width`` to ``8 width`` channels and down to 7 x 7; a noise basis of three
     layers of ``2 width``; an adversary that is an inner product of ``128 width`` features of data and of codes after
     three layers of ``16 width``. In the paper's code each of its four terms has its own layers; here the two terms of
-    the data share theirs, as do the two of the codes, and there is no batch normalisation.
-
-    Args:
-        width: 64 as in the paper; less for smaller networks.
+    the data share theirs, as do the two of the codes, without batch normalisation. The paper's ``width`` is 64.
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 5.2 and code.
     """
     check_at_least("width", width, 1)
-    shape = (1, 28, 28)
-    return Convolutional(
-        shape,
-        channels=[width, 2 * width, 4 * width, 8 * width],
-        strides=(1, 1, 2, 2),
-        kernel=5,
-        critic=Dense(shape, hidden=(16 * width,) * 3, product_dim=128 * width),
-        basis=(2 * width,) * 3,
-    )
+    shape, channels = (1, 28, 28), [width, 2 * width, 4 * width, 8 * width]
+    critic = Dense(shape, hidden=(16 * width,) * 3, product_dim=128 * width)
+    basis = (2 * width,) * 3
+    return Convolutional(shape, channels=channels, strides=(1, 1, 2, 2), kernel=5, critic=critic, basis=basis)
 
 
 def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convolutional:
     """Return the networks of the AVB paper's code for faces, images ``[3, size, size]``.
 
-    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, residual blocks between
-    them, and an adversary of the same convolutions with the code added after each, without batch normalisation.
-
-    Args:
-        width: 64 as in the paper; less for smaller networks.
-        size: Height and width of an image.
-        blocks: Residual blocks between two convolutions.
+    Four convolutions of 5 x 5 pixels with stride 2, from ``width`` to ``8 width`` channels, ``blocks`` residual blocks
+    between two, and an adversary of the same convolutions with the code added after each, without batch normalisation.
+    The paper's ``width`` is 64.
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, supplement and code.
     """
     check_at_least("width", width, 1)
-    channels = [width, 2 * width, 4 * width, 8 * width]
-    shape = (3, size, size)
+    shape, channels = (3, size, size), [width, 2 * width, 4 * width, 8 * width]
     critic = Convolutional(shape, channels=channels, kernel=5)
     return Convolutional(shape, channels=channels, kernel=5, blocks=blocks, critic=critic)
 
@@ -314,8 +276,7 @@ def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convol
 class ReadyMade(LatentModel):
     """A latent variable model whose networks can come from an `Architecture`.
 
-    The constructor of a subclass takes encoder, decoder and prior, an adversary for each of ``adversaries``, then
-    options by keyword.
+    A subclass takes encoder, decoder and prior, an adversary for each of ``adversaries``, then options by keyword.
 
     Attributes:
         posterior: Kind of the encoder unless another is asked for; see `Architecture.encoder`.
@@ -380,34 +341,20 @@ class ReadyMade(LatentModel):
         return cls.build(mnist_networks(width), z_dim, **options)
 
     @classmethod
-    def faces(
-        cls,
-        z_dim: int = 64,
-        *,
-        width: int = 64,
-        size: int = 64,
-        likelihood: str | Likelihood = "pixels",
-        **options: Any,
-    ) -> Self:
-        """Return a model of `face_networks` for colour images ``[3, size, size]``; ``options`` as in `build`."""
-        return cls.build(face_networks(width, size=size), z_dim, likelihood=likelihood, **options)
+    def faces(cls, z_dim: int = 64, *, width: int = 64, size: int = 64, **options: Any) -> Self:
+        """Return a model of `face_networks` for ``[3, size, size]``, with likelihood ``"pixels"``; else as `build`."""
+        return cls.build(face_networks(width, size=size), z_dim, **{"likelihood": "pixels", **options})
 
 
 class Centre(nn.Module):
     """A layer that maps values in [0, 1] to [-1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``2 x - 1`` of values of any shape."""
         return 2 * x - 1
 
 
 class ResidualConvolution(nn.Module):
-    """A residual layer ``h + conv(σ(conv(h)))``, the last convolution zero at the start.
-
-    Args:
-        channels: Channels of input and output.
-        kernel: Height and width of the kernels, an odd number.
-    """
+    """A residual layer ``h + conv(σ(conv(h)))`` of images, the last convolution zero at the start; kernels are odd."""
 
     def __init__(self, channels: int, kernel: int):
         super().__init__()
@@ -417,19 +364,12 @@ class ResidualConvolution(nn.Module):
         nn.init.zeros_(self.outer.bias)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return images ``[B, channels, height, width]`` of the same shape."""
         out: Tensor = h + self.outer(nn.functional.elu(self.inner(h)))
         return out
 
 
 class Upward(nn.Module):
-    """A linear layer to a small image of many channels, and a network from there to a large one in one row.
-
-    Args:
-        z_dim: Dimension ``D`` of a code.
-        shape: Channels, height and width of the small image.
-        network: Small images ``[B, *shape]`` to large ones.
-    """
+    """A linear layer from codes to small images ``[B, *shape]``, and a network from there to large ones, in one row."""
 
     def __init__(self, z_dim: int, shape: Sequence[int], network: nn.Module):
         super().__init__()
@@ -438,10 +378,9 @@ class Upward(nn.Module):
         self.network = network
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the entries of the images of codes ``[..., D]``, ``[..., size]``."""
+        """Return the entries of the large images, ``[..., size]``, of codes ``z [..., D]``."""
         lead = z.shape[:-1]
-        h = self.first(z.reshape(lead.numel(), z.shape[-1])).unflatten(-1, self.shape)
-        x: Tensor = self.network(h)
+        x: Tensor = self.network(self.first(z.reshape(lead.numel(), z.shape[-1])).unflatten(-1, self.shape))
         return x.reshape(*lead, x.shape[1:].numel())
 
 
@@ -454,12 +393,9 @@ def _linear(nets: Architecture, outputs: int) -> nn.Module:
     return nn.Sequential(features, nn.Linear(size, outputs))
 
 
-def _flow(kind: Callable[[int, int], nn.Module]) -> Posterior:
-    def posterior(nets: Architecture, z_dim: int, *_: int) -> nn.Module:
-        features, size = nets.sized_features()
-        return FlowEncoder(features, kind(z_dim, size))
-
-    return posterior
+def _flow(nets: Architecture, flow: Callable[[int, int], nn.Module], z_dim: int) -> nn.Module:
+    features, size = nets.sized_features()
+    return FlowEncoder(features, flow(z_dim, size))
 
 
 def _implicit(nets: Architecture, z_dim: int, noise_dim: int, _: int) -> nn.Module:
@@ -479,8 +415,8 @@ def _noise_basis(nets: Architecture, z_dim: int, noise_dim: int, num_basis: int)
 
 POSTERIORS: dict[str, Posterior] = {
     "gaussian": lambda nets, z_dim, *_: GaussianEncoder(_linear(nets, 2 * z_dim)),
-    "iaf": _flow(InverseAutoregressiveFlow),
-    "planar": _flow(PlanarFlow),
+    "iaf": lambda nets, z_dim, *_: _flow(nets, InverseAutoregressiveFlow, z_dim),
+    "planar": lambda nets, z_dim, *_: _flow(nets, PlanarFlow, z_dim),
     "binary": lambda nets, z_dim, *_: BinaryEncoder(_linear(nets, z_dim)),
     "implicit": _implicit,
     "injected": _injected,
@@ -490,5 +426,4 @@ POSTERIORS: dict[str, Posterior] = {
 
 
 def _activated(layers: Sequence[nn.Module], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-    """Return the layers, each followed by an activation."""
     return [part for layer in layers for part in (layer, activation())]

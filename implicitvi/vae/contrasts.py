@@ -12,29 +12,18 @@ from implicitvi.avb.conditional import MomentContrast
 from implicitvi.avb.contrasts import Contrast, DiagonalGaussianContrast, PriorContrast
 from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.players import Turn, adversary_players
+from implicitvi.avb.samplers import NoiseBasisSampler
 from implicitvi.errors import ModelError, check_choice
 from implicitvi.numerics.types import LogDensity
 from implicitvi.training import Player, Stage
 from implicitvi.vae.distributions import Implicit, has_density
 from implicitvi.vae.encoders import Encoded
 
-CONTRASTS = ("prior", "gaussian")
-
 
 def contrast_of(contrast: str | Contrast, sampler: EncoderSampler, prior: nn.Module, blank: Tensor) -> Contrast:
-    """Return a contrast by its name, or the given one unchanged.
-
-    Args:
-        contrast: ``"prior"``, ``"gaussian"``, or a `Contrast`.
-        sampler: Sampler of the codes.
-        prior: Module that returns ``p(z)``.
-        blank: Data ``[1, *x_shape]`` of zeros.
-
-    Raises:
-        ModelError: Adaptive Contrast with a prior that has no density.
-    """
+    """Return a contrast by its name, or the given one unchanged; ``blank`` is a datum of zeros, ``[1, *x_shape]``."""
     if isinstance(contrast, str):
-        check_choice("contrast", contrast, CONTRASTS)
+        check_choice("contrast", contrast, ("prior", "gaussian"))
     if contrast == "prior":
         return DrawsOfPrior(prior)
     if not has_density(prior()):
@@ -42,20 +31,15 @@ def contrast_of(contrast: str | Contrast, sampler: EncoderSampler, prior: nn.Mod
     if isinstance(contrast, Contrast):
         return contrast
     q = sampler.encoder(blank)
+    in_closed_form = isinstance(q, Encoded) and isinstance(q.sampler, NoiseBasisSampler)
     # a method: a copy of the model takes that of its own sampler
-    return MomentContrast(sampler.moments) if isinstance(q, Encoded) and q.has_moments else DiagonalGaussianContrast()
+    return MomentContrast(sampler.moments) if in_closed_form else DiagonalGaussianContrast()
 
 
 def opponents(
     objective: AVBObjective, log_joint: Callable[[Tensor], LogDensity], batch: Callable[[], Tensor]
 ) -> list[Player]:
-    """Return the adversary of an objective as a player, after its contrast if that has parameters.
-
-    Args:
-        objective: The objective of sampler, contrast and adversary.
-        log_joint: Data ``[B, *x_shape]`` to the log joint of codes ``[S, B, D]``.
-        batch: Returns data ``[B, *x_shape]``.
-    """
+    """Return the adversary of an objective as a player, after its contrast if that has parameters."""
 
     def contrast_losses(stage: Stage) -> Turn:
         for _ in range(stage.adversary_steps):
@@ -70,11 +54,7 @@ def opponents(
 
 
 class EncoderSampler:
-    """An encoder as a sampler; it keeps its last distribution for a contrast that asks for moments right after.
-
-    Args:
-        encoder: Data ``[B, *x_shape]`` to ``q(z | x)``.
-    """
+    """An encoder as a sampler; it keeps its last distribution for a contrast that asks for moments right after."""
 
     def __init__(self, encoder: nn.Module):
         self.encoder = encoder
@@ -91,17 +71,12 @@ class EncoderSampler:
     def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean ``[B, D]`` and covariance ``[B, D, D]`` of ``q(z | x)``; forget the last distribution."""
         last, self._last = self._last, None
-        q = last[1] if last is not None and last[0] is x else self.encoder(x)
-        mean, cov = q.moments(num_samples)
-        return mean, cov
+        q: Encoded = last[1] if last is not None and last[0] is x else self.encoder(x)
+        return q.moments(num_samples)
 
 
 class DrawsOfPrior(PriorContrast):
-    """A prior that serves as contrast by its draws: all log densities are relative to it.
-
-    Args:
-        prior: Module that returns ``p(z)``.
-    """
+    """A prior, a module, that serves as contrast by its draws: all log densities are relative to it."""
 
     def __init__(self, prior: nn.Module):
         super().__init__(prior())

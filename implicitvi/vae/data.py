@@ -20,16 +20,9 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Batches(ABC):
-    """A source of batches ``[B, *x_shape]``, on the model's device and in its dtype.
+    """A source of batches ``[B, *x_shape]``, on the device and in the dtype of the tensor ``like`` of the model."""
 
-    Args:
-        like: A tensor of the model: its device and dtype are those of the batches.
-
-    Attributes:
-        steps: Batches of an epoch.
-    """
-
-    steps: int
+    steps: int  # of an epoch
 
     def __init__(self, like: Tensor):
         self.like = like
@@ -64,22 +57,16 @@ class Batches(ABC):
 
 
 class TensorBatches(Batches):
-    """A tensor on the device, whose rows are shuffled for every epoch.
+    """A tensor ``[N, *x_shape]`` on the device, whose rows are shuffled for every epoch.
 
-    An epoch leaves out rows that do not fill a last batch. Integers, such as the bytes of images, become floats batch
-    by batch.
-
-    Args:
-        data: All data ``[N, *x_shape]``.
-        batch_size: Rows of a batch, over all processes; with fewer data, all of them.
-        like: As for `Batches`.
+    A batch has ``batch_size`` rows over all processes, or all rows if there are fewer; an epoch leaves out rows that do
+    not fill a last batch. Integers, such as the bytes of images, become floats batch by batch.
     """
 
     def __init__(self, data: Tensor, batch_size: int, like: Tensor):
         super().__init__(like)
         self.data = data.to(like.device)
-        self.batch_size = min(batch_size, len(data)) // distributed.count() * distributed.count()
-        _check_share(min(batch_size, len(data)))
+        self.batch_size = _per_process(min(batch_size, len(data))) * distributed.count()
         self.steps = len(data) // self.batch_size
 
     def epoch(self, seed: int) -> Iterator[Tensor]:
@@ -106,10 +93,6 @@ class LoaderBatches(Batches):
 
     Several processes read the same batches, and each takes its part of the rows; a loader with a
     `torch.utils.data.DistributedSampler` has divided them already.
-
-    Args:
-        loader: The loader.
-        like: As for `Batches`.
     """
 
     def __init__(self, loader: Any, like: Tensor):
@@ -118,10 +101,9 @@ class LoaderBatches(Batches):
         try:
             self.steps = len(loader)
         except TypeError as error:
-            raise OptionError(
-                f"A loader must have a length, which says where an epoch ends, got {type(loader).__name__} without. "
-                "Give it (or its dataset) a __len__: the number of its batches (of its rows)."
-            ) from error
+            do = "Give it (or its dataset) a __len__: the number of its batches (of its rows)."
+            kind = f"{type(loader).__name__} without"
+            raise OptionError(f"A loader must have a length, at which an epoch ends, got {kind}. {do}") from error
         if not self.steps:
             raise OptionError("The loader is empty. Lower its batch_size, or leave out drop_last.")
         self._sampler: Any = getattr(loader, "sampler", None)
@@ -137,10 +119,8 @@ class LoaderBatches(Batches):
             with stream:
                 batch = next(batches, None)
             if batch is None:
-                raise OptionError(
-                    f"The loader must give {self.steps} batches, its length, in every epoch, got {step}. Is it an "
-                    "iterator?"
-                )
+                given = f"{self.steps} batches, its length, in every epoch, got {step}"
+                raise OptionError(f"The loader must give {given}. Is it an iterator?")
             rows = first_of(batch)
             yield self._to_device(rows if divided else _own(rows))
 
@@ -148,17 +128,12 @@ class LoaderBatches(Batches):
         return (self._to_device(first_of(batch)) for batch in self.loader)
 
     def generators(self) -> list[torch.Generator]:
-        owners = (self.loader, self._sampler)
-        own = [g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None]
-        return own[:1] if own and own[0] is own[-1] else own
+        both = (getattr(owner, "generator", None) for owner in (self.loader, self._sampler))
+        return list(dict.fromkeys(generator for generator in both if generator is not None))
 
 
 def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True) -> Batches:
-    """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own.
-
-    Raises:
-        OptionError, ShapeError: The data cannot be read, or have no rows.
-    """
+    """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own."""
     check_at_least("batch_size", batch_size, 1)
     if isinstance(data, TensorDataset):
         data = data.tensors[0]
@@ -185,9 +160,8 @@ def tensor_of(data: Any) -> Tensor:
     if not tensor.numel():
         raise ShapeError.must_be("Data", "at least one row", f"shape {tuple(tensor.shape)}")
     if tensor.is_complex() or not tensor.dim():
-        raise ShapeError.must_be(
-            "Data", "rows of real numbers [N, *x_shape]", f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
+        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ShapeError.must_be("Data", "rows of real numbers [N, *x_shape]", got)
     return tensor
 
 
@@ -206,16 +180,12 @@ def first_of(batch: Any) -> Tensor:
 
 def _own(rows: Tensor) -> Tensor:
     """Return this process's rows of a batch, without the remainder of the division among processes."""
-    _check_share(len(rows))
-    each = len(rows) // distributed.count()
+    each = _per_process(len(rows))
     return rows[distributed.rank() * each :][:each]
 
 
-def _check_share(rows: int) -> None:
-    if rows < distributed.count():
-        raise OptionError.must_be(
-            "Rows of a batch",
-            f"at least as many as processes, {distributed.count()}",
-            rows,
-            "Raise batch_size, set drop_last on the loader, or start fewer processes.",
-        )
+def _per_process(rows: int) -> int:
+    if rows < (count := distributed.count()):
+        do = "Raise batch_size, set drop_last on the loader, or start fewer processes."
+        raise OptionError.must_be("Rows of a batch", f"at least as many as processes, {count}", rows, do)
+    return rows // count

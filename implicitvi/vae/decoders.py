@@ -1,8 +1,7 @@
-"""Decoders: a network of codes, then a likelihood that makes a distribution of data from its outputs.
+"""Decoders: a network of codes ``[..., D]``, then a likelihood that makes a distribution of data from its outputs.
 
-Implementing a likelihood: subclass `Likelihood`, give the number of outputs it needs in ``size``, make the distribution
-in ``forward``, refuse impossible data in ``check``; then join `LIKELIHOODS`. Any module from codes to a
-`torch.distributions.Distribution` is a decoder too.
+Implementing a likelihood: subclass `Likelihood`, give the number of outputs in ``size``, make the distribution in
+``forward``, refuse impossible data in ``check``; join `LIKELIHOODS`. Any module from codes to a distribution will do.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 
 class Likelihood(nn.Module, ABC):
-    """A map from a network's outputs to ``p(x | z)``.
-
-    Args:
-        x_shape: Shape of one datum.
-    """
+    """A map from a network's outputs to ``p(x | z)`` for data of one shape."""
 
     def __init__(self, x_shape: Sequence[int]):
         super().__init__()
@@ -104,8 +99,7 @@ class GaussianLikelihood(Likelihood):
             outputs, log_scale = outputs.chunk(2, -1)
             log_scale = log_scale.unflatten(-1, self.x_shape)
         loc = self._loc(outputs.unflatten(-1, self.x_shape))
-        scale = log_scale.exp().clamp(min=self.least)
-        return self._independent(Normal(loc, scale, validate_args=False))
+        return self._independent(Normal(loc, log_scale.exp().clamp(min=self.least), validate_args=False))
 
     def _loc(self, outputs: Tensor) -> Tensor:
         return outputs
@@ -114,12 +108,7 @@ class GaussianLikelihood(Likelihood):
 class PixelLikelihood(GaussianLikelihood):
     """A likelihood of grey or colour values in [0, 1]: a Gaussian whose mean is the logistic function of the outputs.
 
-    Each value has its own scale, learned as a parameter, as in the code of Mescheder et al. (2017) for faces.
-
-    Args:
-        x_shape: Shape of one datum.
-        scale: As in `GaussianLikelihood`.
-        least: Least scale.
+    Each value has its own scale, learned as in the code of Mescheder et al. (2017) for faces; see `GaussianLikelihood`.
     """
 
     start = 0.25  # the standard deviation of natural pixels, roughly
@@ -142,10 +131,8 @@ class CategoricalLikelihood(Likelihood):
 
     def check(self, x: Tensor) -> None:
         if not (((x == 0) | (x == 1)).all() and (x.sum(-1) == 1).all()):
-            raise OptionError(
-                "Data of a categorical likelihood must be one-hot along the last axis. "
-                "torch.nn.functional.one_hot(classes, K).float() makes them."
-            )
+            do = "torch.nn.functional.one_hot(classes, K).float() makes them."
+            raise OptionError.must_be("Data of a categorical likelihood", "one-hot along the last axis", do=do)
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -186,11 +173,9 @@ class Decoder(nn.Module):
 
     def __init__(self, network: nn.Module, likelihood: Likelihood):
         super().__init__()
-        self.network = network
-        self.likelihood = likelihood
+        self.network, self.likelihood = network, likelihood
 
     def forward(self, z: Tensor) -> Distribution:
-        """Return ``p(x | z)`` for codes ``z [..., D]``."""
         p: Distribution = self.likelihood(self.network(z))
         return p
 
@@ -203,21 +188,17 @@ class ImplicitDecoder(nn.Module):
     """A decoder without a density: ``x = f(z, ε)`` for Gaussian noise ``ε``.
 
     Args:
-        network: Code and noise side by side, ``[..., D + noise_dim]``, to a datum ``[..., *x_shape]`` or its entries in
-            one row.
+        network: Code and noise in one row, ``[..., D + noise_dim]``, to a datum ``[..., *x_shape]`` or its entries.
         x_shape: Shape of one datum.
         noise_dim: Dimension of the noise; 0 for a deterministic decoder.
     """
 
     def __init__(self, network: nn.Module, x_shape: Sequence[int], *, noise_dim: int = 0):
         super().__init__()
-        self.network = network
+        self.network, self.noise_dim = network, noise_dim
         self.x_shape = torch.Size(x_shape)
-        self.noise_dim = noise_dim
 
     def forward(self, z: Tensor) -> Distribution:
-        """Return ``p(x | z)``, draws only, for codes ``z [..., D]``."""
-
         def draw(shape: torch.Size) -> Tensor:
             lead = shape + z.shape[:-1]
             noise = torch.randn(*lead, self.noise_dim, dtype=z.dtype, device=z.device)

@@ -1,8 +1,7 @@
 """Distributions that an encoder, a decoder or a prior may return besides those of torch.
 
-Encoder, decoder and prior are modules that return a `torch.distributions.Distribution`: ``encoder(x)`` is ``q(z | x)``,
-``decoder(z)`` is ``p(x | z)``, ``prior()`` is ``p(z)``. The methods of that distribution (``sample``, ``rsample``,
-``log_prob``) decide which objectives can use it.
+Each is a module that returns one: ``encoder(x)`` is ``q(z | x)``, ``decoder(z)`` is ``p(x | z)``, ``prior()``
+is ``p(z)``. Its methods (``sample``, ``rsample``, ``log_prob``) decide which objectives can use it.
 """
 
 from __future__ import annotations
@@ -40,19 +39,15 @@ class Implicit(Distribution):
         self._draw = draw
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Return differentiable draws ``[*sample_shape, *batch_shape, *event_shape]``."""
         return self._draw(torch.Size(sample_shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Return draws ``[*sample_shape, *batch_shape, *event_shape]`` without gradients."""
         return self._draw(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Raise `ModelError`: the density is unknown."""
-        raise ModelError(
-            "An implicit distribution has no density. Use an objective that needs its draws only, or another network."
-        )
+        do = "Use an objective that needs its draws only, or another network."
+        raise ModelError(f"An implicit distribution has no density. {do}")
 
 
 class StraightThroughBernoulli(Bernoulli):
@@ -68,7 +63,6 @@ class StraightThroughBernoulli(Bernoulli):
     has_rsample = True
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Return draws ``[*sample_shape, *batch_shape]`` of 0 and 1."""
         draws: Tensor = self.sample(torch.Size(sample_shape))
         return draws + (self.probs - self.probs.detach())  # in this order the draws stay 0 and 1
 
@@ -97,15 +91,10 @@ def has_density(distribution: Distribution) -> bool:
 def divergence(q: Distribution, p: Distribution, z: Tensor, log_q: Tensor | None = None) -> Tensor:
     """Return ``KL(q ‖ p)`` in nats: ``[B]`` in closed form if torch has one, else ``[S, B]`` at draws ``z [S, B, D]``.
 
-    Args:
-        q: Batch shape ``[B]``, event shape ``[D]``.
-        p: Batch shape ``[]``, event shape ``[D]``.
-        z: Draws of ``q``.
-        log_q: Their log density, if it is known already.
+    ``q`` has batch shape ``[B]``, ``p`` an empty one; ``log_q`` is the log density of the draws if it is known already.
     """
     try:
-        closed: Tensor = kl_divergence(q, p.expand(q.batch_shape))
-        return closed
+        kl: Tensor = kl_divergence(q, p.expand(q.batch_shape))
     except NotImplementedError:
-        estimate: Tensor = (q.log_prob(z) if log_q is None else log_q) - p.log_prob(z)
-        return estimate
+        kl = (q.log_prob(z) if log_q is None else log_q) - p.log_prob(z)
+    return kl

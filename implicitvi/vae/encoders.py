@@ -1,7 +1,7 @@
 """Encoders: modules from data to ``q(z | x)``, explicit if it has a density and implicit if not.
 
 ``encoder(x)`` takes data ``x [B, *x_shape]`` and returns a distribution with batch shape ``[B]`` and event shape
-``[D]``. Any such module is an encoder.
+``[D]``. Any such module is an encoder. An implicit one has draws only.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ class GaussianEncoder(_Encoder):
     """
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         return diagonal_gaussian(self.network(x))
 
 
-class ConditionalGaussian(nn.Module):
+class ConditionalGaussian(_Encoder):
     """An explicit diagonal Gaussian given a vector and a datum: `AuxiliaryVAE`'s ``second`` and ``auxiliary``.
 
     Args:
@@ -49,8 +48,7 @@ class ConditionalGaussian(nn.Module):
     """
 
     def __init__(self, network: nn.Module, features: Callable[[Tensor], Tensor] | None = None):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.features = nn.Flatten() if features is None else features
 
     def forward(self, given: Tensor, x: Tensor) -> Distribution:
@@ -59,19 +57,18 @@ class ConditionalGaussian(nn.Module):
 
 
 class DeterministicEncoder(_Encoder):
-    """A code for every datum without noise: ``z = f(x)``.
+    """A code for every datum without noise, ``z = f(x)``, and without a density.
 
     Args:
         network: Data ``[B, *x_shape]`` to codes ``[B, D]``.
     """
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
         z = full_precision(self.network(x))
         return Implicit(lambda shape: z.expand(shape + z.shape), z.shape[:1], z.shape[1:])
 
 
-class BinaryEncoder(nn.Module):
+class BinaryEncoder(_Encoder):
     """An explicit distribution of binary codes, independent bits given ``x``.
 
     Args:
@@ -80,14 +77,11 @@ class BinaryEncoder(nn.Module):
     """
 
     def __init__(self, network: nn.Module, *, straight_through: bool = False):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.bits = StraightThroughBernoulli if straight_through else Bernoulli
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
-        bits = self.bits(logits=self.network(x), validate_args=False)
-        return Independent(bits, 1, validate_args=False)
+        return Independent(self.bits(logits=self.network(x), validate_args=False), 1, validate_args=False)
 
 
 class ImplicitEncoder(nn.Module):
@@ -109,27 +103,15 @@ class ImplicitEncoder(nn.Module):
         self.features = nn.Flatten() if features is None else features
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
         return Encoded(self.sampler, self.features(x))
 
 
 class Encoded(Implicit):
-    """An implicit distribution of codes: the draws of a sampler given the features of a batch.
-
-    Args:
-        sampler: The sampler.
-        features: Features ``[B, C]``.
-    """
+    """An implicit distribution of codes: the draws of a sampler given the features ``[B, C]`` of a batch."""
 
     def __init__(self, sampler: Sampler, features: Tensor):
-        super().__init__(self._sample, features.shape[:1], torch.Size([sampler.latent_dim]))
-        self.sampler = sampler
-        self.features = features
-
-    @property
-    def has_moments(self) -> bool:
-        """Return whether the conditional moments are known in closed form."""
-        return isinstance(self.sampler, NoiseBasisSampler)
+        super().__init__(self._sample, features.shape[:1], [sampler.latent_dim])
+        self.sampler, self.features = sampler, features
 
     def moments(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Return conditional mean ``[B, D]`` and covariance ``[B, D, D]`` (`NoiseBasisSampler.moments`)."""
@@ -141,15 +123,14 @@ class Encoded(Implicit):
         return z.reshape(shape + z.shape[1:])
 
 
-class InjectedEncoder(nn.Module):
+class InjectedEncoder(_Encoder):
     """An implicit encoder that adds a linear image of one noise vector after each of its layers (`Injected`).
 
-    This is the convolutional encoder without Adaptive Contrast of Mescheder et al. (2017): every feature map gets its
-    own projection of the same noise.
+    With convolutions it is the encoder of Mescheder et al. (2017) without Adaptive Contrast.
 
     Args:
         layers: Layers from ``x`` to the last features, without their activations.
-        noise_dim: Dimension of the noise.
+        noise_dim: Dimension of the noise, at least ``D``.
         latent_dim: Dimension ``D`` of a code.
         x_shape: Shape of one datum.
         activation: Applied after the noise has been added.
@@ -164,15 +145,11 @@ class InjectedEncoder(nn.Module):
         x_shape: Sequence[int],
         activation: Callable[[Tensor], Tensor] = nn.functional.elu,
     ):
-        super().__init__()
         check_at_least("noise_dim", noise_dim, latent_dim)
-        self.noise_dim = noise_dim
-        self.latent_dim = latent_dim
-        self.network = Injected(layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation)
+        super().__init__(Injected(layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation))
+        self.noise_dim, self.latent_dim = noise_dim, latent_dim
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
-
         def draw(shape: torch.Size) -> Tensor:
             eps = torch.randn(*shape, len(x), self.noise_dim, dtype=x.dtype, device=x.device)
             return full_precision(self.network(eps, x))
@@ -191,11 +168,9 @@ class FlowEncoder(nn.Module):
 
     def __init__(self, features: nn.Module, flow: nn.Module):
         super().__init__()
-        self.features = features
-        self.flow = flow
+        self.features, self.flow = features, flow
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         q: Distribution = self.flow(self.features(x))
         return q
 
@@ -210,11 +185,9 @@ class TwoStageEncoder(nn.Module):
 
     def __init__(self, first: nn.Module, second: nn.Module):
         super().__init__()
-        self.first = first
-        self.second = second
+        self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)``, draws only, for ``x [B, *x_shape]``."""
         q_a = self.first(x)
 
         def draw(shape: torch.Size) -> Tensor:

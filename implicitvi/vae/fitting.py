@@ -94,8 +94,7 @@ class VAEFit(Generic[M]):
     resumed: int = 0
 
     def __str__(self) -> str:
-        shown = {name: values[-1] for name, values in self.validation.items() if values}
-        figures = "".join(f"; validation {name} {value:.3f}" for name, value in shown.items())
+        figures = "".join(f"; validation {name} {values[-1]:.3f}" for name, values in self.validation.items() if values)
         resumed = f" (from epoch {self.resumed})" if self.resumed else ""
         return (
             f"{type(self.model).__name__}: {self.stop_reason} after {self.epochs} epochs{resumed}, "
@@ -105,9 +104,9 @@ class VAEFit(Generic[M]):
     def _repr_html_(self) -> str:
         """Return the record as HTML, with every metric in the first and in the last tenth of the fit."""
         metrics = {n: self.history[n] for n in self.history.names() if n not in ("beta", "dropped")}
-        figures = {f"validation {n}": np.array(v) for n, v in self.validation.items() if v}
+        metrics |= {f"validation {n}": np.array(v) for n, v in self.validation.items() if v}
         rows = []
-        for name, values in {**metrics, **figures}.items():
+        for name, values in metrics.items():
             tenth = max(1, len(values) // 10)
             ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
             rows.append([name, *(f"{end.mean():.3f}" if end.size else "" for end in ends)])
@@ -136,12 +135,8 @@ class _Run(Generic[M]):
             seed = torch.randint(2**62, (), device="cpu").to(model.device)
         distributed.broadcast([seed])
         self.seed = int(seed)
-        self.batches = batches_of(data, settings.batch_size, model.like)
-        self._check(self.batches)
-        self.held_out: Batches | None = None
-        if validation is not None:
-            self.held_out = batches_of(validation, settings.batch_size, model.like, shuffle=False)
-            self._check(self.held_out)
+        self.batches = self._checked(data)
+        self.held_out = None if validation is None else self._checked(validation, shuffle=False)
         self.trainer = Trainer(
             model.players(lambda: self.x),
             schedule=settings.schedule(self.batches.steps),
@@ -158,11 +153,8 @@ class _Run(Generic[M]):
         self.average = settings.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.normalised = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         if several and any(not isinstance(m, nn.SyncBatchNorm) for m in self.normalised):
-            warn(
-                "batch normalisation takes its statistics from each process's own rows; "
-                "torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them common to all (on GPUs)",
-                stacklevel=4,
-            )
+            do = "torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them common to all (on GPUs)"
+            warn(f"batch normalisation takes its statistics from each process's own rows; {do}", stacklevel=4)
         self.validation: dict[str, list[float]] = {}
         self.rows, self.seconds = 0, 0.0
 
@@ -172,9 +164,8 @@ class _Run(Generic[M]):
         first = epoch = self._resume()
         bar = None
         if self.settings.progress and not distributed.rank():
-            bar = Progress(
-                (self.settings.epochs - first) * self.batches.steps, {p.name: p.name for p in self.trainer.players}
-            )
+            names = {player.name: player.name for player in self.trainer.players}
+            bar = Progress((self.settings.epochs - first) * self.batches.steps, names)
         callbacks = tuple(c for c in (bar, self._update_average, *self.settings.callbacks) if c is not None)
         reason = "finished"
         self.model.train()
@@ -207,8 +198,7 @@ class _Run(Generic[M]):
 
     def _epoch(self, epoch: int, callbacks: tuple[Callback, ...]) -> str:
         """Pass through the data once; the order and the noise depend on the seed and the epoch alone."""
-        noise = derived_seed(self.seed, NOISE, epoch, distributed.rank())
-        self.trainer.stream = RandomStream(noise)
+        self.trainer.stream = RandomStream(derived_seed(self.seed, NOISE, epoch, distributed.rank()))
         self._batches = self.batches.epoch(derived_seed(self.seed, ORDER, epoch))
         began = time.perf_counter()
         try:
@@ -227,16 +217,18 @@ class _Run(Generic[M]):
     def _transformed(self, x: Tensor) -> Tensor:
         return x if self.settings.transform is None else self.settings.transform(x)
 
-    def _check(self, batches: Batches) -> None:
-        """Check that the model can take the data: all rows of a tensor, else the first batch."""
+    def _checked(self, data: Any, *, shuffle: bool = True) -> Batches:
+        """Return batches of data that the model can take: all rows of a tensor are checked, else the first batch."""
+        batches = batches_of(data, self.settings.batch_size, self.model.like, shuffle=shuffle)
         if isinstance(batches, TensorBatches) and self.settings.transform is None:
             self.model.check_data(batches.data)
-            return
+            return batches
         before = batches.state_dict()
         with RandomStream(0):
             x = self._transformed(next(batches.all()))
         batches.load_state_dict(before)
         self.model.check_data(x)
+        return batches
 
     def _update_average(self, trainer: Trainer) -> None:
         if self.average:
@@ -267,38 +259,29 @@ class _Run(Generic[M]):
         if folder is not None and holds_checkpoint(Path(folder)):
             state = load_state(Path(folder), like=self._config())
             if state["epoch"] is None:
-                raise CheckpointError(
-                    f"A fit cannot resume from {folder}, which was written in the middle of an epoch. Resume from the "
-                    "folder of fit(checkpoint=...); this one holds weights only."
-                )
-            self.model.load_state_dict(state["model"])
-            self.trainer.load_state_dict(state["trainer"])
-            self.batches.load_state_dict(state["batches"])
-            if self.average:
-                self.average.load_state_dict(state["average"])
+                do = "Resume from the folder of fit(checkpoint=...); this one holds weights only."
+                raise CheckpointError(f"A fit cannot resume from {folder}, written in the middle of an epoch. {do}")
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
             self.validation, self.seed, epoch = state["validation"], state["seed"], state["epoch"]
         epochs = distributed.gather(torch.tensor([epoch], device=self.model.device)).tolist()
         if len(set(epochs)) > 1:
-            raise CheckpointError(
-                f"All processes must find the same checkpoint, got epochs {epochs}. Give them one folder on a disk "
-                "that they share."
-            )
+            do = "Give them one folder on a disk that they share."
+            raise CheckpointError(f"All processes must find the same checkpoint, got epochs {epochs}. {do}")
         return epoch
 
     def _write(self, folder: Path, notes: dict[str, Any], epoch: int | None = None) -> None:
         """Write the state after an epoch, or in the middle of one (``None``), from which a fit cannot resume."""
         if distributed.rank():
             return
-        state = {
-            "model": self.model.state_dict(),
-            "trainer": self.trainer.state_dict(),
-            "batches": self.batches.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "validation": self.validation,
-            "seed": self.seed,
-            "epoch": epoch,
-        }
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"validation": self.validation, "seed": self.seed, "epoch": epoch}
         save_state(folder, state, config={**self._config(), "notes": notes})
+
+    def _parts(self) -> dict[str, Any]:
+        """Return the parts that have a state."""
+        parts = {"model": self.model, "trainer": self.trainer, "batches": self.batches}
+        return {**parts, "average": self.average} if self.average else parts
 
     def _config(self) -> dict[str, Any]:
         """Return everything in which a checkpoint and a fit that resumes from it must agree."""
@@ -312,32 +295,28 @@ class _Run(Generic[M]):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a fit may change, by name: those of the model and of its players."""
-        players = {
-            f"{player.name}: {name}": tensor
-            for player in self.trainer.players
-            for name, tensor in player.state_dict()["modules"].items()
-        }
+        states = {player.name: player.state_dict()["modules"] for player in self.trainer.players}
+        players = {f"{player}: {name}": tensor for player, state in states.items() for name, tensor in state.items()}
         return {**self.model.state_dict(), **players}
 
     @torch.no_grad()
     def _explain(self) -> str:
         """Say which values of the last batch are not finite: data, codes or log densities."""
         x, size = self.x, len(self.x)
-        if bad := _rows(x):
+        if bad := infinite_rows(x):
             return f"{bad} of the {size} rows of the batch are not finite"
         with self.trainer.stream:
             z = self.model.encoder(x).sample()
-        if bad := _rows(z):
+        if bad := infinite_rows(z):
             return f"the encoder gives codes that are not finite for {bad} of {size} rows"
         try:
-            log_p = self.model.decoder(z).log_prob(x)
+            bad = infinite_rows(self.model.decoder(z).log_prob(x))
         except (NotImplementedError, ModelError):  # it has no density
             return ""
-        bad = _rows(log_p)
         return f"the decoder gives no finite log density to {bad} of {size} rows" if bad else ""
 
 
-def _rows(x: Tensor) -> int:
+def infinite_rows(x: Tensor) -> int:
     """Count the rows of ``x [B, ...]`` that have an entry that is not finite."""
     return int((~x.isfinite()).view(len(x), -1).any(1).sum())
 
@@ -353,8 +332,6 @@ def device_of(device: str | torch.device) -> torch.device:
         if not torch.zeros(1, device=found).item() == 0:  # "meta" has no values
             raise RuntimeError
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise OptionError.must_be(
-            "device", "'auto', 'cpu' or a GPU that is present", repr(str(device)), reason
-        ) from error
+        got, reason = repr(str(device)), next(iter(str(error).splitlines()), "")
+        raise OptionError.must_be("device", "'auto', 'cpu' or a GPU that is present", got, reason) from error
     return found

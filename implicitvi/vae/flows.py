@@ -1,8 +1,7 @@
-"""Flow posteriors: a Gaussian given the features of a datum, then invertible maps given the same features.
+"""Flow posteriors: a Gaussian given the features ``[B, C]`` of data, then invertible maps given the same features.
 
 One pass through the maps makes a draw and its density (`Flow.rsample_and_log_prob`), which is all that a `VAE` needs.
-The density of any other code needs the inverse: a pass for each dimension of an autoregressive flow, a root for each
-map of a planar one.
+The density of other codes needs the inverse: a pass for each dimension if autoregressive, a root for each planar map.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class PlanarTransform(Transform):
         Variational Inference with Normalizing Flows, Danilo Rezende, Shakir Mohamed, 2015; eq. 10 and appendix A.1.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain = codomain = constraints.real_vector
     bijective = True
 
     def __init__(self, u: Tensor, w: Tensor, b: Tensor):
@@ -77,7 +75,6 @@ class PlanarTransform(Transform):
         return self.call_and_ladj(x)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the log of the Jacobian's determinant at ``x [..., B, D]``: ``[..., B]``."""
         return self.call_and_ladj(x)[1]
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -113,11 +110,9 @@ class PlanarFlow(nn.Module):
         self.sizes = (latent_dim, latent_dim, 1)
 
     def forward(self, h: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
         parts = self.maps(h).unflatten(-1, (-1, sum(self.sizes))).unbind(-2)
-        planes = [part.split(self.sizes, -1) for part in parts]
-        maps = [PlanarTransform(u, w, b.squeeze(-1)) for u, w, b in planes]
-        return Flow(diagonal_gaussian(self.base(h)), maps)
+        planes = (part.split(self.sizes, -1) for part in parts)
+        return Flow(diagonal_gaussian(self.base(h)), [PlanarTransform(u, w, b.squeeze(-1)) for u, w, b in planes])
 
 
 class InverseAutoregressiveFlow(nn.Module):
@@ -153,15 +148,11 @@ class InverseAutoregressiveFlow(nn.Module):
         self.base = nn.Linear(context_dim, 2 * latent_dim)
         self.steer = nn.Linear(context_dim, steering)
         order = torch.arange(latent_dim)
+        orders = [order.flip(0) if i % 2 else order for i in range(transforms)]
         with zuko_imported() as zuko:
-            self.maps = nn.ModuleList(
-                zuko.flows.MaskedAutoregressiveTransform(
-                    latent_dim, steering, order=order.flip(0) if i % 2 else order, hidden_features=hidden
-                )
-                for i in range(transforms)
-            )
+            made = zuko.flows.MaskedAutoregressiveTransform
+            self.maps = nn.ModuleList(made(latent_dim, steering, order=o, hidden_features=hidden) for o in orders)
 
     def forward(self, h: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for features ``h [B, C]``: batch shape ``[B]``, event shape ``[D]``."""
         steer = self.steer(h)
         return Flow(diagonal_gaussian(self.base(h)), [each(steer) for each in self.maps])

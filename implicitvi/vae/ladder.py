@@ -1,4 +1,4 @@
-"""Binary codes of two levels: a prior that learns its lower level, and encoders that go down or up the levels.
+"""Binary codes of two levels: a prior that learns its lower level, and an encoder that goes down the levels with it.
 
 A code is one vector ``z = [z0, z1]``: the bits of the upper level, then those of the lower. Data depend on the lower
 level only, so the first layer of a decoder is `LowerLevel`.
@@ -18,13 +18,12 @@ from implicitvi.vae.distributions import StraightThroughBernoulli
 
 
 class TwoLevels(Distribution):
-    """A distribution of binary codes of two levels: ``p(z0) p(z1 | z0)``, or ``p(z1) p(z0 | z1)``.
+    """A distribution of binary codes of two levels, ``p(z0) p(z1 | z0)``.
 
     Args:
-        first: Logits ``[*batch_shape, D0]`` of the level that is drawn first.
-        second: Bits ``[..., *batch_shape, D0]`` to the logits ``[..., *batch_shape, D1]`` of the other level.
-        second_dim: Bits of the other level.
-        upwards: Whether the lower level is drawn first. Its bits are last in the vector all the same.
+        first: Logits ``[*batch_shape, D0]`` of the upper level.
+        second: Bits ``[..., *batch_shape, D0]`` to the logits ``[..., *batch_shape, D1]`` of the lower level.
+        second_dim: Bits ``D1`` of the lower level.
         straight_through: Whether draws have gradients (`StraightThroughBernoulli`).
 
     >>> TwoLevels(torch.zeros(3), lambda z0: z0[..., :2], 2).log_prob(torch.zeros(5))
@@ -35,49 +34,31 @@ class TwoLevels(Distribution):
     support = constraints.independent(constraints.boolean, 1)
 
     def __init__(
-        self,
-        first: Tensor,
-        second: Callable[[Tensor], Tensor],
-        second_dim: int,
-        *,
-        upwards: bool = False,
-        straight_through: bool = False,
+        self, first: Tensor, second: Callable[[Tensor], Tensor], second_dim: int, *, straight_through: bool = False
     ):
-        sizes = [first.shape[-1], second_dim]
-        super().__init__(first.shape[:-1], torch.Size([sum(sizes)]), validate_args=False)
-        self.first = first
-        self.second = second
-        self.sizes = sizes[::-1] if upwards else sizes
-        self.upwards = upwards
+        self.sizes = [first.shape[-1], second_dim]
+        super().__init__(first.shape[:-1], torch.Size([sum(self.sizes)]), validate_args=False)
+        self.first, self.second = first, second
         self.has_rsample = straight_through
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Return draws ``[*sample_shape, *batch_shape, D0 + D1]`` with straight-through gradients."""
         if not self.has_rsample:
             raise NotImplementedError("Draws of bits have gradients only with straight_through=True.")
         return self._draw(torch.Size(sample_shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Return draws ``[*sample_shape, *batch_shape, D0 + D1]`` of 0 and 1."""
         return self._draw(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log probability ``[...]`` in nats of codes ``[..., D0 + D1]``."""
-        one, other = self._ordered(value.split(self.sizes, -1))
-        log_first: Tensor = _bits(self.first).log_prob(one).sum(-1)
-        log_second: Tensor = _bits(self.second(one)).log_prob(other).sum(-1)
+        upper, lower = value.split(self.sizes, -1)
+        log_first: Tensor = _bits(self.first).log_prob(upper).sum(-1)
+        log_second: Tensor = _bits(self.second(upper)).log_prob(lower).sum(-1)
         return log_first + log_second
 
     def _draw(self, shape: torch.Size) -> Tensor:
-        one = _bits(self.first).rsample(shape)
-        other = _bits(self.second(one)).rsample()
-        return torch.cat(self._ordered((one, other)), -1)
-
-    def _ordered(self, levels: Any) -> tuple[Tensor, Tensor]:
-        """Change from the order of drawing to that of the vector, or back."""
-        a, b = levels
-        return (b, a) if self.upwards else (a, b)
+        upper = _bits(self.first).rsample(shape)
+        return torch.cat([upper, _bits(self.second(upper)).rsample()], -1)
 
 
 class LadderPrior(nn.Module):
@@ -102,7 +83,6 @@ class LadderPrior(nn.Module):
             self.lower_dim = network(self.upper).shape[-1]
 
     def forward(self) -> Distribution:
-        """Return the distribution, with event shape ``[D0 + D1]``."""
         return TwoLevels(self.upper, self.network, self.lower_dim)
 
 
@@ -134,7 +114,6 @@ class LadderEncoder(nn.Module):
         self._prior = (prior,)  # a tuple: its parameters belong to the model
 
     def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
         (prior,) = self._prior
         sizes = [len(prior.upper), prior.lower_dim]
         terms: Tensor = self.network(x)
@@ -151,45 +130,14 @@ class LadderEncoder(nn.Module):
         return TwoLevels(prior.upper + upper, given, sizes[1], straight_through=self.straight_through)
 
 
-class UpwardEncoder(nn.Module):
-    """An encoder that goes up the levels and shares nothing with the prior: ``q(z1 | x) q(z0 | z1)``.
-
-    This is the order of the wake-sleep algorithm (Hinton, Dayan, Frey, Neal, 1995).
-
-    Args:
-        lower: Data ``[B, *x_shape]`` to logits ``[B, D1]`` of the lower bits.
-        upper: Lower bits ``[..., D1]`` to logits ``[..., D0]`` of the upper ones.
-        upper_dim: Bits ``D0`` of the upper level.
-        straight_through: Whether draws have gradients (`StraightThroughBernoulli`).
-    """
-
-    def __init__(self, lower: nn.Module, upper: nn.Module, upper_dim: int, *, straight_through: bool = False):
-        super().__init__()
-        self.lower = lower
-        self.upper = upper
-        self.upper_dim = upper_dim
-        self.straight_through = straight_through
-
-    def forward(self, x: Tensor) -> Distribution:
-        """Return ``q(z | x)`` for ``x [B, *x_shape]``."""
-        return TwoLevels(
-            self.lower(x), self.upper, self.upper_dim, upwards=True, straight_through=self.straight_through
-        )
-
-
 class LowerLevel(nn.Module):
-    """A layer that selects the lower bits ``z1 [..., D1]`` of a code ``[..., D0 + D1]``.
-
-    Args:
-        upper_dim: Bits ``D0`` of the upper level.
-    """
+    """A layer that selects the lower bits ``z1 [..., D1]`` of a code ``[..., upper_dim + D1]``."""
 
     def __init__(self, upper_dim: int):
         super().__init__()
         self.upper_dim = upper_dim
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the lower bits ``[..., D1]`` of codes ``[..., D0 + D1]``."""
         return z[..., self.upper_dim :]
 
 

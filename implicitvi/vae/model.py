@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
@@ -20,33 +21,31 @@ from implicitvi.training.options import from_options, with_options
 from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.encoders import moments_of
-from implicitvi.vae.fitting import Trainable, VAEFit, run_fit
+from implicitvi.vae.fitting import Trainable, VAEFit, infinite_rows, run_fit
 from implicitvi.vae.priors import prior_of
 from implicitvi.vae.settings import FitOptions, FitSettings
 
 Batch = Callable[[], Tensor]
-Loss = Callable[[Tensor, Stage], tuple[Tensor | None, Metrics]]
+Scored = tuple[Tensor | None, Metrics]  # a loss, ``None`` to skip the step, and metrics for the history
+Loss = Callable[[Tensor, Stage], Scored]
 
 EVIDENCE: dict[str, Callable[..., Tensor]] = {"ais": ais, "iwae": importance_sampling, "quadrature": quadrature}
-STARTS = ("encoder", "prior")
 
 
 class LatentModel(Trainable):
     """An encoder ``q(z | x)``, a decoder ``p(x | z)`` and a prior ``p(z)``, trained by an objective.
 
-    Each of the three is a module that returns a distribution. Implementing an objective: subclass this, say in
-    ``needs`` what the three must be able to do, and return its `Player` s from ``players``; then join the list in
-    ``tests/vae_contracts.py``.
+    Each is a module that returns a distribution. Implementing an objective: subclass this, say in ``needs`` what each
+    must be able to do, and return its `Player` s from ``players``; then join the list in ``tests/vae_contracts.py``.
 
     Args:
         encoder: Data ``[B, *x_shape]`` to a distribution over codes: batch shape ``[B]``, event shape ``[D]``.
         decoder: Codes ``[..., D]`` to a distribution over data: batch shape ``[...]``, event shape ``x_shape``.
-        prior: A module that returns ``p(z)``, a distribution with event shape ``[D]``, a function of the number of
-            draws, or the number ``D`` for ``N(0, I)``.
+        prior: A module that returns ``p(z)``, a distribution over ``[D]``, a function from the number of draws to them,
+            or the number ``D`` for ``N(0, I)``.
 
     Attributes:
-        needs: Abilities that encoder, decoder and prior must have: ``"draws"``, ``"gradients"`` (draws with
-            gradients), ``"density"``.
+        needs: Abilities of encoder, decoder and prior: ``"draws"``, ``"gradients"`` (draws with them), ``"density"``.
         x_shape: Shape of one datum.
         latent_dim: Dimension ``D`` of a code.
     """
@@ -55,16 +54,12 @@ class LatentModel(Trainable):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any):
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.prior = prior_of(prior)
+        self.encoder, self.decoder, self.prior = encoder, decoder, prior_of(prior)
         self.x_shape, self.latent_dim = self._probe()
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
-        """Return figures of held-out data ``x [B, *x_shape]``: means over the rows, logs in nats."""
-        z = self.encode(x)
-        p = self.decoder(z)
+        p = self.decoder(self.encode(x))
         if has_density(p):
             return {"log_likelihood": p.log_prob(x).mean()}
         return {"squared_error": (p.sample() - x).square().mean()}
@@ -73,20 +68,16 @@ class LatentModel(Trainable):
     def fit(
         self, train: Any, *, validation: Any = None, settings: FitSettings | None = None, **options: Unpack[FitOptions]
     ) -> VAEFit[Self]:
-        """Train on data; an interrupt keeps the weights learned so far.
+        """Train on data and return this model with the record of its training; an interrupt keeps the weights so far.
 
         Under ``torchrun``, or in a group of `torch.distributed` that has been started, every process takes its share of
         each batch, and all of them have the same weights at every step (docs/decisions/0004-several-processes.md).
 
         Args:
-            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of batches that are
-                tuples the first part. An epoch leaves out rows that do not fill a last batch; all batches of a
-                ``DataLoader`` are used.
+            train: ``[N, *x_shape]`` as a tensor or an array, a ``Dataset``, or a ``DataLoader``; of tuples the first
+                part. An epoch leaves out rows that do not fill a last batch, but uses all batches of a loader.
             validation: As ``train``; the figures of ``validate`` over all of it are kept after every epoch.
             settings: Options as a value; the following ones, where they are given, replace its fields.
-
-        Returns:
-            The trained model, which is this one, with the record of its training.
 
         Raises:
             TypeError: An option is unknown.
@@ -108,12 +99,8 @@ class LatentModel(Trainable):
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw if it has no mean."""
         if z.shape[-1:] != (self.latent_dim,):
-            raise ShapeError.must_be(
-                "Codes",
-                f"of shape [..., {self.latent_dim}]",
-                f"[{', '.join(map(str, z.shape))}]",
-                do="model.encode(x) and model.prior().sample([n]) give codes.",
-            )
+            do = "model.encode(x) and model.prior().sample([n]) give codes."
+            raise ShapeError.must_be("Codes", f"of shape [..., {self.latent_dim}]", [*z.shape], do)
         p = self.decoder(z)
         try:
             mean: Tensor = p.mean
@@ -133,11 +120,7 @@ class LatentModel(Trainable):
         return x
 
     def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
-        """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``.
-
-        Raises:
-            ModelError: The decoder or the prior has no density.
-        """
+        """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``."""
         log_p: Tensor = self.decoder(z).log_prob(x) + self.prior().log_prob(z)
         return log_p
 
@@ -169,49 +152,40 @@ class LatentModel(Trainable):
             OptionError: An option has a value that cannot work, or the encoder has no noise to start from.
         """
         check_choice("method", method, EVIDENCE)
-        check_choice("start", start, STARTS)
+        check_choice("start", start, ("encoder", "prior"))
         check_whole("batch_size", batch_size)
         x = self._input(x)
         self._check_log_joint()
-        estimates = []
+        estimate = EVIDENCE[method]
         with self._as_is(), forked():
             if seed is not None:
                 torch.manual_seed(seed)
-            for rows in x.split(batch_size):
-                loc, scale = self._moments(rows, start)
-                log_joint = partial(self.log_joint, x=rows)
-                estimates.append(EVIDENCE[method](log_joint, loc, scale, **options))
-        return torch.cat(estimates)
+            parts = [
+                estimate(partial(self.log_joint, x=rows), *self._moments(rows, start), **options)
+                for rows in x.split(batch_size)
+            ]
+        return torch.cat(parts)
 
     def player(
         self, name: str, modules: Iterable[nn.Module], loss: Loss, batch: Batch, *, adversary: bool = False
     ) -> Player:
         """Return a player with one loss of the batch per step, or with one per adversary step as an adversary."""
 
-        def losses(stage: Stage) -> Iterator[tuple[Tensor | None, Metrics]]:
+        def losses(stage: Stage) -> Iterator[Scored]:
             for _ in range(stage.adversary_steps if adversary else 1):
                 yield loss(batch(), stage)
 
-        return Player(
-            name, nn.ModuleList(modules), losses, lr=lambda stage: stage.adversary_lr if adversary else stage.lr
-        )
+        lr = attrgetter("adversary_lr" if adversary else "lr")
+        return Player(name, nn.ModuleList(modules), losses, lr)
 
     def check_data(self, x: Tensor) -> None:
-        """Raise an error unless the model can take the data ``x [N, *x_shape]``."""
         if x.shape[1:] != self.x_shape:
-            raise ShapeError.must_be(
-                "Data",
-                f"of shape [N, {', '.join(map(str, self.x_shape))}]",
-                f"[{x.shape[0]}, {', '.join(map(str, x.shape[1:]))}]",
-                do="Images need their channel axis: x[:, None]; rows are x.flatten(1).",
-            )
+            do = "Images need their channel axis: x[:, None]; rows are x.flatten(1)."
+            raise ShapeError.must_be("Data", f"of shape [N, {', '.join(map(str, self.x_shape))}]", [*x.shape], do)
         if not x.isfinite().all():
-            bad = (~x.isfinite()).flatten(1).any(1).sum().item()
-            raise ModelError(
-                f"Data must be finite, got {bad} of {len(x)} rows that are not finite. Drop or impute them."
-            )
-        check = getattr(self.decoder, "check", None)
-        if check is not None:
+            bad = f"{infinite_rows(x)} of {len(x)} rows that are not finite"
+            raise ModelError.must_be("Data", "finite", bad, "Drop or impute them.")
+        if (check := getattr(self.decoder, "check", None)) is not None:
             check(x)
 
     def _input(self, x: Tensor) -> Tensor:
@@ -225,51 +199,45 @@ class LatentModel(Trainable):
         if start == "encoder":
             return moments_of(self.encoder(x), 256)
         loc, scale = moments_of(self.prior(), 10_000)
-        shape = (len(x), self.latent_dim)
-        return loc.expand(shape), scale.expand(shape)
+        return loc.expand(len(x), -1), scale.expand(len(x), -1)
 
     def _check_log_joint(self) -> None:
         """Raise `ModelError` unless ``log p(x, z)`` can be integrated over ``z``."""
         with torch.no_grad(), forked():
             prior = self.prior()
-            decoded = self.decoder(prior.sample([2]))
-            for name, p in (("decoder", decoded), ("prior", prior)):
+            for name, p in (("decoder", self.decoder(prior.sample([2]))), ("prior", prior)):
                 if not has_density(p):
-                    raise ModelError(
-                        f"The evidence needs a density of the {name}, and the {name} has none. Use one of the "
-                        "divergences between draws instead."
-                    )
+                    needs = f"The evidence needs a density of the {name}, and the {name} has none."
+                    raise ModelError(f"{needs} Use one of the divergences between draws instead.")
         if prior.support.is_discrete:
-            raise ModelError(
-                "The evidence is an integral over codes, and the codes of this model are discrete. Sum over the codes "
-                "if they can be listed."
-            )
+            codes = "the codes of this model are discrete. Sum over the codes if they can be listed."
+            raise ModelError(f"The evidence is an integral over codes, and {codes}")
 
     @contextmanager
     def _as_is(self) -> Iterator[None]:
         """Turn dropout, batch statistics and gradients of the weights off, and restore them afterwards."""
-        modes = {module: module.training for module in self.modules()}
-        wanted = {p: p.requires_grad for p in self.parameters()}
+        modes = [(module, module.training) for module in self.modules()]
+        wanted = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         self.eval().requires_grad_(False)
         try:
             yield
         finally:
-            for module, mode in modes.items():
+            for module, mode in modes:
                 module.training = mode
-            for parameter, flag in wanted.items():
+            for parameter, flag in wanted:
                 parameter.requires_grad_(flag)
 
     def _probe(self) -> tuple[torch.Size, int]:
         """Return the shapes of a datum and of a code; check that encoder, decoder and prior do what is needed."""
         with self._as_is(), torch.no_grad(), forked():
             prior = _distribution("prior", self.prior)
-            _check_shapes("prior", prior, (), 1, "p(z) over codes [D]")
+            _check_shapes("prior, p(z) over codes [D]", prior, (), 1)
             z = prior.sample(_shape(2))
             decoded = _distribution("decoder", self.decoder, z)
-            _check_shapes("decoder", decoded, (2,), None, "p(x | z) for codes [2, D]")
+            _check_shapes("decoder, p(x | z) for codes [2, D]", decoded, (2,), None)
             blank = z.new_zeros(2, *decoded.event_shape)
             encoded = _distribution("encoder", self.encoder, blank)
-            _check_shapes("encoder", encoded, (2,), 1, f"q(z | x) for data {tuple(blank.shape)}")
+            _check_shapes(f"encoder, q(z | x) for data {tuple(blank.shape)}", encoded, (2,), 1)
             if encoded.event_shape != prior.event_shape:
                 dims = f"{encoded.event_shape[0]} and {prior.event_shape[0]}"
                 raise ShapeError.must_be("Dimensions of the codes of encoder and prior", "equal", dims)
@@ -280,18 +248,12 @@ class LatentModel(Trainable):
     def _check_needs(self, name: str, p: Distribution) -> None:
         """Raise `ModelError` unless ``p``, of the encoder, decoder or prior, has the abilities in ``needs``."""
         needed = self.needs.get(name, set())
-        lacks = []
-        if "gradients" in needed and not p.has_rsample:
-            lacks.append("gradients through its draws (rsample)")
-        if "density" in needed and not has_density(p):
-            lacks.append("a density (log_prob)")
+        lacks = ["gradients through its draws (rsample)"] if "gradients" in needed and not p.has_rsample else []
+        lacks += ["a density (log_prob)"] if "density" in needed and not has_density(p) else []
         if lacks:
-            binary = name == "decoder" and not p.has_rsample
-            raise ModelError(
-                f"The {name} of {type(self).__name__} must have {' and '.join(lacks)}, got {type(p).__name__}. "
-                "docs/vae.md has the table of the needs of each objective."
-                + (" Binary data have likelihood='straight_through'." if binary else "")
-            )
+            of = f"The {name} of {type(self).__name__} must have {' and '.join(lacks)}, got {type(p).__name__}."
+            more = " Binary data have likelihood='straight_through'." if name == "decoder" and not p.has_rsample else ""
+            raise ModelError(f"{of} docs/vae.md has the table of the needs of each objective.{more}")
 
 
 def _shape(num_samples: int | None) -> torch.Size:
@@ -303,26 +265,19 @@ def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
     try:
         value = part(*args)
     except RuntimeError as error:
-        got = f" of shape {tuple(args[0].shape)}" if args else ""
-        raise ShapeError(
-            f"The {name} does not accept its input{got}: {str(error).splitlines()[0]}. A decoder takes codes of the "
-            "prior's dimension, an encoder data of the decoder's shape."
-        ) from error
+        got = (f" of shape {tuple(args[0].shape)}" if args else "") + f": {str(error).splitlines()[0]}"
+        do = "A decoder takes codes of the prior's dimension, an encoder data of the decoder's shape."
+        raise ShapeError(f"The {name} does not accept its input{got}. {do}") from error
     if isinstance(value, Distribution):
         return value
-    raise ModelError.must_be(
-        f"The value of the {name}",
-        "a torch.distributions.Distribution",
-        type(value).__name__,
-        do="Decoder, GaussianEncoder and ImplicitEncoder make one of a network's output.",
-    )
+    expected, got = "a torch.distributions.Distribution", type(value).__name__
+    do = "Decoder, GaussianEncoder and ImplicitEncoder make one of a network's output."
+    raise ModelError.must_be(f"The value of the {name}", expected, got, do)
 
 
-def _check_shapes(name: str, p: Distribution, batch: tuple[int, ...], event_dims: int | None, role: str) -> None:
+def _check_shapes(name: str, p: Distribution, batch: tuple[int, ...], event_dims: int | None) -> None:
     if p.batch_shape != batch or event_dims not in (None, len(p.event_shape)):
-        raise ShapeError.must_be(
-            f"The shape of the {name}, {role},",
-            f"batch shape {batch}" + (" and one event axis" if event_dims == 1 else ""),
-            f"batch shape {tuple(p.batch_shape)} and event shape {tuple(p.event_shape)}",
-            do="torch.distributions.Independent moves axes from the batch to the event.",
-        )
+        expected = f"batch shape {batch}" + (" and one event axis" if event_dims == 1 else "")
+        got = f"batch shape {tuple(p.batch_shape)} and event shape {tuple(p.event_shape)}"
+        do = "torch.distributions.Independent moves axes from the batch to the event."
+        raise ShapeError.must_be(f"The shape of the {name},", expected, got, do)

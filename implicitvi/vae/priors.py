@@ -1,4 +1,4 @@
-"""Priors: modules that return ``p(z)`` when they are called without arguments."""
+"""Priors: modules that return ``p(z)``, event shape ``[D]``, when they are called without arguments."""
 
 from __future__ import annotations
 
@@ -30,17 +30,12 @@ class StandardNormal(nn.Module):
         self.register_buffer("unit", torch.ones(latent_dim), persistent=False)
 
     def forward(self) -> Distribution:
-        """Return the distribution, with event shape ``[D]``."""
         each = Normal(torch.zeros_like(self.unit), self.unit, validate_args=False)
         return Independent(each, 1, validate_args=False)
 
 
 class FixedPrior(nn.Module):
-    """A prior that is a distribution of torch; it follows the model to its device.
-
-    Args:
-        distribution: Batch shape ``[]``, event shape ``[D]``.
-    """
+    """A prior that is a distribution of torch, with event shape ``[D]``; it follows the model to its device."""
 
     def __init__(self, distribution: Distribution):
         super().__init__()
@@ -51,7 +46,6 @@ class FixedPrior(nn.Module):
         self.distribution = distribution
 
     def forward(self) -> Distribution:
-        """Return the distribution, with event shape ``[D]``."""
         return self.distribution
 
     def _apply(self, fn: Any, recurse: bool = True) -> FixedPrior:
@@ -81,7 +75,6 @@ class SampledPrior(nn.Module):
         self.register_buffer("place", torch.zeros(()), persistent=False)
 
     def forward(self) -> Distribution:
-        """Return the distribution, draws only, with event shape ``[D]``."""
         return Implicit(self._draw, [], [self.latent_dim])
 
     def _draw(self, shape: torch.Size) -> Tensor:

@@ -17,7 +17,6 @@ from implicitvi.training.options import check_options, documented, option, optio
 from implicitvi.vae.data import Transform
 
 WARM_UP = 0.05  # share of the steps over which the rates rise from 0
-PRECISIONS = ("float32", "bfloat16")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -42,14 +41,10 @@ class FitSettings:
     """The options of `LatentModel.fit` as a value."""
 
     epochs: int = option(50, "Passes through the data, and the horizon of every schedule.", check=check_whole)
-    batch_size: int = option(
-        128, "Rows of a batch, over all processes; a ``DataLoader`` has its own.", check=check_whole
-    )
+    batch_size: int = option(128, "Rows of a batch over all processes; a loader has its own.", check=check_whole)
     num_particles: int = option(1, "Codes drawn for each datum of a step.", check=check_whole)
     adversary_steps: int | tuple[int, int] = option(1, "Steps of each adversary before each step of the other players.")
-    lr: float | tuple[float, float] = option(
-        (3e-3, 2e-4), "Learning rate of encoder and decoder, or a pair (first, last)."
-    )
+    lr: float | tuple[float, float] = option((3e-3, 2e-4), "Learning rate of encoder and decoder, or (first, last).")
     adversary_lr: float | tuple[float, float] = option((4e-3, 2e-3), "Learning rate of the adversaries, or a pair.")
     transform: Transform | None = option(
         None,
@@ -61,7 +56,7 @@ class FitSettings:
     precision: str = option(
         "float32",
         '``"float32"``; ``"bfloat16"`` for networks that compute in it, while weights, densities and losses do not.',
-        check=partial(check_choice, choices=PRECISIONS),
+        check=partial(check_choice, choices=("float32", "bfloat16")),
     )
     compile: bool | str = option(
         False,
@@ -79,9 +74,7 @@ class FitSettings:
         "Bound of the norm of each player's gradient; ``None``: four times the usual norm (`Clip`).",
         check=optional(check_positive),
     )
-    max_skips: int = option(
-        20, "Turns in a row without a finite loss and gradient that end the fit.", check=check_whole, decisive=False
-    )
+    max_skips: int = option(20, "Non-finite turns in a row that end the fit.", check=check_whole, decisive=False)
     checkpoint: str | Path | None = option(
         None,
         "Folder for the state after every epoch. If it holds a state already, the fit continues from there, with the "

@@ -10,9 +10,8 @@ from torch.nn.functional import softplus
 
 from implicitvi.avb.ratios import Logistic
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 from implicitvi.vae.objectives.pairs import codes, rows
 
 
@@ -43,8 +42,7 @@ class AAE(ReadyMade):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, adversary: nn.Module):
         super().__init__(encoder, decoder, prior)
-        self.adversary = adversary
-        self.ratio = Logistic()
+        self.adversary, self.ratio = adversary, Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
         return [
@@ -57,13 +55,13 @@ class AAE(ReadyMade):
         z: Tensor = self.encoder(x).rsample(torch.Size([stage.num_particles]))
         return z
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         return -self.decoder(self._codes(x, stage)).log_prob(x).mean(), {}
 
-    def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _adversary_loss(self, x: Tensor, stage: Stage) -> Scored:
         z = rows(self._codes(x, stage)).detach()
         prior = codes(self.prior(), len(z))
         return self.ratio.loss(self.adversary(z), self.adversary(prior)), {}
 
-    def _generator_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _generator_loss(self, x: Tensor, stage: Stage) -> Scored:
         return softplus(self.adversary(self._codes(x, stage))).mean(), {}

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from implicitvi.avb.ratios import Logistic
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 from implicitvi.vae.objectives.pairs import codes, rows, slope
 
 
@@ -35,8 +34,7 @@ class ALI(ReadyMade):
         prior: ``p(z)``, draws are enough; the number ``D`` for ``N(0, I)``.
         adversary: ``T(z, x)``: codes ``[..., N, D]`` and data ``[N, *x_shape]`` to scores ``[..., N]``.
         cycle: Weight ``λ`` of the squared error of the reconstruction, summed over the entries of a datum.
-        penalty: Weight of the adversary's squared slope on encoder pairs. Above 0 its optimum is no longer the
-            log ratio, and training is calmer.
+        penalty: Weight of the adversary's squared slope on encoder pairs; it calms training and biases the log ratio.
 
     References:
         Adversarially Learned Inference, Vincent Dumoulin et al., 2017.
@@ -61,21 +59,20 @@ class ALI(ReadyMade):
         check_at_least("cycle", cycle, 0)
         check_at_least("penalty", penalty, 0)
         super().__init__(encoder, decoder, prior)
-        self.adversary = adversary
+        self.adversary, self.ratio = adversary, Logistic()
         self.cycle, self.penalty = cycle, penalty
-        self.ratio = Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
         adversary = self.player("adversary", [self.adversary], self._adversary_loss, batch, adversary=True)
         return [adversary, self.player("model", [self.encoder, self.decoder], self._loss, batch)]
 
-    def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _adversary_loss(self, x: Tensor, stage: Stage) -> Scored:
         with torch.no_grad():
             z_q, z_p, x_p = self._draws(x, stage)
         loss = self.ratio.loss(self.adversary(z_q, x), self.adversary(z_p, x_p))
         return (loss + 0.5 * self.penalty * slope(self.adversary, z_q, x) if self.penalty else loss), {}
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         z_q, z_p, x_p = self._draws(x, stage)
         loss = self.ratio.loss(self.adversary(z_p, x_p), self.adversary(z_q, x))
         if not self.cycle:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from implicitvi.avb.ratios import Logistic
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 from implicitvi.vae.objectives.pairs import codes, parted, rows
 
 
@@ -53,8 +52,7 @@ class ASVAE(ReadyMade):
         decoder_adversary: nn.Module,
     ):
         super().__init__(encoder, decoder, prior)
-        self.encoder_adversary = encoder_adversary
-        self.decoder_adversary = decoder_adversary
+        self.encoder_adversary, self.decoder_adversary = encoder_adversary, decoder_adversary
         self.ratio = Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
@@ -63,23 +61,18 @@ class ASVAE(ReadyMade):
         return [adversary, self.player("model", [self.encoder, self.decoder], self._loss, batch)]
 
     def terms(self, x: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the halves of the objective in nats, at pairs of the encoder ``[S, B]`` and the model ``[S · B]``.
-
-        Args:
-            x: Data ``[B, *x_shape]``.
-            num_samples: Codes drawn for each datum, ``S``.
-        """
+        """Return the halves of the objective in nats, ``[S, B]`` and ``[S · B]``, at ``S = num_samples`` codes per datum."""
         z = self.encoder(x).rsample(torch.Size([num_samples]))
         of_data: Tensor = self.decoder(z).log_prob(x) - self.encoder_adversary(z, x)
         z_p, x_p = self._model_pairs(z)
         of_codes: Tensor = self.encoder(x_p).log_prob(z_p) - self.decoder_adversary(z_p, x_p)
         return of_data, of_codes
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         of_data, of_codes = (term.mean() for term in self.terms(x, stage.num_particles))
         return -of_data - of_codes, {"data_term": of_data, "code_term": of_codes}
 
-    def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _adversary_loss(self, x: Tensor, stage: Stage) -> Scored:
         with torch.no_grad():
             z_q = self.encoder(x).sample(torch.Size([stage.num_particles]))
             z_p, x_p = self._model_pairs(z_q)

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from implicitvi.errors import ShapeError
 from implicitvi.rng import forked
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.decoders import Likelihood
 from implicitvi.vae.encoders import TwoStageEncoder
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 
 
 class AuxiliaryVAE(ReadyMade):
@@ -95,5 +94,5 @@ class AuxiliaryVAE(ReadyMade):
     def validate(self, x: Tensor) -> dict[str, Tensor]:
         return {"elbo": self.elbo(x).mean()}
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         return -self.elbo(x, stage.num_particles).mean(), {}

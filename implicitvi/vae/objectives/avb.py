@@ -13,10 +13,9 @@ from implicitvi.avb.objective import AVBObjective
 from implicitvi.avb.ratios import RatioLoss, ratio_of
 from implicitvi.numerics.types import LogDensity
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import Architecture, ReadyMade
 from implicitvi.vae.contrasts import EncoderSampler, contrast_of, opponents
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 
 
 class AVB(ReadyMade):
@@ -35,7 +34,7 @@ class AVB(ReadyMade):
         ratio: ``"logistic"``, ``"fgan_kl"`` (the f-GAN form, eq. 6.10), ``"least_squares"``, or a `RatioLoss`.
         informed: Whether ``log p - log r`` is an input of the adversary (`InformedAdversary`).
         averaging: Decay of a running average of the adversary's weights, against which the encoder is trained.
-        num_importance: Draws in each importance-weighted bound.
+        num_importance: Draws ``K`` in each importance-weighted bound.
 
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017; eq. 3.6 and 4.2.
@@ -82,18 +81,19 @@ class AVB(ReadyMade):
         return [*opponents(self._objective, self._log_joint, batch), model]
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
-        """Return the objective of data ``x [B, *x_shape]``, an estimate of the ELBO: ``[num_samples, B]`` in nats."""
-        return self._objective.elbo(num_samples, self._log_joint(x), x)[0]
+        """Estimate the bound of data ``x [B, *x_shape]``: ``[num_samples / K, B]`` in nats, of whole groups."""
+        size = self._objective.num_importance
+        return self._objective.elbo(-(-num_samples // size) * size, self._log_joint(x), x)[0]
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
         z = self.encode(x)
-        return {"learned_elbo": self.learned_elbo(x, 1).mean(), "log_likelihood": self.decoder(z).log_prob(x).mean()}
+        return {"learned_elbo": self.learned_elbo(x).mean(), "log_likelihood": self.decoder(z).log_prob(x).mean()}
 
     def _log_joint(self, x: Tensor) -> LogDensity:
         """Return ``log p(x, z)``, without ``log p(z)`` if the prior is the contrast and cancels."""
         return lambda z: self.decoder(z).log_prob(x) if self.relative else self.log_joint(z, x)
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor | None, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         elbo, dropped = self._objective.elbo(stage.num_particles, self._log_joint(x), x)
         return (-elbo.mean() if len(elbo) else None), {"dropped": dropped}

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from implicitvi.avb.ratios import RatioLoss, ratio_of
 from implicitvi.errors import check_at_least, check_positive
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 from implicitvi.vae.objectives.pairs import codes, codes_like, cycle_error, kl_bound, rows
 
 
@@ -79,7 +78,7 @@ class BiadversarialVAE(ReadyMade):
         fake, t = self.decoder(rows(z)).rsample(), self.data_adversary
         return self.ratio.log_ratio(t(z, x)), self.ratio.log_ratio(t(rows(z), fake))
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         z = self.encoder(x).rsample(torch.Size([stage.num_particles]))
         terms = {"data_bound": kl_bound(*self.data_ratios(z, x), self.limit)}
         if self.code_adversary is not None:
@@ -90,7 +89,7 @@ class BiadversarialVAE(ReadyMade):
             loss = loss + self.cycle * error
         return loss, {**terms}
 
-    def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _adversary_loss(self, x: Tensor, stage: Stage) -> Scored:
         with torch.no_grad():
             z = self.encoder(x).rsample(torch.Size([stage.num_particles]))
             fake, prior = self.decoder(rows(z)).rsample(), codes_like(z, self.prior())

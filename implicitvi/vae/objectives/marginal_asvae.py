@@ -12,9 +12,8 @@ from implicitvi.avb.contrasts import Contrast, GaussianContrast
 from implicitvi.avb.ratios import Logistic
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.distributions import divergence
-from implicitvi.vae.model import Batch, LatentModel
+from implicitvi.vae.model import Batch, LatentModel, Scored
 from implicitvi.vae.objectives.pairs import codes
 
 
@@ -87,12 +86,12 @@ class MarginalASVAE(LatentModel):
         standard = self.contrast.standardise(x.flatten(1), r)[:, : x[0].numel()]
         return self.ratio.log_ratio(self.adversary(standard.view_as(x)))
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         count = stage.num_particles
         elbo, reverse = self.elbo(x, count).mean(), self.reverse(x, count * len(x)).mean()
         return self.weight * reverse - elbo, {"elbo": elbo, "reverse_kl": reverse}
 
-    def _adversary_loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _adversary_loss(self, x: Tensor, stage: Stage) -> Scored:
         with torch.no_grad():
             r = self.contrast(x.flatten(1))
             drawn = r.sample(torch.Size([len(x)])).view_as(x)

@@ -26,8 +26,7 @@ Pairs = tuple[Tensor, Tensor]  # codes [M, D] and data [M, *x_shape]
 
 def codes(prior: Distribution, num_samples: int) -> Tensor:
     """Return draws ``z [num_samples, D]`` of the prior, without gradients."""
-    z: Tensor = prior.sample(torch.Size([num_samples]))
-    return z
+    return prior.sample(torch.Size([num_samples]))
 
 
 def codes_like(z: Tensor, prior: Distribution) -> Tensor:
@@ -41,13 +40,9 @@ def rows(z: Tensor) -> Tensor:
 
 
 def parted(z: Tensor) -> Tensor:
-    """Return codes ``z [S, B, D]`` in another order of the data, so that none stays with its datum.
+    """Return codes ``z [S, B, D]`` in another order of the ``B >= 2`` data, so that none stays with its datum.
 
-    The data are put on a circle in random order, and each takes the codes of its neighbour: for ``z ~ q(z | x)`` the
-    pairs are draws of ``q(x) q(z)``.
-
-    Raises:
-        ShapeError: There is only one datum.
+    Each datum takes the codes of its neighbour on a random circle: draws of ``q(x) q(z)`` for ``z ~ q(z | x)``.
     """
     count = z.shape[-2]
     if count < 2:
@@ -78,10 +73,8 @@ def slope(adversary: nn.Module, z: Tensor, x: Tensor) -> Tensor:
 def kl_bound(of_first: Tensor, of_second: Tensor, limit: float = inf) -> Tensor:
     """Return ``1 + E_first[ρ] - E_second[exp ρ]`` in nats, at most ``KL(first ‖ second)``; equal at the log ratio.
 
-    Args:
-        of_first: Learned ``log first - log second`` at draws of the first, of any shape.
-        of_second: The same at draws of the second.
-        limit: Log ratio above which the exponential continues as its tangent.
+    ``ρ``, of any shape, is the learned ``log first - log second`` at draws of the first (``of_first``) and second.
+    Above ``limit`` the exponential continues as its tangent.
 
     References:
         Estimating Divergence Functionals and the Likelihood Ratio by Convex Risk Minimization, XuanLong Nguyen,
@@ -105,10 +98,7 @@ def own_share(pairs: Pairs, device: torch.device) -> Pairs:
 def labelled(pairs: Any, model: LatentModel, **utilities: Utility) -> Pairs:
     """Return codes ``[M, D]`` and data ``[M, *x_shape]`` of labelled pairs ``(data, codes)`` that a model can score.
 
-    Args:
-        pairs: Data ``[M, *x_shape]`` and codes ``[M, D]``.
-        model: The model that will be trained on them.
-        utilities: Utility of encoder and decoder, by name.
+    The utilities are those of encoder and decoder, by name.
 
     Raises:
         ShapeError: There is not one code of the right dimension for each datum.

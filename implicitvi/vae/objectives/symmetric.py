@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from implicitvi.errors import ModelError
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.fitting import VAEFit
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 from implicitvi.vae.objectives.pairs import Pairs, labelled, loss_with_pairs, own_share
 
 
@@ -83,12 +82,12 @@ class SymmetricVAE(ReadyMade):
         of_decoder = self.decoder_utility(self.encode(x), x).mean()
         return {"decoder_utility": of_decoder, "encoder_utility": self.encoder_utility(*self._fantasies(len(x))).mean()}
 
-    def _decoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> tuple[Tensor, Metrics]:
+    def _decoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> Scored:
         with torch.no_grad():
             z = self.encoder(x).sample(torch.Size([stage.num_particles]))
         return loss_with_pairs(self.decoder_utility, self.decoder_utility(z, x).mean(0), pairs), {}
 
-    def _encoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> tuple[Tensor, Metrics]:
+    def _encoder_loss(self, x: Tensor, stage: Stage, *, pairs: Pairs | None) -> Scored:
         drawn = self.encoder_utility(*self._fantasies(stage.num_particles * len(x))).reshape(-1, len(x)).mean(0)
         return loss_with_pairs(self.encoder_utility, drawn, pairs), {}
 

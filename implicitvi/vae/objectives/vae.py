@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from implicitvi.avb.objective import importance_weighted
 from implicitvi.errors import check_at_least
 from implicitvi.training import Player, Stage
-from implicitvi.training.player import Metrics
 from implicitvi.vae.architectures import ReadyMade
 from implicitvi.vae.distributions import divergence
-from implicitvi.vae.model import Batch
+from implicitvi.vae.model import Batch, Scored
 
 
 class VAE(ReadyMade):
@@ -22,8 +21,7 @@ class VAE(ReadyMade):
         E_q[log p(x | z)] - KL(q(z | x) ‖ p(z))
 
     The divergence is in closed form if torch has one (for a Gaussian encoder and prior), else ``log q - log p`` of the
-    draws, as for a flow. With ``num_importance = K`` the objective is the log of the mean of ``K`` importance
-    weights (IWAE).
+    draws, as for a flow. With ``num_importance = K`` the objective is the log mean of ``K`` importance weights (IWAE).
 
     Args:
         encoder: ``q(z | x)``: draws with gradients, and a density.
@@ -36,11 +34,7 @@ class VAE(ReadyMade):
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016.
     """
 
-    needs = {
-        "prior": {"draws", "density"},
-        "encoder": {"draws", "gradients", "density"},
-        "decoder": {"draws", "density"},
-    }
+    needs = {"encoder": {"draws", "gradients", "density"}} | dict.fromkeys(("prior", "decoder"), {"draws", "density"})
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, num_importance: int = 1):
         check_at_least("num_importance", num_importance, 1)
@@ -70,5 +64,5 @@ class VAE(ReadyMade):
     def _bound(self, x: Tensor, num_particles: int) -> Tensor:
         return importance_weighted(self.elbo(x, num_particles * self.num_importance), None, self.num_importance)
 
-    def _loss(self, x: Tensor, stage: Stage) -> tuple[Tensor, Metrics]:
+    def _loss(self, x: Tensor, stage: Stage) -> Scored:
         return -self._bound(x, stage.num_particles).mean(), {}
