@@ -17,8 +17,8 @@ from implicitvi.numerics.gaussian import GaussianMixture, Mixture, gather_draws,
 class MixtureSampler(Sampler):
     """A mixture of samplers with frames of their own, for modes that lie far apart; one of them makes each draw.
 
-    One additional noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to
-    within one draw. Between far modes only the weights can move mass. Their natural gradient needs no score function:
+    One additional noise, stratified, chooses among them: each makes its share of a batch to within one draw. Between
+    far modes only the weights can move mass. Their natural gradient needs no score function:
 
         ∂ELBO / ∂log w_k, in the metric of the simplex = E_{q_k}[elbo] - E_q[elbo]
 
@@ -37,8 +37,7 @@ class MixtureSampler(Sampler):
     weights: Tensor
 
     def __init__(self, samplers: Sequence[Sampler], weights: Tensor, *, rate: float = 0.02):
-        latent_dim, noise_dim = samplers[0].latent_dim, max(s.noise_dim for s in samplers)
-        super().__init__(latent_dim, noise_dim=noise_dim + 1)
+        super().__init__(samplers[0].latent_dim, noise_dim=max(s.noise_dim for s in samplers) + 1)
         self.samplers = nn.ModuleList(samplers)
         self.rate = rate
         self.register_buffer("weights", weights / weights.sum())
@@ -52,9 +51,8 @@ class MixtureSampler(Sampler):
         return torch.cat([eps[:, :-1], torch.special.ndtri(share)[:, None]], -1)
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        share = torch.special.ndtr(eps[:, -1])
         bounds = self.weights.cumsum(0)[:-1].to(eps)
-        chosen = self._chosen = torch.searchsorted(bounds, share)
+        chosen = self._chosen = torch.searchsorted(bounds, torch.special.ndtr(eps[:, -1]))
         order = chosen.argsort()
         counts = chosen.bincount(minlength=len(self.samplers)).tolist()
         parts = [
@@ -67,9 +65,8 @@ class MixtureSampler(Sampler):
     def observe(self, elbo: Tensor) -> None:
         """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN if dropped."""
         assert self._chosen is not None
-        whole = elbo.nanmean()
         each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])
-        gain = (each - whole).nan_to_num(0.0).clamp(-5.0, 5.0)
+        gain = (each - elbo.nanmean()).nan_to_num(0.0).clamp(-5.0, 5.0)
         # a sampler of weight 0 would make no draws, so that its weight could not grow again
         weights = (self.weights.log() + self.rate * gain.to(self.weights)).softmax(0).clamp(min=1e-3)
         self.weights.copy_(weights / weights.sum())

@@ -1,8 +1,7 @@
 """Ratio losses: how an adversary learns the log density ratio of two distributions from their draws.
 
-Each is a frozen dataclass: the adversary minimises ``loss(t_q, t_r)``, and its output ``t`` then gives
-``log q - log r`` through ``log_ratio(t)``. Scores ``t_q [S, ...]`` are of draws of ``q``, ``t_r [R, ...]`` of draws of
-the contrast ``r``.
+The adversary minimises ``loss(t_q, t_r)`` over scores ``t_q [S, ...]`` of draws of ``q`` and ``t_r [R, ...]`` of draws
+of the contrast ``r``; its output ``t`` then gives ``log q - log r`` through ``log_ratio(t)``.
 
 Implementing a ratio loss: a frozen dataclass with these two methods, its `log_ratio` taken at the minimum
 of `loss` over all functions; then join `RATIOS` and the list in ``tests/contracts.py``.

@@ -20,12 +20,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """A tqdm bar with the last losses, refreshed twenty times a fit.
-
-    Args:
-        total: Number of steps to come.
-        labels: Metric names shown, with their captions.
-    """
+    """A tqdm bar over ``total`` steps with the last values of metrics, ``labels`` to captions, set 20 times a fit."""
 
     def __init__(self, total: int, labels: dict[str, str]):
         from tqdm.auto import tqdm
@@ -62,19 +57,17 @@ class Tracker:
         steps: Steps after which there is a record, counted from 1.
         values: The records.
 
-    Example:
-        >>> from implicitvi import ImplicitGuide
-        >>> guide = ImplicitGuide(lambda: None)
-        >>> tracker = Tracker(lambda trainer: guide.sample(100)["mu"].mean(), every=50)
-        >>> tracker.steps, tracker.values
-        ([], [])
+    >>> from implicitvi import ImplicitGuide
+    >>> guide = ImplicitGuide(lambda: None)
+    >>> tracker = Tracker(lambda trainer: guide.sample(100)["mu"].mean(), every=50)
+    >>> tracker.steps, tracker.values
+    ([], [])
     """
 
     def __init__(self, function: Callable[[Trainer], Any], *, every: int = 100):
         _check_function("function", function)
         check_whole("every", every)
-        self.function = function
-        self.every = every
+        self.function, self.every = function, every
         self.steps: list[int] = []
         self.values: list[Any] = []
 
@@ -91,19 +84,17 @@ class EarlyStop:
 
         stop if  mean(before) - mean(recent) < num_se * sqrt(var(before) / window + var(recent) / window)
 
-    Do not use the loss as the diagnostic: while the adversary lags it is not a bound, and a collapsed fit shows a low
-    one. A fit that stops early has not been through the cool end of its schedule; ``start`` keeps it from stopping too
-    soon.
+    Do not use the loss: while the adversary lags it is not a bound, and a collapsed fit has a low one. A fit that stops
+    early has not been through the cool end of its schedule; ``start`` keeps it from stopping too soon.
 
     Args:
-        diagnostic: A function of the trainer that returns a number, lower is better: the distance of the guide's draws
-            from the posterior, or their prediction error. It draws from its own random numbers. Values that are not
-            finite are left out.
+        diagnostic: A function of the trainer that returns a number, lower is better, such as the distance of the
+            guide's draws from the posterior. It has its own random numbers. Values that are not finite are left out.
         every: Steps between two evaluations.
         window: Evaluations in each of the two windows, at least 2. A fit ends only after twice as many.
-        num_se: Number of standard errors of the difference by which the recent values have to be lower. Above 0 a slow
-            fall in noise is given up sooner: if it is as much in a window as the noise's standard deviation, 16 % of
-            fits end in the first half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
+        num_se: Standard errors of the difference by which recent values have to be lower. Above 0 a slow fall in noise
+            is given up sooner: if a window's fall equals the noise's standard deviation, 16 % of fits end in the first
+            half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
         start: Steps before the first evaluation.
 
     Attributes:
@@ -145,15 +136,13 @@ class EarlyStop:
         self.values.append(value)
         if len(self.values) < 2 * self.window:
             return
-        before = self.values[-2 * self.window : -self.window]
-        recent = self.values[-self.window :]
-        mean, earlier = float(np.mean(recent)), float(np.mean(before))
-        gain = earlier - mean
-        error = sqrt((np.var(before, ddof=1) + np.var(recent, ddof=1)) / self.window)
+        before, recent = np.split(np.array(self.values[-2 * self.window :]), 2)
+        gain = before.mean() - recent.mean()
+        error = sqrt((before.var(ddof=1) + recent.var(ddof=1)) / self.window)
         if gain <= 0 or gain < self.num_se * error:
             raise StopTraining(
-                f"the diagnostic no longer falls: {mean:.4g} over the last {self.window} evaluations, "
-                f"{earlier:.4g} before, standard error {error:.2g}"
+                f"the diagnostic no longer falls: {recent.mean():.4g} over the last {self.window} evaluations, "
+                f"{before.mean():.4g} before, standard error {error:.2g}"
             )
 
 
@@ -165,8 +154,7 @@ class Checkpoint:
     Args:
         folder: The folder, created if it does not exist.
         every: Steps between two saved states.
-        best: Diagnostic of the trainer, lower is better; ``None`` to keep the last state alone. Do not use the loss:
-            see `EarlyStop`. It draws from its own random numbers.
+        best: Diagnostic of the trainer as in `EarlyStop`, lower is better; ``None`` to keep the last state alone.
 
     Attributes:
         lowest: The diagnostic of the best state so far.
@@ -176,9 +164,7 @@ class Checkpoint:
         if best is not None:
             _check_function("best", best)
         check_whole("every", every)
-        self.folder = as_folder(folder)
-        self.every = every
-        self.best = best
+        self.folder, self.every, self.best = as_folder(folder), every, best
         self.lowest = inf
         self._started = False
 
@@ -212,9 +198,6 @@ class TensorBoard:
     Args:
         folder: The folder that TensorBoard reads, as ``tensorboard --logdir folder``.
         every: Steps between two records.
-
-    Raises:
-        SetupError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: str | Path, *, every: int = 20):
@@ -244,9 +227,8 @@ class TensorBoard:
 def as_callbacks(callbacks: object) -> tuple[Callback, ...]:
     """Return the functions of an option ``callbacks``; raise `OptionError` unless all can be called."""
     if not isinstance(callbacks, Iterable):
-        raise OptionError.must_be(
-            "callbacks", "a list of functions", repr(callbacks), "Put a single one into a list, callbacks=[callback]."
-        )
+        do = "Put a single one into a list, callbacks=[callback]."
+        raise OptionError.must_be("callbacks", "a list of functions", repr(callbacks), do)
     found = tuple(callbacks)
     for callback in found:
         _check_function("each of the callbacks", callback)

@@ -1,8 +1,8 @@
 """Keep a state in a folder: written whole or not at all, read without running code from the file.
 
-``state.safetensors`` holds everything: tensors by name, and the rest (nesting, numbers, the description of the fit) as
-JSON in the file's header. ``config.json`` repeats the description for people. There is one file, because a file system
-replaces only one at a time atomically.
+``state.safetensors`` holds everything, because a file system replaces only one file at a time atomically: tensors by
+name, and the rest (nesting, numbers, the description of the fit) as JSON in its header. ``config.json`` repeats the
+description for people.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ TENSOR, DICT, TUPLE = "tensor", "dict", "tuple"  # the kinds of JSON objects in 
 
 
 def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
-    """Write nested containers of tensors and numbers, and a description of the fit that they belong to.
-
-    Each file is written under another name, flushed to the disk and then renamed, so that a folder that held a
-    checkpoint always holds one.
-    """
+    """Write nested containers of tensors and numbers, and a description of the fit that they belong to, atomically."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -42,11 +38,7 @@ def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, *, like: Mapping[str, Any]) -> Any:
-    """Read a state that `save_state` wrote, on the CPU.
-
-    Raises:
-        CheckpointError: The file is damaged, of a newer format, or its description differs from ``like``.
-    """
+    """Read a state that `save_state` wrote, on the CPU; raise `CheckpointError` if its description is not ``like``."""
     config, state = read_state(folder)
     check_same(config, like)
     return state
@@ -92,10 +84,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
 
 
 def migrate(config: dict[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
-    """Bring the description and the state of a checkpoint of format 1 (version 0.1.0) to format 2.
-
-    Format 2 renames entries of state dicts, and of the list of their shapes in the description: the buffer ``placed``
-    of a sampler is ``initialised``, and a player's ``followers`` are ``averaged_modules``.
+    """Rename the entries of a checkpoint of format 1 (version 0.1.0), in its state and its description.
 
     >>> migrate({}, {"followers.0.loc": 1, "module.placed": 2})[1]
     {'averaged_modules.0.loc': 1, 'module.initialised': 2}
@@ -119,11 +108,7 @@ def _new_name(name: Any) -> Any:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Return whether ``folder`` holds a state.
-
-    Raises:
-        CheckpointError: The folder has a description without the state that it describes.
-    """
+    """Return whether ``folder`` holds a state; raise `CheckpointError` for a description without its state."""
     if (folder / CONFIG).exists() and not (folder / STATE).exists():
         read_state(folder)
     return (folder / STATE).exists()
@@ -160,8 +145,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {TENSOR: name}
     if isinstance(value, dict):
-        pairs = ((k, _flatten(v, tensors, f"{path}/{k}")) for k, v in value.items())
-        return {DICT: [list(pair) for pair in pairs]}
+        return {DICT: [[k, _flatten(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         items = [_flatten(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
         return items if isinstance(value, list) else {TUPLE: items}

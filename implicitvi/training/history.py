@@ -30,8 +30,7 @@ class History:
     def append(self, **metrics: float | Tensor) -> None:
         """Add one step."""
         for name, value in metrics.items():
-            value = value.detach().clone() if isinstance(value, Tensor) else float(value)
-            self._values[name].append(value)
+            self._values[name].append(value.detach().clone() if isinstance(value, Tensor) else float(value))
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         if name not in self.names():
