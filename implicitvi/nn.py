@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +22,7 @@ def concat_context(z: Tensor, x: Tensor | None) -> Tensor:
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> nn.Sequential:
     """Return a multilayer perceptron through ``sizes``, linear at the end."""
-    layers: list[nn.Module] = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(i, o), activation()]
+    layers = [layer for sides in pairwise(sizes) for layer in (nn.Linear(*sides), activation())]
     return nn.Sequential(*layers[:-1])
 
 

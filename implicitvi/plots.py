@@ -1,7 +1,8 @@
 """Plot what ArviZ does not: training curves, draws on a known density, codes, images and a diagnosis.
 
-Each function draws on the Axes given, or on those of a new figure, and returns them. It does not show or save anything
-and does not change matplotlib's settings. For traces, forests, pairs and predictive checks use `to_arviz`, then ArviZ.
+Each function draws on the Axes given, or on those of a new figure, and returns them; an option or shape that cannot
+work raises `OptionError` or `ShapeError`. It does not show or save anything and does not change matplotlib's settings.
+For traces, forests, pairs and predictive checks use `to_arviz`, then ArviZ.
 
 To add a plot, write a function of plain arrays or tensors that ends in ``ax``, draws with methods of the Axes only,
 labels both axes with units, and tells groups apart by more than colour. Then add it to ``tests/test_plots.py``.
@@ -59,9 +60,6 @@ def loss(fit: HasHistory, name: str = "sampler", *, unit: str = "nats", ax: Axes
         name: A metric of its history: the name of a player, or any other.
         unit: Unit of a player's loss; nats except for least squares.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Raises:
-        OptionError: There is no such metric, or none of its values is finite.
     """
     history = fit.history
     check_choice("name", name, history.names())
@@ -76,9 +74,8 @@ def loss(fit: HasHistory, name: str = "sampler", *, unit: str = "nats", ax: Axes
     if not finite.all():
         at: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "marker": "|"}
         ax.scatter(steps[~finite], np.full((~finite).sum(), 0.02), color=VERMILION, label="step skipped", **at)
-    ax.set_xlim(0, len(steps))
-    ax.set_xlabel("step")
-    ax.set_ylabel(f"{name}'s loss ({unit})" if name in PLAYERS else name.replace("_", " "))
+    label = f"{name}'s loss ({unit})" if name in PLAYERS else name.replace("_", " ")
+    ax.set(xlim=(0, len(steps)), xlabel="step", ylabel=label)
     return ax
 
 
@@ -107,9 +104,6 @@ def training(
         fit: A fit or a trainer.
         names: Metrics to show; ``None`` for all except counts.
         axes: Axes to draw on, one for each metric; ``None`` for a row in a new figure.
-
-    Raises:
-        OptionError: The number of Axes is not that of the metrics.
     """
     metrics = [name for name in fit.history.names() if name not in NO_LOSSES]
     shown = sorted(metrics, key=lambda name: name not in PLAYERS) if names is None else list(names)
@@ -150,10 +144,6 @@ def draws_on_density(
         legend: Whether to add a legend.
         color: Colour of the draws.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Raises:
-        ShapeError: The draws or the log density do not have the shape above.
-        OptionError: The density is not positive anywhere in the window, or an option has an invalid value.
 
     >>> ax = draws_on_density(torch.randn(100, 2), lambda z: -0.5 * z.square().sum(-1))
     >>> ax.get_xlabel(), ax.get_ylabel()
@@ -229,12 +219,8 @@ def codes(z: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, *, ax
 
     Args:
         z: Codes ``[N, 2]``.
-        labels: Class ``[N]`` of each, integers or strings; or floating-point numbers, which get a colour bar. ``None``
-            for one colour.
+        labels: Class ``[N]`` of each, integers or strings; or floats, which get a colour bar. ``None`` for one colour.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Raises:
-        ShapeError: The codes do not have two dimensions, or the labels are not as many as the codes.
     """
     points = _plane(z, "codes")
     kinds = None if labels is None else _array(labels)
@@ -284,9 +270,6 @@ def images(
         columns: Number of images in a row; ``None`` for a square.
         rows: Captions at the left, which divide the rows evenly: one for each row, or one for several.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Raises:
-        ShapeError: The array does not hold images, or the captions do not divide the rows.
     """
     pictures = _array(x)
     if pictures.ndim not in (3, 4) or (pictures.ndim == 4 and pictures.shape[1] not in (1, 3)):
@@ -328,9 +311,6 @@ def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
     Args:
         checks: Such as the `Report` of ``fit.diagnose()``.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Raises:
-        OptionError: There are no checks, or they are something else.
     """
     found = list(checks)
     others = sorted({type(check).__name__ for check in found if not isinstance(check, Check)})
@@ -391,7 +371,6 @@ def _one(ax: Axes | None, **figure: Any) -> Axes:
 
 
 def _several(axes: Any, count: int) -> Array:
-    """Return that many Axes in a flat array."""
     if axes is None:
         import matplotlib.pyplot as plt
 
@@ -405,7 +384,6 @@ def _several(axes: Any, count: int) -> Array:
 
 
 def _plane(points: ArrayLike | Tensor, what: str) -> Array:
-    """Return points ``[N, 2]`` as an array."""
     found = _array(points)
     if found.ndim != 2 or found.shape[1] != 2 or not len(found):
         do = "Pick two columns: draws[:, [0, 1]]. For all pairs of many, use az.plot_pair of to_arviz."

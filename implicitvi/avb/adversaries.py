@@ -3,8 +3,7 @@
 ``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; only it squeezes the last axis.
 The scores start at zero: until something is learned the objective is that of ``q = r``.
 
-Implementing an adversary: a module with this signature, its last layer zero; then join the list in
-``tests/contracts.py``.
+Implementing an adversary: a module with this signature and a zero last layer; add it to ``tests/contracts.py``.
 """
 
 from __future__ import annotations
@@ -118,11 +117,10 @@ class InformedAdversary(nn.Module):
 class PairwiseAdversary(nn.Module):
     """An adversary ``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder 2017, section 5.2, without ``√K``).
 
-    A datum passes through its network once for all codes that are paired with it. Without the root, one step of Adam
-    moves a product of hundreds of terms by tens of nats. The last term subtracts a standard normal contrast, so that
-    the networks learn ``log q`` alone; less ``D``, it is 0 on average over that contrast. It helps where ``q`` is much
-    narrower than the contrast, and hinders with an Adaptive Contrast, whose Gaussian is near ``q`` from the start.
-    Networks that end in a linear layer contribute 0 at the start.
+    A datum passes through its network once for all its codes. Without the root, one step of Adam moves a product of
+    hundreds of terms by tens of nats. The last term subtracts a standard normal contrast, over which it averages 0, so
+    that the networks learn ``log q`` alone. It helps where ``q`` is much narrower than the contrast; it hinders an
+    Adaptive Contrast, near ``q`` from the start. Networks that end in a linear layer contribute 0 at the start.
 
     Args:
         x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.
@@ -209,6 +207,5 @@ def _add_square(scores: Tensor, z: Tensor, square: bool) -> Tensor:
 
 
 def _check_sizes(width: int, blocks: int) -> None:
-    """Raise `OptionError` unless a network has a width of at least 1 and at least 0 blocks."""
     check_at_least("width", width, 1)
     check_at_least("blocks", blocks, 0)

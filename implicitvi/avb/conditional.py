@@ -152,6 +152,5 @@ class ConditionalSampler(Sampler):
 
 
 def _affine(h: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    """Return ``loc + scale_tril h`` of ``h [..., D]``."""
     z: Tensor = loc + (scale_tril @ h[..., None]).squeeze(-1)
     return z

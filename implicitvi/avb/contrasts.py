@@ -88,8 +88,7 @@ class DiagonalGaussianContrast(Contrast):
 class GaussianContrast(Contrast):
     """A Gaussian with the mean and full covariance of the current draws.
 
-    The adversary does not have to learn linear dependence between latents; with fewer draws than dimensions a small
-    multiple of the covariance's diagonal completes it.
+    With fewer draws than dimensions a small multiple of the covariance's diagonal completes it.
     """
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:

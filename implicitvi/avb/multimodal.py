@@ -25,7 +25,7 @@ class MixtureSampler(Sampler):
     It vanishes where ``w_k ∝ Z_k exp(-KL(q_k‖p_k))`` with the evidence ``Z_k`` of a mode.
 
     Args:
-        samplers: Samplers without context of one latent dimension ``D``, as many as there are modes.
+        samplers: A sampler for each mode, without context, of one latent dimension ``D``.
         weights: Their weights ``[K]`` at the start.
         rate: Step size of the logarithms of the weights; 0 keeps them.
 
@@ -38,7 +38,7 @@ class MixtureSampler(Sampler):
 
     def __init__(self, samplers: Sequence[Sampler], weights: Tensor, *, rate: float = 0.02):
         super().__init__(samplers[0].latent_dim, noise_dim=max(s.noise_dim for s in samplers) + 1)
-        self.samplers = nn.ModuleList(samplers)
+        self.samplers: Sequence[Sampler] = nn.ModuleList(samplers)  # type: ignore[assignment]
         self.rate = rate
         self.register_buffer("weights", weights / weights.sum())
         self.initialised.fill_(True)
@@ -57,7 +57,7 @@ class MixtureSampler(Sampler):
         counts = chosen.bincount(minlength=len(self.samplers)).tolist()
         parts = [
             sampler.to_latent(sampler.transform(part[:, : sampler.noise_dim]))
-            for sampler, part in zip(self._samplers(), eps[order].split(counts), strict=True)
+            for sampler, part in zip(self.samplers, eps[order].split(counts), strict=True)
         ]
         return torch.cat(parts)[order.argsort()]
 
@@ -73,20 +73,15 @@ class MixtureSampler(Sampler):
 
     def frames(self) -> tuple[Tensor, Tensor]:
         """Return locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
-        samplers = self._samplers()
-        return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
+        return torch.stack([s.loc for s in self.samplers]), torch.stack([s.scale_tril for s in self.samplers])
 
     def modes(self, z: Tensor) -> Tensor:
         """Return the sampler whose frame, as a Gaussian, is densest at each of ``z [..., D]``: ``[...]``."""
         scores = [
-            -0.5 * whiten(z.flatten(0, -2), sampler.loc, sampler.scale_tril).square().sum(-1)
-            - sampler.scale_tril.diagonal().log().sum()
-            for sampler in self._samplers()
+            -0.5 * whiten(z.flatten(0, -2), s.loc, s.scale_tril).square().sum(-1) - s.scale_tril.diagonal().log().sum()
+            for s in self.samplers
         ]
         return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
-
-    def _samplers(self) -> list[Sampler]:
-        return list(self.samplers)  # type: ignore[arg-type]
 
 
 class PerModeContrast(Contrast):
@@ -112,7 +107,7 @@ class PerModeContrast(Contrast):
         self, contrasts: Sequence[Contrast], weights: Tensor, locs: Tensor, scale_trils: Tensor, *, rate: float = 0.25
     ):
         super().__init__()
-        self.contrasts = nn.ModuleList(contrasts)
+        self.contrasts: Sequence[Contrast] = nn.ModuleList(contrasts)  # type: ignore[assignment]
         # a contrast of fewer coordinates than another leaves the rest of them 0
         self.extra_dim = max(contrast.extra_dim for contrast in contrasts) + len(contrasts)
         self.rate = rate
@@ -127,13 +122,13 @@ class PerModeContrast(Contrast):
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         refuse_context(x)
         modes = self.modes(z.detach())
-        parts = [part(self._draws_of(k, z, modes)) for k, part in enumerate(self._parts())]
+        parts = [part(self._draws_of(k, z, modes)) for k, part in enumerate(self.contrasts)]
         return Mixture(self.weights.clone(), parts)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, Mixture)
         own = one_hot(self.modes(z.detach()), len(self.contrasts)).to(z)
-        each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
+        each = [c.standardise(z, part) for c, part in zip(self.contrasts, r.parts, strict=True)]
         widest = z.shape[-1] + self.extra_dim - len(each)
         wide = torch.stack([pad(e, (0, widest - e.shape[-1])) for e in each], -1)
         return torch.cat([(wide * own[..., None, :]).sum(-1), own], -1)
@@ -142,7 +137,7 @@ class PerModeContrast(Contrast):
     def observe(self, z: Tensor, r: Distribution) -> None:
         assert isinstance(r, Mixture)
         modes = self.modes(z)
-        for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
+        for k, (contrast, part) in enumerate(zip(self.contrasts, r.parts, strict=True)):
             contrast.observe(self._draws_of(k, z, modes), part)
         found = one_hot(gather_draws(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
         weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
@@ -155,6 +150,3 @@ class PerModeContrast(Contrast):
             return own
         steps = dim**0.5 * self.scale_trils[k].mT
         return torch.cat([own, self.locs[k] + steps, self.locs[k] - steps])
-
-    def _parts(self) -> list[Contrast]:
-        return list(self.contrasts)  # type: ignore[arg-type]

@@ -153,8 +153,7 @@ class AVBObjective:
     def elbo(self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """Return the bound of each of ``S`` fresh draws, ``[S / K, (B,)]``, and the number of dropped draws.
 
-        A draw without a finite log density is dropped, with all that share its importance weights; its gradient would
-        be lost in any case, and those of the others with it.
+        A draw without a finite log density, whose gradient would spoil all, is dropped with all that share its weights.
         """
         return self.bound(self.sampler(num_samples, x), log_joint, x)
 
@@ -226,15 +225,15 @@ class AVBObjective:
         log_r, inputs = self.adversary_inputs(z, self.contrast(z, x), log_p, x)
         return log_r, self._log_ratio(inputs, x)
 
+    @torch.no_grad()
     def update_average(self) -> None:
         """Update the average of the adversary; called after each of its steps."""
         if self.average is None:
             return
-        with torch.no_grad():
-            average, latest = self._weights
-            torch._foreach_lerp_(average, latest, 1 - self.averaging)
-            for old, new in zip(*self._buffers, strict=True):
-                old.copy_(new)
+        average, latest = self._weights
+        torch._foreach_lerp_(average, latest, 1 - self.averaging)
+        for old, new in zip(*self._buffers, strict=True):
+            old.copy_(new)
 
     def _log_ratio(self, inputs: Sequence[Tensor], x: Tensor | None) -> Tensor:
         context = None if x is None else x.detach()  # q is held fixed, and so is its context

@@ -35,8 +35,7 @@ class Logistic:
     Minimised by ``t = log q - log r``; its value there is ``2 log 2 - 2 JS(q, r)``.
 
     >>> import torch
-    >>> zero = torch.zeros(3)
-    >>> round(Logistic().loss(zero, zero).item(), 4)
+    >>> round(Logistic().loss(torch.zeros(3), torch.zeros(3)).item(), 4)
     1.3863
     """
 

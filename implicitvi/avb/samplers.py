@@ -30,8 +30,7 @@ class Sampler(nn.Module, ABC):
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
-        noise_dim: Dimension of the standard normal noise, ``None`` for ``latent_dim``. Less is refused: the draws would
-            not have a density.
+        noise_dim: Dimension of the standard normal noise, at least ``D`` for a density; ``None`` for ``D``.
         context_dim: Dimension ``C`` of the context ``x``; 0 for none.
     """
 
@@ -225,8 +224,7 @@ class NoiseBasisSampler(Sampler):
     def moments(self, num_samples: int, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the conditional mean ``[(B,) D]`` and covariance ``[(B,) D, D]`` of ``z`` given ``x``.
 
-        Exact in ``x``; the moments of the basis come from ``num_samples`` noises shared by every row of ``x``, and by
-        several processes without gradients.
+        Exact in ``x``; every row, and every process without gradients, shares ``num_samples`` noises of the basis.
         """
         shape = (distributed.per_process(num_samples), self.noise_dim)
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
@@ -249,8 +247,8 @@ class SemiImplicitSampler(Sampler):
 
         h = f(ε, x) + σ ⊙ η,   η ~ N(0, I)
 
-    Its density is a mixture ``E_ε N(z; f(ε, x), σ²)``, positive everywhere and bounded from both sides by finitely
-    many ``ε``, as certified bounds on the evidence require.
+    Its density ``E_ε N(z; f(ε, x), σ²)`` is positive and bounded from both sides by finitely many ``ε``, as certified
+    bounds on the evidence require.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.

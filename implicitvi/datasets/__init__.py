@@ -21,15 +21,5 @@ from implicitvi.datasets.images import (
 )
 
 __all__ = ["Banana", "EightSchools", "Rosenbrock", "Torus", "ToyDensity", "TwoModes", "XShaped"]
-__all__ += ["eight_schools", "toy_densities"]
-__all__ += [
-    "ImageFolder",
-    "Labelled",
-    "Split",
-    "binarise",
-    "digits",
-    "four_points",
-    "image_folder",
-    "mnist",
-    "read_idx",
-]
+__all__ += ["eight_schools", "toy_densities", "ImageFolder", "Labelled", "Split"]
+__all__ += ["binarise", "digits", "four_points", "image_folder", "mnist", "read_idx"]

@@ -25,11 +25,7 @@ from implicitvi.errors import check_at_least
 
 
 class ToyDensity(ABC):
-    """A density of the plane, possibly unnormalised, with exact draws.
-
-    Attributes:
-        name: Short name, the key in `toy_densities`.
-    """
+    """A density of the plane, possibly unnormalised, with exact draws; ``name`` is its key in `toy_densities`."""
 
     name: ClassVar[str]
 
@@ -117,11 +113,7 @@ class Rosenbrock(ToyDensity):
 
 @dataclass(frozen=True)
 class Banana(ToyDensity):
-    """A bent normal, normalised: ``(z₁, z₁² + z₂ + 1)`` is normal with unit variances.
-
-    Args:
-        correlation: Correlation of that normal, inside (-1, 1).
-    """
+    """A bent normal, normalised: ``(z₁, z₁² + z₂ + 1)`` is normal with unit variances and a correlation in (-1, 1)."""
 
     name: ClassVar[str] = "banana"
     correlation: float = 0.9
@@ -139,11 +131,7 @@ class Banana(ToyDensity):
 
 @dataclass(frozen=True)
 class TwoModes(ToyDensity):
-    """A pair of round modes on the first axis: the equal mixture of ``N((±offset, 0), I)``, normalised.
-
-    Args:
-        offset: Distance of each mode from the origin, >= 0.
-    """
+    """A pair of round modes: equal parts ``N((±offset, 0), I)`` with ``offset >= 0``, normalised."""
 
     name: ClassVar[str] = "two_modes"
     offset: float = 2.0
@@ -164,11 +152,7 @@ class TwoModes(ToyDensity):
 
 @dataclass(frozen=True)
 class XShaped(ToyDensity):
-    """A cross: the equal mixture of ``N(0, 2 [[1, ±ρ], [±ρ, 1]])``, normalised.
-
-    Args:
-        correlation: Correlation ``ρ`` of the arms, inside (-1, 1).
-    """
+    """A cross: equal parts ``N(0, 2 [[1, ±ρ], [±ρ, 1]])`` with ``correlation`` ``ρ`` in (-1, 1), normalised."""
 
     name: ClassVar[str] = "x_shaped"
     correlation: float = 0.9

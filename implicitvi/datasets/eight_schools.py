@@ -18,11 +18,8 @@ class EightSchools:
     """The Eight Schools model of the AVB paper: a ten-dimensional posterior with two mirrored modes.
 
     ``mu, tau, eta_i ~ N(0, 1)`` and ``y_i ~ N(mu + tau · eta_i, sigma_i²)``. The scale ``tau`` may be negative, so the
-    posterior is symmetric under ``(tau, eta) → (-tau, -eta)``.
-
-    Attributes:
-        y: Effects, ``[8]``.
-        sigma: Their standard errors, ``[8]``.
+    posterior is symmetric under ``(tau, eta) → (-tau, -eta)``. The data are effects ``y [8]`` and their standard errors
+    ``sigma [8]``.
 
     References:
         Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 5.1; data of its published code.
@@ -93,7 +90,6 @@ def eight_schools() -> EightSchools:
     >>> eight_schools().y[:3]
     tensor([ 2.8000,  0.8000, -0.3000])
     """
-    return EightSchools(
-        y=torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2]),
-        sigma=torch.tensor([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4]),
-    )
+    y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2])
+    sigma = torch.tensor([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4])
+    return EightSchools(y, sigma)

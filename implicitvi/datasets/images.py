@@ -35,12 +35,7 @@ _UNSIGNED_BYTES = 8  # IDX code of the data type
 
 
 class Labelled(NamedTuple):
-    """A set of images and their labels.
-
-    Attributes:
-        images: ``[N, channels, height, width]``, in [0, 1].
-        labels: ``[N]``, integers.
-    """
+    """A set of images ``[N, channels, height, width]`` with values in [0, 1], and their integer labels ``[N]``."""
 
     images: Tensor
     labels: Tensor
@@ -72,16 +67,13 @@ class Split(NamedTuple):
 def four_points(repeats: int = 128) -> Tensor:
     """Return the four binary images of 2 x 2 pixels with one pixel on, each ``repeats`` times: ``[4 · repeats, 4]``.
 
-    Two latent dimensions suffice for the best log likelihood, ``-log 4``.
+    Two latent dimensions suffice for the best log likelihood, ``-log 4`` (the AVB paper, section 5.2).
 
     >>> four_points(1)
     tensor([[1., 0., 0., 0.],
             [0., 1., 0., 0.],
             [0., 0., 1., 0.],
             [0., 0., 0., 1.]])
-
-    References:
-        Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 5.2.
     """
     check_at_least("repeats", repeats, 1)
     return torch.eye(4).repeat(repeats, 1)
@@ -147,11 +139,7 @@ def mnist(path: str | Path | None = None, *, validation: int = 5000, as_bytes: b
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read the bytes of an IDX file, gzipped or not, in the shape that its header gives.
-
-    Raises:
-        DataError: The file cannot be read, or its magic number or its length is wrong.
-    """
+    """Read the bytes of an IDX file, gzipped or not, in the shape that its header gives; a damaged one is refused."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -212,15 +200,12 @@ class ImageFolder(Dataset[Tensor]):
 def image_folder(path: str | Path, size: int = 64, *, crop: int | None = None) -> ImageFolder:
     """Return the colour pictures of a folder and its subfolders, cropped and resized, for ``fit`` or a ``DataLoader``.
 
-    For the faces of the AVB paper's code, use CelebA with ``size=64, crop=128``.
+    A damaged one raises `DataError` when it is read. For the faces of the AVB paper, use CelebA, ``size=64, crop=128``.
 
     Args:
         path: The folder.
         size: Height and width of the pictures ``[3, size, size]``.
         crop: Side, in pixels of the file, of the central square to crop; ``None`` for the largest.
-
-    Raises:
-        DataError: The folder is missing or without pictures. Reading a damaged picture later raises it too.
     """
     check_at_least("size", size, 1)
     if crop is not None:

@@ -17,6 +17,7 @@ from implicitvi.training.checkpoint import STATE, as_folder, read_state
 from implicitvi.training.trainer import Callback, StopTraining, Trainer
 
 T = TypeVar("T")
+Diagnostic = Callable[[Trainer], float]
 
 
 class Progress:
@@ -49,8 +50,7 @@ class Tracker:
     The function draws from its own random numbers, which depend on the step alone.
 
     Args:
-        function: A function of the trainer; a tensor that it returns is copied. Use a closure to reach the guide or
-            the model.
+        function: A function of the trainer, or a closure on the guide or the model; a tensor from it is copied.
         every: Steps between two records.
 
     Attributes:
@@ -103,23 +103,15 @@ class EarlyStop:
     """
 
     def __init__(
-        self,
-        diagnostic: Callable[[Trainer], float],
-        *,
-        every: int = 50,
-        window: int = 10,
-        num_se: float = 0.0,
-        start: int = 0,
+        self, diagnostic: Diagnostic, *, every: int = 50, window: int = 10, num_se: float = 0.0, start: int = 0
     ):
         if isinstance(diagnostic, str):
-            raise OptionError(
-                f"diagnostic must be a function of the trainer, not a metric of training, got {diagnostic!r}. "
-                "The loss is not a bound while the adversary lags; compare draws, as implicitvi.metrics does."
-            )
+            expected = "a function of the trainer, not a metric of training"
+            do = "The loss is not a bound while the adversary lags; compare draws, as implicitvi.metrics does."
+            raise OptionError.must_be("diagnostic", expected, repr(diagnostic), do)
         _check_function("diagnostic", diagnostic)
-        check_whole("every", every)
-        check_whole("start", start, least=0)
-        check_whole("window", window, least=2)
+        for option, value, least in (("every", every, 1), ("start", start, 0), ("window", window, 2)):
+            check_whole(option, value, least)
         check_at_least("num_se", num_se, 0)
         self.diagnostic = diagnostic
         self.every, self.window, self.num_se, self.start = every, window, num_se, start
@@ -160,13 +152,12 @@ class Checkpoint:
         lowest: The diagnostic of the best state so far.
     """
 
-    def __init__(self, folder: str | Path, *, every: int = 100, best: Callable[[Trainer], float] | None = None):
+    def __init__(self, folder: str | Path, *, every: int = 100, best: Diagnostic | None = None):
         if best is not None:
             _check_function("best", best)
         check_whole("every", every)
         self.folder, self.every, self.best = as_folder(folder), every, best
-        self.lowest = inf
-        self._started = False
+        self.lowest, self._started = inf, False
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step_count % self.every:
@@ -206,9 +197,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise SetupError(
-                f"TensorBoard is not installed ({error}). Run pip install 'implicitvi[tensorboard]', or use Tracker."
-            ) from error
+            do = "Run pip install 'implicitvi[tensorboard]', or use Tracker."
+            raise SetupError(f"TensorBoard is not installed ({error}). {do}") from error
         self.every = every
         self.writer: Any = SummaryWriter(str(folder))
 

@@ -56,8 +56,7 @@ def optional(check: Check) -> Check:
 
 def values_of(settings: Any, *, decisive: bool = False) -> dict[str, Any]:
     """Return the options by name as they are, or only the decisive ones."""
-    chosen = (each.name for each in fields(settings) if each.metadata["decisive"] or not decisive)
-    return {name: getattr(settings, name) for name in chosen}
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["decisive"] or not decisive}
 
 
 def from_options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,9 +52,8 @@ class Trainer:
     A turn whose loss or gradient is not finite changes neither parameters nor optimiser and is counted; after
     ``max_skips`` in a row the last good state is restored and `NonFiniteError` raised.
 
-    A step never waits for the device, which decides whether a turn is taken, and keeps counts and metrics until they
-    are read. On an accelerator the counts are read at every tenth step, so the error comes up to ten steps late, and
-    not at all if the fit has recovered by then.
+    A step never waits for the device, which decides whether a turn is taken. On an accelerator the counts are read at
+    every tenth step: the error comes up to ten steps late, and not at all if the fit has recovered by then.
 
     Args:
         players: The players, in the order of their turns.
@@ -94,10 +94,8 @@ class Trainer:
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._clips = {player.name: Clip(clip_norm) for player in self.players}
-        self._optimisers = {
-            player.name: torch.optim.Adam(player.parameters(), lr=1.0, betas=betas, fused=True)
-            for player in self.players
-        }
+        adam = partial(torch.optim.Adam, lr=1.0, betas=betas, fused=True)
+        self._optimisers = {player.name: adam(player.parameters()) for player in self.players}
         on_cpu = all(p.is_cpu for player in self.players for p in player.parameters())
         self._look_every = 1 if on_cpu else LOOK_EVERY
         self._good: dict[str, Any] | None = None
