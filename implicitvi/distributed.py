@@ -49,8 +49,7 @@ def per_process(number: int) -> int:
 def join(device: torch.device) -> Iterator[None]:
     """Work with the other processes, on ``device``: those of ``torchrun``, or of a group that the caller has started.
 
-    A group that is started here stays until the process ends. An interrupt waits until all processes have taken the
-    same steps (`agree`).
+    A group started here stays until the process ends. An interrupt waits until all have taken the same steps (`agree`).
     """
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if device.type == "cuda":

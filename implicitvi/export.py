@@ -18,26 +18,10 @@ from torch import Tensor, nn
 
 from implicitvi.diagnostics.posterior import TrainedGuide, is_guide
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
-from implicitvi.pyro_model.enumeration import (
-    Enumerate,
-    SharedSiteError,
-    batchable,
-    discrete_draw,
-    is_enumerated,
-    log_sum_of,
-)
+from implicitvi.pyro_model import enumeration, tracing
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.sites import plate_names
 from implicitvi.pyro_model.subsampling import PinnedSubsample
-from implicitvi.pyro_model.tracing import (
-    first_line,
-    is_deterministic,
-    plate_nesting,
-    run_at,
-    score,
-    sites_without_density,
-    unvalidated,
-)
 
 Groups = dict[str, dict[str, NDArray[Any]]]
 
@@ -65,8 +49,7 @@ def to_arviz(
 
     Groups:
 
-    - ``posterior``: with the deterministic sites, and with enumerated discrete sites drawn from their exact conditional
-      given each draw;
+    - ``posterior``: with the deterministic sites, and the enumerated ones drawn from their exact conditionals;
     - ``posterior_predictive``: the observed sites drawn from the model;
     - ``log_likelihood`` of every observation in nats, unscaled, discrete sites summed out; left out with a warning
       where several observations share a discrete site;
@@ -87,8 +70,7 @@ def to_arviz(
         prior: Whether to sample the prior too.
         coords: Coordinates of the dimensions, as in ArviZ.
         dims: Names of the dimensions of each site; by default the names of its plates, if every dimension has one.
-        attrs: Attributes in addition to the versions and, of a `Fit`, its seed, steps, seconds and stop reason, such as
-            ``{"report": str(report)}``.
+        attrs: More attributes than the versions and a `Fit`'s seed, steps, seconds and stop reason.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -110,14 +92,9 @@ def to_arviz(
         if not run.implicit:
             with torch.no_grad():
                 stats = _stats(guide, LogJoint(model, layout)(u, *args, **kwargs), u, log_det)
-        chains.append(
-            {
-                "posterior": posterior | run.deterministic(posterior),
-                "posterior_predictive": run.predictive(posterior),
-                "log_likelihood": run.log_likelihood(),
-                "sample_stats": stats,
-            }
-        )
+        chain = {"posterior": posterior | run.deterministic(posterior)}
+        chain |= {"posterior_predictive": run.predictive(posterior), "log_likelihood": run.log_likelihood()}
+        chains.append(chain | {"sample_stats": stats})
         named = {site.name: site.dims for site in layout.sites}
     assert run is not None
     if run.implicit:
@@ -130,7 +107,7 @@ def to_arviz(
     groups["constant_data"] = {k: v.numpy(force=True) for k, v in run.constant().items()}
     named |= {name: plate_names(node) for name, node in (run.summed_out | run.observed).items()}
     named |= {name: _computed_dims(node) for name, node in run.computed.items()}
-    given = {} if dims is None else {name: list(value) for name, value in dims.items()}
+    given = {name: list(value) for name, value in (dims or {}).items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
     about = _about(sources) | dict(attrs or {})
     return _container({k: v for k, v in groups.items() if v}, coords, all_dims, about)
@@ -201,29 +178,29 @@ class _Run:
         self.model, self.draws, self.args, self.kwargs = model, draws, args, kwargs
         minibatch = PinnedSubsample()
         try:
-            with unvalidated(), minibatch.pinned():
-                trace = run_at(minibatch(model), _at(draws, 0), *args, **kwargs)
+            with tracing.unvalidated(), minibatch.pinned():
+                trace = tracing.run_at(minibatch(model), _at(draws, 0), *args, **kwargs)
         finally:
             _refuse_minibatches(minibatch)
         nodes = {name: n for name, n in trace.nodes.items() if n["type"] == "sample"}
-        self.summed_out = {name: node for name, node in nodes.items() if is_enumerated(node)}
-        self.computed = {name: node for name, node in nodes.items() if is_deterministic(node)}
+        self.summed_out = {name: node for name, node in nodes.items() if enumeration.is_enumerated(node)}
+        self.computed = {name: node for name, node in nodes.items() if tracing.is_deterministic(node)}
         self.observed = {
             name: node
             for name, node in nodes.items()
             if node["is_observed"] and name not in draws | self.computed and not isinstance(node["fn"], Unit)
         }
-        self.implicit = sites_without_density(model, _at(draws, 0), *args, **kwargs)
-        self._nesting = plate_nesting(nodes.values())
+        self.implicit = tracing.sites_without_density(model, _at(draws, 0), *args, **kwargs)
+        self._nesting = tracing.plate_nesting(nodes.values())
 
     def discrete(self) -> dict[str, Tensor]:
         """Draw the enumerated sites given each draw and the data: ``{site: [S, *site shape]}``."""
         if not self.summed_out:
             return {}
         # one by one: Pyro's sampling through contractions cannot run under vmap
-        with torch.no_grad(), unvalidated():
+        with torch.no_grad(), tracing.unvalidated():
             each = [
-                discrete_draw(self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs)
+                enumeration.discrete_draw(self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs)
                 for i in range(_size(self.draws))
             ]
         return {
@@ -235,7 +212,7 @@ class _Run:
         """Return the deterministic sites at each draw: ``{site: [S, *site shape]}``."""
 
         def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            nodes = run_at(self.model, values, *self.args, **self.kwargs).nodes
+            nodes = tracing.run_at(self.model, values, *self.args, **self.kwargs).nodes
             return {name: nodes[name]["value"] for name in self.computed}
 
         return _each(one, posterior) if self.computed else {}
@@ -266,7 +243,7 @@ class _Run:
             with torch.no_grad():
                 drawn = predictive(*self.args, **self.kwargs)
         except (NotImplementedError, ValueError, RuntimeError) as error:
-            why = f"The prior cannot be sampled ({first_line(error)})"
+            why = f"The prior cannot be sampled ({tracing.first_line(error)})"
             warnings.warn(f"{why}, so prior and prior_predictive are left out.", stacklevel=3)
             return {}
         return {
@@ -293,16 +270,16 @@ class _Run:
 
         Warn and return nothing where observations share a discrete site.
         """
-        enumerated = Enumerate(-1 - self._nesting)(self.model) if self.summed_out else self.model
+        enumerated = enumeration.Enumerate(-1 - self._nesting)(self.model) if self.summed_out else self.model
 
         def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            trace = run_at(enumerated, values, *self.args, **self.kwargs)
-            score(trace, values, self.implicit)
-            return {name: log_sum_of(trace, name) for name in self.observed}
+            trace = tracing.run_at(enumerated, values, *self.args, **self.kwargs)
+            tracing.score(trace, values, self.implicit)
+            return {name: enumeration.log_sum_of(trace, name) for name in self.observed}
 
         try:
             scores = _each(one, self.draws)
-        except SharedSiteError as error:
+        except enumeration.SharedSiteError as error:
             warnings.warn(f"log_likelihood is left out: {error}", stacklevel=3)
             return {}
         return {name: scores[name].reshape(-1, *node["fn"].batch_shape) for name, node in self.observed.items()}
@@ -310,9 +287,9 @@ class _Run:
 
 def _each(one: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply a function to each draw: under vmap, or in a loop if the model cannot be batched."""
-    with torch.no_grad(), unvalidated():
+    with torch.no_grad(), tracing.unvalidated():
         try:
-            with batchable(quiet=True):
+            with enumeration.batchable(quiet=True):
                 results: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(draws)
         except ImplicitVIError:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +22,7 @@ def concat_context(z: Tensor, x: Tensor | None) -> Tensor:
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ELU) -> nn.Sequential:
     """Return a multilayer perceptron through ``sizes``, linear at the end."""
-    layers: list[nn.Module] = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(i, o), activation()]
+    layers = [layer for sides in pairwise(sizes) for layer in (nn.Linear(*sides), activation())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -51,11 +50,7 @@ class ResidualBlock(nn.Module):
 
 
 class GatedLayer(nn.Module):
-    """A layer ``silu(U h) ⊙ (V h)`` that multiplies inputs, as log densities often do.
-
-    References:
-        GLU Variants Improve Transformer, Noam Shazeer, 2020.
-    """
+    """A layer ``silu(U h) ⊙ (V h)`` that multiplies inputs (GLU Variants Improve Transformer, Noam Shazeer, 2020)."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -141,8 +136,7 @@ class Ensemble(nn.Module):
 
     def forward(self, eps: Tensor) -> Tensor:
         """Map inputs ``[..., M, in]`` to outputs ``[..., M, out]``, the ``m``-th by the ``m``-th network."""
-        each = eps.reshape(-1, *eps.shape[-2:]).transpose(0, 1)
-        h = each
+        h = each = eps.reshape(-1, *eps.shape[-2:]).transpose(0, 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, self.activation(h) if i else h, weight)
         out: Tensor = torch.baddbmm(h, each, self.skip)
@@ -226,7 +220,7 @@ class LocationScaleNet(nn.Module):
         """Map ``x [..., C]`` to ``loc [..., D]`` and lower triangular ``scale [..., D, D]``."""
         raw = self.skip(x) + self.net(x)
         d = self.latent_dim
-        loc, log_diagonal, below = raw.split([d, d, raw.shape[-1] - 2 * d], -1)
+        loc, log_diagonal, below = raw.split([d, d, d * (d - 1) // 2], -1)
         diagonal = bounded_exp(log_diagonal)
         rows, columns = torch.tril_indices(d, d, -1, device=x.device)
         lower = raw.new_zeros(*raw.shape[:-1], d, d)

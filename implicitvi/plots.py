@@ -1,7 +1,8 @@
 """Plot what ArviZ does not: training curves, draws on a known density, codes, images and a diagnosis.
 
-Each function draws on the Axes given, or on those of a new figure, and returns them. It does not show or save anything
-and does not change matplotlib's settings. For traces, forests, pairs and predictive checks use `to_arviz`, then ArviZ.
+Each function draws on the Axes given, or on those of a new figure, and returns them; an option or shape that cannot
+work raises `OptionError` or `ShapeError`. It does not show or save anything and does not change matplotlib's settings.
+For traces, forests, pairs and predictive checks use `to_arviz`, then ArviZ.
 
 To add a plot, write a function of plain arrays or tensors that ends in ``ax``, draws with methods of the Axes only,
 labels both axes with units, and tells groups apart by more than colour. Then add it to ``tests/test_plots.py``.
@@ -25,7 +26,9 @@ from implicitvi.training import History
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Array = NDArray[Any]
 Extent = tuple[float, float, float, float]
+LogDensity = Callable[[Tensor], Tensor]
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK = "#E69F00", "#56B4E9", "#F0E442", "#000000"
@@ -39,7 +42,7 @@ REACH = 3  # octaves shown on either side of a limit
 
 
 class HasHistory(Protocol):
-    """A fit, an `AVBSVI` or a trainer: an object with the metrics of every step."""
+    """A `Fit`, a `VAEFit`, an `AVBSVI` or a trainer: an object with the metrics of every step."""
 
     @property
     def history(self) -> History:
@@ -53,16 +56,10 @@ def loss(fit: HasHistory, name: str = "sampler", *, unit: str = "nats", ax: Axes
     skipped steps. A falling loss is not evidence of a good fit: while the adversary lags, it is not a bound.
 
     Args:
-        fit: A `Fit`, a `VAEFit`, an `AVBSVI` or a trainer.
+        fit: A fit or a trainer.
         name: A metric of its history: the name of a player, or any other.
         unit: Unit of a player's loss; nats except for least squares.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        OptionError: There is no such metric, or none of its values is finite.
     """
     history = fit.history
     check_choice("name", name, history.names())
@@ -77,13 +74,12 @@ def loss(fit: HasHistory, name: str = "sampler", *, unit: str = "nats", ax: Axes
     if not finite.all():
         at: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "marker": "|"}
         ax.scatter(steps[~finite], np.full((~finite).sum(), 0.02), color=VERMILION, label="step skipped", **at)
-    ax.set_xlim(0, len(steps))
-    ax.set_xlabel("step")
-    ax.set_ylabel(f"{name}'s loss ({unit})" if name in PLAYERS else name.replace("_", " "))
+    label = f"{name}'s loss ({unit})" if name in PLAYERS else name.replace("_", " ")
+    ax.set(xlim=(0, len(steps)), xlabel="step", ylabel=label)
     return ax
 
 
-def _draw_quantiles(ax: Axes, steps: NDArray[Any], values: NDArray[Any], finite: NDArray[Any]) -> None:
+def _draw_quantiles(ax: Axes, steps: Array, values: Array, finite: Array) -> None:
     """Draw the median and the central 90 % of the finite values in about a hundred windows."""
     window = max(1, len(steps) // 100)
     parts = [part for part in np.split(steps, steps[window::window] - 1) if finite[part - 1].any()]
@@ -92,8 +88,7 @@ def _draw_quantiles(ax: Axes, steps: NDArray[Any], values: NDArray[Any], finite:
     low, middle, high = np.array(quantiles).T
     if window > 1:
         ax.fill_between(centres, low, high, color=BLUE, alpha=0.25, lw=0, label="90 % of the steps")
-    label = "each step" if window == 1 else f"median of {window} steps"
-    ax.plot(centres, middle, color=BLUE, lw=1.2, label=label)
+    ax.plot(centres, middle, color=BLUE, lw=1.2, label="each step" if window == 1 else f"median of {window} steps")
     # the first losses may be a thousand times larger than the rest: they may leave the window
     bottom, top = np.quantile(low, 0.02), np.quantile(high, 0.98)
     if top > bottom:
@@ -101,20 +96,14 @@ def _draw_quantiles(ax: Axes, steps: NDArray[Any], values: NDArray[Any], finite:
 
 
 def training(
-    fit: HasHistory, *, names: Iterable[str] | None = None, axes: Sequence[Axes] | NDArray[Any] | None = None
-) -> NDArray[Any]:
+    fit: HasHistory, *, names: Iterable[str] | None = None, axes: Sequence[Axes] | Array | None = None
+) -> Array:
     """Plot the training curves: a `loss` for every player.
 
     Args:
-        fit: A `Fit`, a `VAEFit`, an `AVBSVI` or a trainer.
+        fit: A fit or a trainer.
         names: Metrics to show; ``None`` for all except counts.
         axes: Axes to draw on, one for each metric; ``None`` for a row in a new figure.
-
-    Returns:
-        The Axes, ``[number of metrics]``.
-
-    Raises:
-        OptionError: The number of Axes is not that of the metrics.
     """
     metrics = [name for name in fit.history.names() if name not in NO_LOSSES]
     shown = sorted(metrics, key=lambda name: name not in PLAYERS) if names is None else list(names)
@@ -129,7 +118,7 @@ def training(
 
 def draws_on_density(
     draws: ArrayLike | Tensor,
-    log_density: Callable[[Tensor], Tensor],
+    log_density: LogDensity,
     *,
     extent: Extent | None = None,
     masses: Sequence[float] = (0.5, 0.9, 0.99),
@@ -156,13 +145,6 @@ def draws_on_density(
         color: Colour of the draws.
         ax: Axes to draw on; ``None`` for a new figure.
 
-    Returns:
-        The Axes.
-
-    Raises:
-        ShapeError: The draws or the log density do not have the shape above.
-        OptionError: The density is not positive anywhere in the window, or an option has an invalid value.
-
     >>> ax = draws_on_density(torch.randn(100, 2), lambda z: -0.5 * z.square().sum(-1))
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('$z_1$', '$z_2$')
@@ -173,13 +155,12 @@ def draws_on_density(
         raise OptionError.must_be("masses", "numbers between 0 and 1", masses)
     x, y, height = _window(points, log_density, extent, masses, grid)
     ax = _one(ax)
-    levels = _levels(height, masses)
     shown = points[:num_draws]
     size = min(12.0, max(4.0, 4000 / len(shown)))
     ax.scatter(shown[:, 0], shown[:, 1], s=size, color=color, alpha=0.4, linewidths=0, label="draws")
-    inside = ", ".join(f"{100 * mass:g}" for mass in sorted(masses))
-    if levels:
+    if levels := _levels(height, masses):
         ax.contour(x, y, height, levels, colors="black", linewidths=0.9, linestyles="solid")
+        inside = ", ".join(f"{100 * mass:g}" for mass in sorted(masses))
         ax.plot([], [], color="black", lw=0.9, label=f"truth: {inside} % inside")
     ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="$z_1$", ylabel="$z_2$")
     if legend:
@@ -188,12 +169,8 @@ def draws_on_density(
 
 
 def _window(
-    points: NDArray[Any],
-    log_density: Callable[[Tensor], Tensor],
-    extent: Extent | None,
-    masses: Sequence[float],
-    grid: int,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    points: Array, log_density: LogDensity, extent: Extent | None, masses: Sequence[float], grid: int
+) -> tuple[Array, Array, Array]:
     """Return axes ``[grid]`` and log density ``[grid, grid]`` of the window, a row for each ``y``, its maximum 0."""
     if extent is not None:
         left, right, bottom, top = extent
@@ -207,17 +184,14 @@ def _window(
         _, _, height = _heights(log_density, low, high, min(grid, 64))
         reached = height >= min(_levels(height, masses), default=-np.inf)
         step = 0.5 * (high - low)
-        below = np.array([reached[:, 0].any(), reached[0].any()])
-        above = np.array([reached[:, -1].any(), reached[-1].any()])
+        below, above = (np.array([reached[:, side].any(), reached[side].any()]) for side in (0, -1))
         low, high = low - step * below, high + step * above
         if not (below | above).any():
             break
     return _heights(log_density, low, high, grid)
 
 
-def _heights(
-    log_density: Callable[[Tensor], Tensor], low: NDArray[Any], high: NDArray[Any], grid: int
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def _heights(log_density: LogDensity, low: Array, high: Array, grid: int) -> tuple[Array, Array, Array]:
     x, y = (np.linspace(a, b, grid) for a, b in zip(low, high, strict=True))
     where = torch.tensor(np.stack(np.meshgrid(x, y), -1), dtype=torch.get_default_dtype())
     with torch.no_grad():
@@ -232,7 +206,7 @@ def _heights(
     return x, y, np.maximum(height - height.max(), -100.0)  # contours do not accept infinities
 
 
-def _levels(height: NDArray[Any], masses: Sequence[float]) -> list[float]:
+def _levels(height: Array, masses: Sequence[float]) -> list[float]:
     """Return the log heights, increasing, above which the density has these shares of its mass."""
     ranked = np.sort(height, axis=None)[::-1]
     mass = np.cumsum(np.exp(ranked))
@@ -245,15 +219,8 @@ def codes(z: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, *, ax
 
     Args:
         z: Codes ``[N, 2]``.
-        labels: Class ``[N]`` of each, integers or strings; or floating-point numbers, which get a colour bar. ``None``
-            for one colour.
+        labels: Class ``[N]`` of each, integers or strings; or floats, which get a colour bar. ``None`` for one colour.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        ShapeError: The codes do not have two dimensions, or the labels are not as many as the codes.
     """
     points = _plane(z, "codes")
     kinds = None if labels is None else _array(labels)
@@ -273,7 +240,7 @@ def codes(z: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, *, ax
     return ax
 
 
-def _classes(ax: Axes, points: NDArray[Any], kinds: NDArray[Any], dots: dict[str, Any]) -> None:
+def _classes(ax: Axes, points: Array, kinds: Array, dots: dict[str, Any]) -> None:
     from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
 
@@ -303,12 +270,6 @@ def images(
         columns: Number of images in a row; ``None`` for a square.
         rows: Captions at the left, which divide the rows evenly: one for each row, or one for several.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        ShapeError: The array does not hold images, or the captions do not divide the rows.
     """
     pictures = _array(x)
     if pictures.ndim not in (3, 4) or (pictures.ndim == 4 and pictures.shape[1] not in (1, 3)):
@@ -330,16 +291,15 @@ def images(
     return ax
 
 
-def _mosaic(pictures: NDArray[Any], columns: int) -> NDArray[Any]:
+def _mosaic(pictures: Array, columns: int) -> Array:
     """Join images ``[N, (C,) H, W]`` into one ``[pixels, pixels, C]``, with a grey line between neighbours."""
     if pictures.ndim == 3:
         pictures = pictures[:, None]
     missing = -len(pictures) % columns
     pictures = np.pad(pictures, [(0, missing), (0, 0), (0, 0), (0, 0)])
     framed = np.pad(pictures.clip(0, 1), [(0, 0), (0, 0), (1, 0), (1, 0)], constant_values=0.5)
-    _, channels, height, width = framed.shape
-    lines = framed.reshape(-1, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    return lines.reshape(-1, columns * width, channels)[1:, 1:]
+    lines = framed.reshape(-1, columns, *framed.shape[1:]).transpose(0, 3, 1, 4, 2)
+    return lines.reshape(-1, columns * framed.shape[3], framed.shape[1])[1:, 1:]
 
 
 def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
@@ -351,18 +311,12 @@ def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
     Args:
         checks: Such as the `Report` of ``fit.diagnose()``.
         ax: Axes to draw on; ``None`` for a new figure.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        OptionError: There are no checks, or they are something else.
     """
     found = list(checks)
     others = sorted({type(check).__name__ for check in found if not isinstance(check, Check)})
     if others or not found:
-        got, do = ", ".join(others) or "none", "Pass the report of fit.diagnose()."
-        raise OptionError.must_be("checks", "one Check or more", got, do)
+        do = "Pass the report of fit.diagnose()."
+        raise OptionError.must_be("checks", "one Check or more", ", ".join(others) or "none", do)
     ax = _one(ax, figsize=(7, 0.9 + 0.34 * len(found)))
     for line, check in enumerate(found):
         _draw_check(ax, line, check)
@@ -383,9 +337,8 @@ def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
 def _draw_check(ax: Axes, line: int, check: Check) -> None:
     marker, colour = MARKS.get(check.state, ("o", "0.6"))
     beyond = _beyond(check)
-    at = 0.0 if beyond is None else beyond
+    at, face = (0.0, "white") if beyond is None else (beyond, colour)
     ax.hlines(line, 0, at, color=colour, lw=3, alpha=0.5)
-    face = colour if beyond is not None else "white"
     ax.plot(at, line, marker, color=colour, mfc=face, ms=9, clip_on=False, zorder=3)
     value, limit = check.value, check.limit
     figures = "" if value is None or isnan(value) else f"{value:.3g}"
@@ -417,13 +370,11 @@ def _one(ax: Axes | None, **figure: Any) -> Axes:
     return ax
 
 
-def _several(axes: Any, count: int) -> NDArray[Any]:
-    """Return that many Axes in a flat array."""
+def _several(axes: Any, count: int) -> Array:
     if axes is None:
         import matplotlib.pyplot as plt
 
-        size = (3.8 * count, 3.2)
-        axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)[1]
+        axes = plt.subplots(1, count, figsize=(3.8 * count, 3.2), layout="constrained", squeeze=False)[1]
     flat = np.array(axes, dtype=object).ravel()
     if len(flat) != count:
         raise OptionError.must_be("axes", f"{count} Axes, one for each plot", len(flat))
@@ -432,8 +383,7 @@ def _several(axes: Any, count: int) -> NDArray[Any]:
     return flat
 
 
-def _plane(points: ArrayLike | Tensor, what: str) -> NDArray[Any]:
-    """Return points ``[N, 2]`` as an array."""
+def _plane(points: ArrayLike | Tensor, what: str) -> Array:
     found = _array(points)
     if found.ndim != 2 or found.shape[1] != 2 or not len(found):
         do = "Pick two columns: draws[:, [0, 1]]. For all pairs of many, use az.plot_pair of to_arviz."
@@ -441,5 +391,5 @@ def _plane(points: ArrayLike | Tensor, what: str) -> NDArray[Any]:
     return found
 
 
-def _array(value: Any) -> NDArray[Any]:
+def _array(value: Any) -> Array:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

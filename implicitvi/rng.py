@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ class RandomStream:
     fits that take turns therefore make the same draws as each alone.
 
     Args:
-        seed: Seed of the stream; ``None`` draws one from torch's default generator, so that
-            ``pyro.set_rng_seed`` determines it.
+        seed: Seed of the stream; ``None`` draws one from torch's default generator, which ``pyro.set_rng_seed`` sets.
 
     >>> stream = RandomStream(0)
     >>> with stream: a = torch.rand(1)
@@ -29,22 +27,17 @@ class RandomStream:
     """
 
     def __init__(self, seed: int | None = None):
-        if seed is None:
-            seed = int(torch.randint(2**62, ()).item())
-        self._seed = seed
-        self._state = [torch.Generator().manual_seed(seed).get_state()]
+        self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self._state = [torch.Generator().manual_seed(self._seed).get_state()]
 
     def __enter__(self) -> RandomStream:
         self._outside = self._read()
         for index in range(len(self._state), len(self._outside)):  # devices not in use before
-            generator = torch.Generator(f"cuda:{index - 1}").manual_seed(self._seed)
-            self._state.append(generator.get_state())
+            self._state.append(torch.Generator(f"cuda:{index - 1}").manual_seed(self._seed).get_state())
         self._write(self._state)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._state = self._read()
         self._write(self._outside)
 
@@ -69,10 +62,7 @@ class RandomStream:
 
 
 def forked() -> AbstractContextManager[None]:
-    """Restore torch's default generators at the end of a ``with`` block.
-
-    Only those of the CPU and of GPUs in use: by default `torch.random.fork_rng` starts every GPU of the machine.
-    """
+    """Restore torch's default generators at the end of a ``with`` block, without starting GPUs that are not in use."""
     count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     return torch.random.fork_rng(devices=range(count))
 

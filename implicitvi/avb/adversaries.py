@@ -1,11 +1,9 @@
 """Adversaries: networks ``T(z, x)`` that learn ``log q - log r`` from draws of both.
 
-``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; only the adversary squeezes the
-last axis. Training starts with a score of zero everywhere: until something is learned the objective is that of
-``q = r``.
+``adversary(z, x)`` maps standardised draws ``z [S, (B,) D]`` to scores ``[S, (B,)]``; only it squeezes the last axis.
+The scores start at zero: until something is learned the objective is that of ``q = r``.
 
-Implementing an adversary: a module with this signature, its last layer zero; then join the list in
-``tests/contracts.py``.
+Implementing an adversary: a module with this signature and a zero last layer; add it to ``tests/contracts.py``.
 """
 
 from __future__ import annotations
@@ -94,17 +92,12 @@ class InformedAdversary(nn.Module):
     def __init__(self, network: nn.Module, *, clip: float = 20.0, momentum: float = 0.9):
         super().__init__()
         check_positive("clip", clip)
-        self.network = network
-        self.clip = clip
-        self.momentum = momentum
+        self.network, self.clip, self.momentum = network, clip, momentum
         self.weight = nn.Parameter(torch.zeros(()))
         self.register_buffer("centre", torch.full((), torch.nan))
 
     def recentre(self, gap: Tensor) -> None:
-        """Move ``c`` toward the median of ``gap = log p - log r [S, (B,)]`` on all processes' draws of ``q``.
-
-        NaN are left out.
-        """
+        """Move ``c`` toward the median over all processes' ``q`` of ``gap = log p - log r [S, (B,)]``, without NaN."""
         median = distributed.gather(gap.detach()).nanmedian()
         blend = self.momentum * self.centre + (1 - self.momentum) * median
         known = torch.where(blend.isfinite(), blend, median)
@@ -124,11 +117,10 @@ class InformedAdversary(nn.Module):
 class PairwiseAdversary(nn.Module):
     """An adversary ``⟨θ(x), s(z)⟩ / √K + T_x(x) + T_z(z) + ½(‖z‖² - D)`` (Mescheder 2017, section 5.2, without ``√K``).
 
-    A datum passes through its network once for all codes that are paired with it. Without the root, one step of Adam
-    moves a product of hundreds of terms by tens of nats. The last term subtracts a standard normal contrast, so that
-    the networks learn ``log q`` alone; less ``D``, it is 0 on average over that contrast. It helps where ``q`` is much
-    narrower than the contrast, and hinders with an Adaptive Contrast, whose Gaussian is near ``q`` from the start.
-    Networks that end in a linear layer contribute 0 at the start.
+    A datum passes through its network once for all its codes. Without the root, one step of Adam moves a product of
+    hundreds of terms by tens of nats. The last term subtracts a standard normal contrast, over which it averages 0, so
+    that the networks learn ``log q`` alone. It helps where ``q`` is much narrower than the contrast; it hinders an
+    Adaptive Contrast, near ``q`` from the start. Networks that end in a linear layer contribute 0 at the start.
 
     Args:
         x_net: Data ``[B, *x_shape]`` to ``[B, K + 1]``: features, then ``T_x``.
@@ -142,9 +134,7 @@ class PairwiseAdversary(nn.Module):
 
     def __init__(self, x_net: nn.Module, z_net: nn.Module, *, square: bool = True):
         super().__init__()
-        self.x_net = x_net
-        self.z_net = z_net
-        self.square = square
+        self.x_net, self.z_net, self.square = x_net, z_net, square
         with torch.no_grad():
             for layer, first in ((last_layer(x_net), 0), (last_layer(z_net), -1)):
                 if isinstance(layer, nn.Linear):
@@ -155,8 +145,7 @@ class PairwiseAdversary(nn.Module):
         """Score codes ``z [..., B, D]`` and data ``x [B, *x_shape]``: ``[..., B]``."""
         of_x, of_z = self.x_net(x), self.z_net(z)
         product = (of_x[..., :-1] * of_z[..., :-1]).sum(-1) / (of_z.shape[-1] - 1) ** 0.5
-        scores: Tensor = product + of_x[..., -1] + of_z[..., -1]
-        return scores + _half_square(z) if self.square else scores
+        return _add_square(product + of_x[..., -1] + of_z[..., -1], z, self.square)
 
 
 class JointAdversary(nn.Module):
@@ -178,17 +167,15 @@ class JointAdversary(nn.Module):
 
     def __init__(self, x_net: nn.Module, latent_dim: int, *, width: int = 64, blocks: int = 1, square: bool = False):
         super().__init__()
-        self.x_net = x_net
+        self.x_net, self.square = x_net, square
         _check_sizes(width, blocks)
         self.z_net, *layers = gated_net(latent_dim, 1, width=width, blocks=blocks)
         zero_init(layers[-1])
         self.net = nn.Sequential(*layers)
-        self.square = square
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Score codes ``z [..., B, D]`` and data ``x [B, *x_shape]``: ``[..., B]``."""
-        scores: Tensor = self.net(self.z_net(z) + self.x_net(x)).squeeze(-1)
-        return scores + _half_square(z) if self.square else scores
+        return _add_square(self.net(self.z_net(z) + self.x_net(x)).squeeze(-1), z, self.square)
 
 
 class InjectedAdversary(nn.Module):
@@ -211,16 +198,14 @@ class InjectedAdversary(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Score codes ``z [..., B, D]`` and data ``x [B, *x_shape]``: ``[..., B]``."""
-        scores: Tensor = self.net(z, x).squeeze(-1)
-        return scores + _half_square(z) if self.square else scores
+        return _add_square(self.net(z, x).squeeze(-1), z, self.square)
 
 
-def _half_square(z: Tensor) -> Tensor:
-    """Return ``½(‖z‖² - D)`` of codes ``z [..., D]``: ``[...]``."""
-    return 0.5 * (z.square() - 1).sum(-1)
+def _add_square(scores: Tensor, z: Tensor, square: bool) -> Tensor:
+    """Add ``½(‖z‖² - D)`` of codes ``z [..., D]`` to scores ``[...]`` if asked to."""
+    return scores + 0.5 * (z.square() - 1).sum(-1) if square else scores
 
 
 def _check_sizes(width: int, blocks: int) -> None:
-    """Raise `OptionError` unless a network has a width of at least 1 and at least 0 blocks."""
     check_at_least("width", width, 1)
     check_at_least("blocks", blocks, 0)

@@ -32,8 +32,7 @@ class ConditionalContrast(Contrast):
 
     def __init__(self, inner: Contrast, frame: Frame):
         super().__init__()
-        self.inner = inner
-        self.extra_dim = inner.extra_dim
+        self.inner, self.extra_dim = inner, inner.extra_dim
         self._frame = (frame,)  # a tuple: its module belongs to the sampler
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
@@ -95,9 +94,7 @@ class LocationScale(Distribution):
 
     def __init__(self, loc: Tensor, scale_tril: Tensor, base: Distribution | None = None):
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
-        self.loc = loc
-        self.scale_tril = scale_tril
-        self.base = base
+        self.loc, self.scale_tril, self.base = loc, scale_tril, base
         self._whitening = Whitening(loc, scale_tril)
 
     def standardise(self, z: Tensor) -> Tensor:
@@ -107,8 +104,7 @@ class LocationScale(Distribution):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Return independent draws ``[*sample_shape, *batch_shape, D]``."""
         assert self.base is not None
-        h = self.base.sample(torch.Size(sample_shape) + self.batch_shape)
-        return _affine(h, self.loc, self.scale_tril)
+        return _affine(self.base.sample(torch.Size(sample_shape) + self.batch_shape), self.loc, self.scale_tril)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of ``value [..., D]``: ``[...]`` in nats."""
@@ -131,8 +127,7 @@ class ConditionalSampler(Sampler):
 
     def __init__(self, inner: Sampler, encoder: LocationScaleNet):
         super().__init__(inner.latent_dim, noise_dim=inner.noise_dim, context_dim=inner.context_dim)
-        self.inner = inner
-        self.encoder = encoder
+        self.inner, self.encoder = inner, encoder
 
     def frame(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return location ``[..., D]`` and lower triangular scale ``[..., D, D]`` of contexts ``x [..., C]``."""
@@ -149,16 +144,13 @@ class ConditionalSampler(Sampler):
     def moments(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the moments of ``z`` given ``x [B, C]`` if the inner sampler has them: `NoiseBasisSampler.moments`."""
         if not isinstance(self.inner, NoiseBasisSampler):
-            raise OptionError(
-                "Closed-form conditional moments need the noise basis as sampler, "
-                f"got {type(self.inner).__name__}. Use sampler='noise_basis', or another contrast."
-            )
+            got, do = type(self.inner).__name__, "Use sampler='noise_basis', or another contrast."
+            raise OptionError(f"Closed-form conditional moments need the noise basis as sampler, got {got}. {do}")
         mean, cov = self.inner.moments(num_samples, x)
         loc, scale = self.frame(x)
         return _affine(mean, loc, scale), scale @ cov @ scale.mT
 
 
 def _affine(h: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    """Return ``loc + scale_tril h`` of ``h [..., D]``."""
     z: Tensor = loc + (scale_tril @ h[..., None]).squeeze(-1)
     return z

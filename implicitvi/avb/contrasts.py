@@ -8,9 +8,8 @@ sampler: its statistics are detached, because the objective needs ``E_q[∇ log 
 The closer ``r`` is to ``q``, the less is left for the adversary to learn. ``KL(q‖r)`` does not change under a
 common bijection of both, so the adversary sees standardised draws, ``contrast.standardise(z, r)``.
 
-Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, ``loss`` where it has
-parameters that are fitted to the draws, ``observe`` where it remembers them; then join the list in
-``tests/contracts.py``.
+Implementing a contrast: subclass `Contrast`, define ``forward`` and ``standardise``, ``loss`` for parameters that are
+fitted to the draws, ``observe`` for a memory of them; then join the list in ``tests/contracts.py``.
 """
 
 from __future__ import annotations
@@ -76,10 +75,7 @@ class PriorContrast(Contrast):
 
 
 class DiagonalGaussianContrast(Contrast):
-    """A Gaussian with the mean and variances of the current draws: adaptive contrast as in the paper.
-
-    Source: Mescheder et al. 2017, section 4 and eq. 4.2.
-    """
+    """A Gaussian with the draws' mean and variances: adaptive contrast (Mescheder et al. 2017, section 4, eq. 4.2)."""
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         z = gather_draws(z.detach())
@@ -92,8 +88,7 @@ class DiagonalGaussianContrast(Contrast):
 class GaussianContrast(Contrast):
     """A Gaussian with the mean and full covariance of the current draws.
 
-    The adversary does not have to learn linear dependence between latents; with fewer draws than dimensions a small
-    multiple of the covariance's diagonal completes it.
+    With fewer draws than dimensions a small multiple of the covariance's diagonal completes it.
     """
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
@@ -108,10 +103,9 @@ class GaussianContrast(Contrast):
 class MixtureContrast(Contrast):
     """A mixture of Gaussians that follows the draws by expectation maximisation.
 
-    A few components capture most of the shape that one Gaussian misses: modes, bends, the neck and the mouth of a
-    funnel. This leaves little to the adversary, at little more than the cost of one Gaussian. Each batch updates the
-    mixture after its use, so that, except for the first batch, which starts the mixture, no draw is scored by a mixture
-    that has already seen it.
+    A few components capture most of the shape that one Gaussian misses, such as modes, bends and funnels, at little
+    more than its cost. Each batch but the first, which starts the mixture, updates it after its use, so that no draw is
+    scored by a mixture that has already seen it.
 
     In the coordinates of the whole mixture the neck of a funnel is a spike that no network resolves. So ``standardise``
     gives ``[S, D + D + K]``: the draw standardised by the whole, by its components, and its shares in them.
@@ -140,10 +134,8 @@ class MixtureContrast(Contrast):
         if not 0 < rate <= 1:
             raise OptionError.must_be("rate", "above 0 and at most 1", rate)
         check_positive("ridge", ridge)
-        self.components = components
+        self.components, self.rate, self.ridge = components, rate, ridge
         self.extra_dim = latent_dim + components
-        self.rate = rate
-        self.ridge = ridge
         unit = torch.eye(latent_dim)
         self.register_buffer("weights", torch.full((components,), 1 / components))
         self.register_buffer("locs", torch.zeros(components, latent_dim))
@@ -215,9 +207,8 @@ class MixtureContrast(Contrast):
 class FlowContrast(Contrast):
     """A coupling flow around the Gaussian of the draws, fitted to them by maximum likelihood.
 
-    Needs zuko. It captures the shape of a funnel or a banana, so that the adversary does not have to, and follows the
-    sampler by one step of `loss` for each step of the adversary. Coupling layers cost one pass for scoring and two for
-    drawing.
+    Needs zuko. It captures the shape of a funnel or a banana, and follows the sampler by one step of `loss` for each of
+    the adversary's. Coupling layers cost one pass for scoring and two for drawing.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.

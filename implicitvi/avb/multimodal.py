@@ -17,15 +17,15 @@ from implicitvi.numerics.gaussian import GaussianMixture, Mixture, gather_draws,
 class MixtureSampler(Sampler):
     """A mixture of samplers with frames of their own, for modes that lie far apart; one of them makes each draw.
 
-    One additional noise chooses among them. It is stratified, so that each sampler makes its share of a batch, to
-    within one draw. Between far modes only the weights can move mass. Their natural gradient needs no score function:
+    One additional noise, stratified, chooses among them: each makes its share of a batch to within one draw. Between
+    far modes only the weights can move mass. Their natural gradient needs no score function:
 
         ∂ELBO / ∂log w_k, in the metric of the simplex = E_{q_k}[elbo] - E_q[elbo]
 
     It vanishes where ``w_k ∝ Z_k exp(-KL(q_k‖p_k))`` with the evidence ``Z_k`` of a mode.
 
     Args:
-        samplers: Samplers without context of one latent dimension ``D``, as many as there are modes.
+        samplers: A sampler for each mode, without context, of one latent dimension ``D``.
         weights: Their weights ``[K]`` at the start.
         rate: Step size of the logarithms of the weights; 0 keeps them.
 
@@ -37,9 +37,8 @@ class MixtureSampler(Sampler):
     weights: Tensor
 
     def __init__(self, samplers: Sequence[Sampler], weights: Tensor, *, rate: float = 0.02):
-        latent_dim, noise_dim = samplers[0].latent_dim, max(s.noise_dim for s in samplers)
-        super().__init__(latent_dim, noise_dim=noise_dim + 1)
-        self.samplers = nn.ModuleList(samplers)
+        super().__init__(samplers[0].latent_dim, noise_dim=max(s.noise_dim for s in samplers) + 1)
+        self.samplers: Sequence[Sampler] = nn.ModuleList(samplers)  # type: ignore[assignment]
         self.rate = rate
         self.register_buffer("weights", weights / weights.sum())
         self.initialised.fill_(True)
@@ -52,14 +51,13 @@ class MixtureSampler(Sampler):
         return torch.cat([eps[:, :-1], torch.special.ndtri(share)[:, None]], -1)
 
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
-        share = torch.special.ndtr(eps[:, -1])
         bounds = self.weights.cumsum(0)[:-1].to(eps)
-        chosen = self._chosen = torch.searchsorted(bounds, share)
+        chosen = self._chosen = torch.searchsorted(bounds, torch.special.ndtr(eps[:, -1]))
         order = chosen.argsort()
         counts = chosen.bincount(minlength=len(self.samplers)).tolist()
         parts = [
             sampler.to_latent(sampler.transform(part[:, : sampler.noise_dim]))
-            for sampler, part in zip(self._samplers(), eps[order].split(counts), strict=True)
+            for sampler, part in zip(self.samplers, eps[order].split(counts), strict=True)
         ]
         return torch.cat(parts)[order.argsort()]
 
@@ -67,29 +65,23 @@ class MixtureSampler(Sampler):
     def observe(self, elbo: Tensor) -> None:
         """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN if dropped."""
         assert self._chosen is not None
-        whole = elbo.nanmean()
         each = torch.stack([elbo[self._chosen == k].nanmean() for k in range(len(self.weights))])
-        gain = (each - whole).nan_to_num(0.0).clamp(-5.0, 5.0)
+        gain = (each - elbo.nanmean()).nan_to_num(0.0).clamp(-5.0, 5.0)
         # a sampler of weight 0 would make no draws, so that its weight could not grow again
         weights = (self.weights.log() + self.rate * gain.to(self.weights)).softmax(0).clamp(min=1e-3)
         self.weights.copy_(weights / weights.sum())
 
     def frames(self) -> tuple[Tensor, Tensor]:
         """Return locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the samplers."""
-        samplers = self._samplers()
-        return torch.stack([s.loc for s in samplers]), torch.stack([s.scale_tril for s in samplers])
+        return torch.stack([s.loc for s in self.samplers]), torch.stack([s.scale_tril for s in self.samplers])
 
     def modes(self, z: Tensor) -> Tensor:
         """Return the sampler whose frame, as a Gaussian, is densest at each of ``z [..., D]``: ``[...]``."""
         scores = [
-            -0.5 * whiten(z.flatten(0, -2), sampler.loc, sampler.scale_tril).square().sum(-1)
-            - sampler.scale_tril.diagonal().log().sum()
-            for sampler in self._samplers()
+            -0.5 * whiten(z.flatten(0, -2), s.loc, s.scale_tril).square().sum(-1) - s.scale_tril.diagonal().log().sum()
+            for s in self.samplers
         ]
         return torch.stack(scores, -1).argmax(-1).reshape(z.shape[:-1])
-
-    def _samplers(self) -> list[Sampler]:
-        return list(self.samplers)  # type: ignore[arg-type]
 
 
 class PerModeContrast(Contrast):
@@ -115,7 +107,7 @@ class PerModeContrast(Contrast):
         self, contrasts: Sequence[Contrast], weights: Tensor, locs: Tensor, scale_trils: Tensor, *, rate: float = 0.25
     ):
         super().__init__()
-        self.contrasts = nn.ModuleList(contrasts)
+        self.contrasts: Sequence[Contrast] = nn.ModuleList(contrasts)  # type: ignore[assignment]
         # a contrast of fewer coordinates than another leaves the rest of them 0
         self.extra_dim = max(contrast.extra_dim for contrast in contrasts) + len(contrasts)
         self.rate = rate
@@ -130,13 +122,13 @@ class PerModeContrast(Contrast):
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         refuse_context(x)
         modes = self.modes(z.detach())
-        parts = [part(self._draws_of(k, z, modes)) for k, part in enumerate(self._parts())]
+        parts = [part(self._draws_of(k, z, modes)) for k, part in enumerate(self.contrasts)]
         return Mixture(self.weights.clone(), parts)
 
     def standardise(self, z: Tensor, r: Distribution) -> Tensor:
         assert isinstance(r, Mixture)
         own = one_hot(self.modes(z.detach()), len(self.contrasts)).to(z)
-        each = [c.standardise(z, part) for c, part in zip(self._parts(), r.parts, strict=True)]
+        each = [c.standardise(z, part) for c, part in zip(self.contrasts, r.parts, strict=True)]
         widest = z.shape[-1] + self.extra_dim - len(each)
         wide = torch.stack([pad(e, (0, widest - e.shape[-1])) for e in each], -1)
         return torch.cat([(wide * own[..., None, :]).sum(-1), own], -1)
@@ -145,7 +137,7 @@ class PerModeContrast(Contrast):
     def observe(self, z: Tensor, r: Distribution) -> None:
         assert isinstance(r, Mixture)
         modes = self.modes(z)
-        for k, (contrast, part) in enumerate(zip(self._parts(), r.parts, strict=True)):
+        for k, (contrast, part) in enumerate(zip(self.contrasts, r.parts, strict=True)):
             contrast.observe(self._draws_of(k, z, modes), part)
         found = one_hot(gather_draws(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
         weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
@@ -158,6 +150,3 @@ class PerModeContrast(Contrast):
             return own
         steps = dim**0.5 * self.scale_trils[k].mT
         return torch.cat([own, self.locs[k] + steps, self.locs[k] - steps])
-
-    def _parts(self) -> list[Contrast]:
-        return list(self.contrasts)  # type: ignore[arg-type]

@@ -29,8 +29,7 @@ from implicitvi.numerics.types import LogDensity
 def elbo(log_joint: Tensor, log_contrast: Tensor, log_ratio: Tensor) -> Tensor:
     """Return ``log p(x, z) - log r(z | x) - T(z, x)`` in nats, each of shape ``[S, (B,)]``; higher is better.
 
-    In expectation this is an evidence lower bound if ``log_ratio`` is exactly ``log q - log r``; with a learned
-    adversary it is an estimate, not a bound.
+    Its mean is an evidence lower bound if ``log_ratio`` is exactly ``log q - log r``; a learned one gives an estimate.
     """
     return log_joint - log_contrast - log_ratio
 
@@ -44,8 +43,7 @@ def importance_weighted(elbo: Tensor, z: Tensor | None, num_importance: int) -> 
 
     References:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016, eq. 8.
-        Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, George Tucker, Dieterich Lawson,
-        Shixiang Gu, Chris Maddison, 2019, eq. 8.
+        Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, Tucker, Lawson, Gu, Maddison 2019, eq. 8.
     """
     if num_importance == 1:
         return elbo
@@ -84,13 +82,9 @@ class AVBObjective:
         num_importance: int = 1,
         context_dims: int = 1,
     ):
-        self.sampler = sampler
-        self.contrast = contrast
-        self.adversary = adversary
+        self.sampler, self.contrast, self.adversary = sampler, contrast, adversary
         self.ratio = Logistic() if ratio is None else ratio
-        self.averaging = averaging
-        self.num_importance = num_importance
-        self.context_dims = context_dims
+        self.averaging, self.num_importance, self.context_dims = averaging, num_importance, context_dims
         self.average = deepcopy(adversary) if averaging else None
         self._slope: _Slope | None = None
         # listed once: walking through a network takes longer than updating its average
@@ -159,8 +153,7 @@ class AVBObjective:
     def elbo(self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """Return the bound of each of ``S`` fresh draws, ``[S / K, (B,)]``, and the number of dropped draws.
 
-        A draw without a finite log density is dropped, with all that share its importance weights; its gradient would
-        be lost in any case, and those of the others with it.
+        A draw without a finite log density, whose gradient would spoil all, is dropped with all that share its weights.
         """
         return self.bound(self.sampler(num_samples, x), log_joint, x)
 
@@ -183,9 +176,8 @@ class AVBObjective:
     def without_hint_gradient(self, z: Tensor) -> Tensor:
         """Wrap ``z [S, (B,) D]`` so that gradients of the log joint exclude the adversary's hint; call before `score`.
 
-        An informed adversary's hint contains the log joint as a function of ``z`` alone: in ``T`` the parameters of the
-        model, and all else that the log joint depends on, are held fixed. So the hint's gradient is subtracted from
-        that of the log joint on its way to ``z``, and only there.
+        The hint contains the log joint as a function of ``z`` alone: in ``T`` all else that the log joint depends on is
+        held fixed. So the hint's gradient is subtracted from that of the log joint on its way to ``z``, and only there.
         """
         self._slope = None
         if not (self.informed and z.requires_grad):
@@ -233,15 +225,15 @@ class AVBObjective:
         log_r, inputs = self.adversary_inputs(z, self.contrast(z, x), log_p, x)
         return log_r, self._log_ratio(inputs, x)
 
+    @torch.no_grad()
     def update_average(self) -> None:
         """Update the average of the adversary; called after each of its steps."""
         if self.average is None:
             return
-        with torch.no_grad():
-            average, latest = self._weights
-            torch._foreach_lerp_(average, latest, 1 - self.averaging)
-            for old, new in zip(*self._buffers, strict=True):
-                old.copy_(new)
+        average, latest = self._weights
+        torch._foreach_lerp_(average, latest, 1 - self.averaging)
+        for old, new in zip(*self._buffers, strict=True):
+            old.copy_(new)
 
     def _log_ratio(self, inputs: Sequence[Tensor], x: Tensor | None) -> Tensor:
         context = None if x is None else x.detach()  # q is held fixed, and so is its context
@@ -260,11 +252,7 @@ class _Slope:
 
 
 def _context_mean(gap: Tensor) -> Tensor:
-    """Return the mean over draws of ``q`` of ``log p - log r [S, B]`` for each context ``[B]``.
-
-    It contains the context's log evidence, a constant that says nothing about the draws and would hide their
-    differences.
-    """
+    """Return each context's mean ``[B]`` of ``log p - log r [S, B]``; its log evidence would hide the draws' part."""
     return torch.where(gap.isfinite(), gap, torch.nan).nanmean(0).nan_to_num().detach()
 
 

@@ -1,8 +1,7 @@
 """Ratio losses: how an adversary learns the log density ratio of two distributions from their draws.
 
-Each is a frozen dataclass: the adversary minimises ``loss(t_q, t_r)``, and its output ``t`` then gives
-``log q - log r`` through ``log_ratio(t)``. Scores ``t_q [S, ...]`` are of draws of ``q``, ``t_r [R, ...]`` of draws of
-the contrast ``r``.
+The adversary minimises ``loss(t_q, t_r)`` over scores ``t_q [S, ...]`` of draws of ``q`` and ``t_r [R, ...]`` of draws
+of the contrast ``r``; its output ``t`` then gives ``log q - log r`` through ``log_ratio(t)``.
 
 Implementing a ratio loss: a frozen dataclass with these two methods, its `log_ratio` taken at the minimum
 of `loss` over all functions; then join `RATIOS` and the list in ``tests/contracts.py``.
@@ -36,8 +35,7 @@ class Logistic:
     Minimised by ``t = log q - log r``; its value there is ``2 log 2 - 2 JS(q, r)``.
 
     >>> import torch
-    >>> zero = torch.zeros(3)
-    >>> round(Logistic().loss(zero, zero).item(), 4)
+    >>> round(Logistic().loss(torch.zeros(3), torch.zeros(3)).item(), 4)
     1.3863
     """
 

@@ -30,8 +30,7 @@ class Sampler(nn.Module, ABC):
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
-        noise_dim: Dimension of the standard normal noise, ``None`` for ``latent_dim``. Below ``latent_dim`` the draws
-            would lie on a surface and have no density; that is refused.
+        noise_dim: Dimension of the standard normal noise, at least ``D`` for a density; ``None`` for ``D``.
         context_dim: Dimension ``C`` of the context ``x``; 0 for none.
     """
 
@@ -74,8 +73,7 @@ class Sampler(nn.Module, ABC):
             expected = f"a context [B, {self.context_dim}]" if self.context_dim else "no context"
             got = "none" if x is None else f"shape {tuple(x.shape)}"
             raise ShapeError(f"The sampler needs {expected}, got {got}.")
-        batch = () if x is None else x.shape[-2:-1]
-        shape = (num_samples, *batch, self.noise_dim)
+        shape = (num_samples, *(() if x is None else x.shape[-2:-1]), self.noise_dim)
         return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
@@ -120,8 +118,7 @@ class DenseSampler(_NetworkSampler):
         self, latent_dim: int, *, noise_dim: int | None = None, context_dim: int = 0, hidden: Sequence[int] = (128, 128)
     ):
         super().__init__(latent_dim, noise_dim=noise_dim, context_dim=context_dim)
-        net = mlp([self.noise_dim + context_dim, *hidden, latent_dim])
-        self.net = SkipNet(self.noise_dim, latent_dim, net)
+        self.net = SkipNet(self.noise_dim, latent_dim, mlp([self.noise_dim + context_dim, *hidden, latent_dim]))
 
 
 class ResidualSampler(_NetworkSampler):
@@ -151,8 +148,7 @@ class ResidualSampler(_NetworkSampler):
 class GatedSampler(_NetworkSampler):
     """A network of gated residual blocks beside a linear path: the default.
 
-    With noise beyond the latent dimension a draw chooses its mode independently of its position, and gates multiply
-    noises with each other as posteriors do.
+    With more noise than latents a draw chooses its mode independently of its position; gates multiply noises.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.
@@ -202,9 +198,8 @@ class NoiseBasisSampler(Sampler):
         super().__init__(latent_dim, noise_dim=each * num_basis, context_dim=context_dim)
         self.num_basis = num_basis
         self.basis = Ensemble([SkipNet(each, latent_dim, mlp([each, *hidden, latent_dim])) for _ in range(num_basis)])
-        size = (num_basis + 1) * latent_dim
         widths = hidden if mixing is None else mixing
-        self.mix = mlp([context_dim, *widths, size]) if context_dim else None
+        self.mix = mlp([context_dim, *widths, (num_basis + 1) * latent_dim]) if context_dim else None
         self.offset = nn.Parameter(torch.zeros(num_basis + 1, latent_dim))
 
     def values(self, eps: Tensor) -> Tensor:
@@ -229,8 +224,7 @@ class NoiseBasisSampler(Sampler):
     def moments(self, num_samples: int, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the conditional mean ``[(B,) D]`` and covariance ``[(B,) D, D]`` of ``z`` given ``x``.
 
-        Exact in ``x``; the moments of the basis come from ``num_samples`` noises shared by every row of ``x``. Several
-        processes share them too, without gradients.
+        Exact in ``x``; every row, and every process without gradients, shares ``num_samples`` noises of the basis.
         """
         shape = (distributed.per_process(num_samples), self.noise_dim)
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
@@ -253,8 +247,8 @@ class SemiImplicitSampler(Sampler):
 
         h = f(ε, x) + σ ⊙ η,   η ~ N(0, I)
 
-    Its density is a mixture ``E_ε N(z; f(ε, x), σ²)``, positive everywhere and bounded from both sides by finitely
-    many ``ε``, as certified bounds on the evidence require.
+    Its density ``E_ε N(z; f(ε, x), σ²)`` is positive and bounded from both sides by finitely many ``ε``, as certified
+    bounds on the evidence require.
 
     Args:
         latent_dim: Dimension ``D`` of a draw.

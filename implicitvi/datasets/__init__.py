@@ -20,23 +20,6 @@ from implicitvi.datasets.images import (
     read_idx,
 )
 
-__all__ = [
-    "Banana",
-    "EightSchools",
-    "ImageFolder",
-    "Labelled",
-    "Rosenbrock",
-    "Split",
-    "Torus",
-    "ToyDensity",
-    "TwoModes",
-    "XShaped",
-    "binarise",
-    "digits",
-    "eight_schools",
-    "four_points",
-    "image_folder",
-    "mnist",
-    "read_idx",
-    "toy_densities",
-]
+__all__ = ["Banana", "EightSchools", "Rosenbrock", "Torus", "ToyDensity", "TwoModes", "XShaped"]
+__all__ += ["eight_schools", "toy_densities", "ImageFolder", "Labelled", "Split"]
+__all__ += ["binarise", "digits", "four_points", "image_folder", "mnist", "read_idx"]

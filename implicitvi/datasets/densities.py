@@ -2,6 +2,10 @@
 
 To add a toy density, derive a frozen dataclass from `ToyDensity` and add it to `toy_densities`. Write ``log_prob`` in
 tensor arithmetic without branches on values, so that ``torch.func.vmap`` can run it.
+
+References:
+    Published code of Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), for `Torus` and `Rosenbrock`.
+    Unbiased implicit variational inference (Titsias, Ruiz, 2019), for the others.
 """
 
 from __future__ import annotations
@@ -21,13 +25,7 @@ from implicitvi.errors import check_at_least
 
 
 class ToyDensity(ABC):
-    """A density of the plane, possibly unnormalised, with exact draws.
-
-    Implementing a toy density: see the docstring of this module.
-
-    Attributes:
-        name: Short name, the key in `toy_densities`.
-    """
+    """A density of the plane, possibly unnormalised, with exact draws; ``name`` is its key in `toy_densities`."""
 
     name: ClassVar[str]
 
@@ -40,24 +38,16 @@ class ToyDensity(ABC):
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log density ``[...]`` of ``z [..., 2]``, before `log_normaliser` is subtracted."""
 
-    @abstractmethod
     def log_normaliser(self) -> float:
-        """Return the log integral of ``exp(log_prob)`` over the plane; 0 if `log_prob` is normalised."""
+        """Return the log integral of ``exp(log_prob)`` over the plane, 0 by default."""
+        return 0.0
 
     @abstractmethod
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
         """Draw ``[S, 2]`` independently and exactly, in float64; called by `sample`."""
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw independently and exactly.
-
-        Args:
-            num_samples: Number ``S`` of draws.
-            generator: Source of randomness; ``None`` for torch's own.
-
-        Returns:
-            Draws, ``[S, 2]``.
-        """
+        """Draw ``[S, 2]`` independently and exactly; with ``generator=None`` from torch's own generator."""
         check_at_least("num_samples", num_samples, 1)
         return self.draw(num_samples, generator).to(torch.get_default_dtype())
 
@@ -66,8 +56,7 @@ class ToyDensity(ABC):
 
         The site itself is flat: its normal distribution is masked out and only provides starting points.
         """
-        start = dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False)
-        z: Tensor = pyro.sample("z", start)
+        z: Tensor = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
         pyro.factor("log_density", self.log_prob(z))
         return z
 
@@ -78,16 +67,11 @@ class Torus(ToyDensity):
 
     >>> Torus().log_prob(torch.tensor([1.0, 0.0])).item()
     -1.0
-
-    References:
-        Published code of Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017).
     """
 
     name: ClassVar[str] = "torus"
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        return -2.5, 2.5, -2.5, 2.5
+    extent = (-2.5, 2.5, -2.5, 2.5)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -(z.square().sum(-1) - 2).square()
@@ -108,16 +92,11 @@ class Rosenbrock(ToyDensity):
 
     >>> Rosenbrock().log_prob(torch.tensor([2.0, 1.0])).item()
     -2.0
-
-    References:
-        Published code of Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017).
     """
 
     name: ClassVar[str] = "rosenbrock"
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        return -1.0, 4.0, -2.5, 2.5
+    extent = (-1.0, 4.0, -2.5, 2.5)
 
     def log_prob(self, z: Tensor) -> Tensor:
         z1, z2 = z.unbind(-1)
@@ -134,28 +113,16 @@ class Rosenbrock(ToyDensity):
 
 @dataclass(frozen=True)
 class Banana(ToyDensity):
-    """A bent normal, normalised: ``(z₁, z₁² + z₂ + 1)`` is normal with unit variances.
-
-    Args:
-        correlation: Correlation of that normal, inside (-1, 1).
-
-    References:
-        Unbiased implicit variational inference (Titsias, Ruiz, 2019).
-    """
+    """A bent normal, normalised: ``(z₁, z₁² + z₂ + 1)`` is normal with unit variances and a correlation in (-1, 1)."""
 
     name: ClassVar[str] = "banana"
     correlation: float = 0.9
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        return -4.0, 4.0, -13.0, 2.0
+    extent = (-4.0, 4.0, -13.0, 2.0)
 
     def log_prob(self, z: Tensor) -> Tensor:
         z1, z2 = z.unbind(-1)
         return _log_correlated(z1, z1.square() + z2 + 1, self.correlation)
-
-    def log_normaliser(self) -> float:
-        return 0.0
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
         z1, second = _correlated(noise((2, num_samples), generator), self.correlation)
@@ -164,14 +131,7 @@ class Banana(ToyDensity):
 
 @dataclass(frozen=True)
 class TwoModes(ToyDensity):
-    """A pair of round modes on the first axis: the equal mixture of ``N((±offset, 0), I)``, normalised.
-
-    Args:
-        offset: Distance of each mode from the origin, >= 0.
-
-    References:
-        Unbiased implicit variational inference (Titsias, Ruiz, 2019).
-    """
+    """A pair of round modes: equal parts ``N((±offset, 0), I)`` with ``offset >= 0``, normalised."""
 
     name: ClassVar[str] = "two_modes"
     offset: float = 2.0
@@ -185,9 +145,6 @@ class TwoModes(ToyDensity):
         left, right = -0.5 * (z1 + self.offset).square(), -0.5 * (z1 - self.offset).square()
         return torch.logaddexp(left, right) - 0.5 * z2.square() - math.log(2) - LOG_2PI
 
-    def log_normaliser(self) -> float:
-        return 0.0
-
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
         z1, z2 = noise((2, num_samples), generator)
         return _plane(z1 + self.offset * _signs(num_samples, generator), z2)
@@ -195,29 +152,17 @@ class TwoModes(ToyDensity):
 
 @dataclass(frozen=True)
 class XShaped(ToyDensity):
-    """A cross: the equal mixture of ``N(0, 2 [[1, ±ρ], [±ρ, 1]])``, normalised.
-
-    Args:
-        correlation: Correlation ``ρ`` of the arms, inside (-1, 1).
-
-    References:
-        Unbiased implicit variational inference (Titsias, Ruiz, 2019).
-    """
+    """A cross: equal parts ``N(0, 2 [[1, ±ρ], [±ρ, 1]])`` with ``correlation`` ``ρ`` in (-1, 1), normalised."""
 
     name: ClassVar[str] = "x_shaped"
     correlation: float = 0.9
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        return -5.0, 5.0, -5.0, 5.0
+    extent = (-5.0, 5.0, -5.0, 5.0)
 
     def log_prob(self, z: Tensor) -> Tensor:
         z1, z2 = (z / math.sqrt(2)).unbind(-1)
         arms = [_log_correlated(z1, z2, sign * self.correlation) for sign in (1, -1)]
         return torch.logaddexp(*arms) - 2 * math.log(2)
-
-    def log_normaliser(self) -> float:
-        return 0.0
 
     def draw(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
         z1, z2 = _correlated(noise((2, num_samples), generator), self.correlation)

@@ -17,16 +17,12 @@ from implicitvi.errors import check_at_least
 class EightSchools:
     """The Eight Schools model of the AVB paper: a ten-dimensional posterior with two mirrored modes.
 
-    ``mu, tau, eta_i ~ N(0, 1)`` and ``y_i ~ N(mu + tau · eta_i, sigma_i²)``. The scale ``tau`` may
-    be negative, so the posterior is symmetric under ``(tau, eta) → (-tau, -eta)``.
-
-    Attributes:
-        y: Effects, ``[8]``.
-        sigma: Their standard errors, ``[8]``.
+    ``mu, tau, eta_i ~ N(0, 1)`` and ``y_i ~ N(mu + tau · eta_i, sigma_i²)``. The scale ``tau`` may be negative, so the
+    posterior is symmetric under ``(tau, eta) → (-tau, -eta)``. The data are effects ``y [8]`` and their standard errors
+    ``sigma [8]``.
 
     References:
-        Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 5.1; the data are
-        those of its published code.
+        Adversarial Variational Bayes (Mescheder, Nowozin, Geiger, 2017), section 5.1; data of its published code.
     """
 
     y: Tensor
@@ -34,11 +30,9 @@ class EightSchools:
 
     @staticmethod
     def model(sigma: Tensor, y: Tensor | None = None) -> None:
-        """Run the Pyro model: sites ``mu``, ``tau`` and, in plate ``schools``, ``eta [8]``, ``obs [8]``.
+        """Run the Pyro model, with ``y=None`` to draw the effects.
 
-        Args:
-            sigma: Standard errors, ``[8]``.
-            y: Effects, ``[8]``; ``None`` to draw them.
+        Its sites are ``mu``, ``tau`` and, in plate ``schools``, ``eta [8]`` and ``obs [8]``.
         """
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
@@ -47,9 +41,7 @@ class EightSchools:
             pyro.sample("obs", dist.Normal(mu + tau * eta, sigma), obs=y)
 
     def log_evidence(self) -> float:
-        """Return ``log p(y)`` in nats, -12.7108 for the paper's data.
-
-        ``eta`` and ``mu`` are integrated in closed form, ``tau`` on a grid.
+        """Return ``log p(y)`` in nats: ``eta`` and ``mu`` are integrated in closed form, ``tau`` on a grid.
 
         >>> round(eight_schools().log_evidence(), 4)
         -12.7108
@@ -57,14 +49,7 @@ class EightSchools:
         return log_integral(self._log_tau, -10.0, 10.0)
 
     def exact_draws(self, num_samples: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Draw independently from the exact posterior.
-
-        Args:
-            num_samples: Number ``S`` of draws.
-            generator: Source of randomness; ``None`` for torch's own.
-
-        Returns:
-            ``{"mu": [S], "tau": [S], "eta": [S, 8]}``.
+        """Draw independently from the exact posterior; with ``generator=None`` from torch's own generator.
 
         >>> draws = eight_schools().exact_draws(5)
         >>> {name: tuple(draw.shape) for name, draw in draws.items()}
@@ -105,7 +90,6 @@ def eight_schools() -> EightSchools:
     >>> eight_schools().y[:3]
     tensor([ 2.8000,  0.8000, -0.3000])
     """
-    return EightSchools(
-        y=torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2]),
-        sigma=torch.tensor([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4]),
-    )
+    y = torch.tensor([2.8, 0.8, -0.3, 0.7, -0.1, 0.1, 1.8, 1.2])
+    sigma = torch.tensor([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4])
+    return EightSchools(y, sigma)

@@ -35,12 +35,7 @@ _UNSIGNED_BYTES = 8  # IDX code of the data type
 
 
 class Labelled(NamedTuple):
-    """A set of images and their labels.
-
-    Attributes:
-        images: ``[N, channels, height, width]``, in [0, 1].
-        labels: ``[N]``, integers.
-    """
+    """A set of images ``[N, channels, height, width]`` with values in [0, 1], and their integer labels ``[N]``."""
 
     images: Tensor
     labels: Tensor
@@ -72,16 +67,13 @@ class Split(NamedTuple):
 def four_points(repeats: int = 128) -> Tensor:
     """Return the four binary images of 2 x 2 pixels with one pixel on, each ``repeats`` times: ``[4 · repeats, 4]``.
 
-    Two latent dimensions suffice for the best log likelihood, ``-log 4``.
+    Two latent dimensions suffice for the best log likelihood, ``-log 4`` (the AVB paper, section 5.2).
 
     >>> four_points(1)
     tensor([[1., 0., 0., 0.],
             [0., 1., 0., 0.],
             [0., 0., 1., 0.],
             [0., 0., 0., 1.]])
-
-    References:
-        Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 5.2.
     """
     check_at_least("repeats", repeats, 1)
     return torch.eye(4).repeat(repeats, 1)
@@ -106,7 +98,6 @@ def binarise(images: Tensor, method: str = "threshold", *, seed: int = 0) -> Ten
     Args:
         images: Values in [0, 1], of any shape.
         method: ``"threshold"`` for 1 from one half up; ``"fixed"`` for one draw with the grey values as probabilities.
-            For new draws in every batch, pass ``transform=torch.bernoulli`` to ``fit`` instead.
         seed: Random seed of the draw.
 
     >>> binarise(torch.tensor([0.2, 0.5, 0.9]))
@@ -118,16 +109,14 @@ def binarise(images: Tensor, method: str = "threshold", *, seed: int = 0) -> Ten
         raise OptionError.must_be("images", "values from 0 to 1", f"{low.item():g} to {high.item():g}")
     if method == "threshold":
         return (images >= 0.5).to(images.dtype)
-    generator = torch.Generator(images.device).manual_seed(seed)
-    return torch.bernoulli(images, generator=generator)
+    return torch.bernoulli(images, generator=torch.Generator(images.device).manual_seed(seed))
 
 
 def mnist(path: str | Path | None = None, *, validation: int = 5000, as_bytes: bool = False) -> Split:
     """Read MNIST: 55,000 training images ``[N, 1, 28, 28]``, 5,000 for validation and 10,000 for the test.
 
-    The files are read from ``path``, or from the folder in the environment variable ``IMPLICITVI_DATA``, or from the
-    subfolder ``mnist`` of either. Without both they are downloaded and verified with pooch
-    (``pip install implicitvi[data]``).
+    The files are read from ``path``, or the folder in the environment variable ``IMPLICITVI_DATA``, or the subfolder
+    ``mnist`` of either. Without both, pooch downloads and verifies them (``pip install implicitvi[data]``).
 
     Args:
         path: Folder with the four IDX files, gzipped or not. Other data in this format work too, such as Fashion-MNIST.
@@ -138,11 +127,10 @@ def mnist(path: str | Path | None = None, *, validation: int = 5000, as_bytes: b
         DataError: A file is missing, damaged, or not an IDX file of images or labels.
 
     References:
-        Gradient-Based Learning Applied to Document Recognition, Yann LeCun, Léon Bottou, Yoshua Bengio,
-        Patrick Haffner, 1998.
+        Gradient-Based Learning Applied to Document Recognition, LeCun, Bottou, Bengio, Haffner, 1998.
     """
-    train_x, train_y, test_x, test_y = (_find(name, path) for name in MNIST_FILES)
-    train, test = _labelled(train_x, train_y, as_bytes), _labelled(test_x, test_y, as_bytes)
+    files = [_find(name, path) for name in MNIST_FILES]
+    train, test = _labelled(files[0], files[1], as_bytes), _labelled(files[2], files[3], as_bytes)
     count = len(train.images)
     if not 0 <= validation < count:
         raise OptionError.must_be("validation", f"from 0 to {count - 1}", validation)
@@ -151,11 +139,7 @@ def mnist(path: str | Path | None = None, *, validation: int = 5000, as_bytes: b
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read the bytes of an IDX file, gzipped or not, in the shape that its header gives.
-
-    Raises:
-        DataError: The file cannot be read, or its magic number or its length is wrong.
-    """
+    """Read the bytes of an IDX file, gzipped or not, in the shape that its header gives; a damaged one is refused."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -170,34 +154,26 @@ def read_idx(path: str | Path) -> Tensor:
         raise DataError.must_be(f"The magic number of the IDX file {path}", magic, data[:4].hex() or "nothing")
     begin = 4 + 4 * dims
     shape = struct.unpack(f">{dims}I", data[4:begin].ljust(4 * dims, b"\0"))
-    if len(data) != begin + prod(shape):
-        state = "truncated" if len(data) < begin + prod(shape) else "too long"
-        expected = f"{begin + prod(shape)} bytes for shape {list(shape)}"
-        raise DataError(f"{path} is {state}: it must have {expected}, got {len(data)}.")
+    length = begin + prod(shape)
+    if len(data) != length:
+        state = "truncated" if len(data) < length else "too long"
+        raise DataError(f"{path} is {state}: it must have {length} bytes for shape {list(shape)}, got {len(data)}.")
     if not prod(shape):
         raise DataError(f"{path} must not be empty, got shape {list(shape)}.")
     return torch.frombuffer(data, dtype=torch.uint8, offset=begin).reshape(shape)
 
 
 class ImageFolder(Dataset[Tensor]):
-    """A data set of the pictures in a folder and its subfolders, sorted by name; see `image_folder`.
-
-    Args:
-        files: The pictures.
-        size: Height and width to return.
-        crop: Side of the central square to crop before resizing; ``None`` for the largest.
-    """
+    """A data set of pictures, cropped and resized to ``[3, size, size]``; see `image_folder`."""
 
     def __init__(self, files: Sequence[Path], size: int, crop: int | None):
-        self.files = tuple(files)
-        self.size = size
-        self.crop = crop
+        self.files, self.size, self.crop = tuple(files), size, crop
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return picture ``[3, size, size]``, red, green and blue in [0, 1]."""
+        """Return a picture ``[3, size, size]``, RGB in [0, 1]."""
         from PIL import Image
 
         path = self.files[index]
@@ -224,15 +200,12 @@ class ImageFolder(Dataset[Tensor]):
 def image_folder(path: str | Path, size: int = 64, *, crop: int | None = None) -> ImageFolder:
     """Return the colour pictures of a folder and its subfolders, cropped and resized, for ``fit`` or a ``DataLoader``.
 
-    For the faces of the AVB paper's code, use CelebA with ``size=64, crop=128``.
+    A damaged one raises `DataError` when it is read. For the faces of the AVB paper, use CelebA, ``size=64, crop=128``.
 
     Args:
         path: The folder.
         size: Height and width of the pictures ``[3, size, size]``.
         crop: Side, in pixels of the file, of the central square to crop; ``None`` for the largest.
-
-    Raises:
-        DataError: The folder is missing or without pictures. Reading a damaged picture later raises it too.
     """
     check_at_least("size", size, 1)
     if crop is not None:
@@ -252,9 +225,9 @@ def _find(name: str, path: str | Path | None) -> Path:
     if not root:
         return _download(name)
     tried = [Path(root) / folder / (name + ending) for folder in ("", "mnist") for ending in (".gz", "")]
-    for file in tried:
-        if file.is_file():
-            return file
+    found = next((file for file in tried if file.is_file()), None)
+    if found is not None:
+        return found
     places = f"found none of {', '.join(map(str, tried))}"
     raise DataError(f"{name} is missing: {places}. Pass the folder of the four files, or set IMPLICITVI_DATA to it.")
 
@@ -265,17 +238,12 @@ def _download(name: str) -> Path:
     except ImportError as error:
         do = "Pass the folder of its four IDX files, set IMPLICITVI_DATA to it, or pip install pooch to download it."
         raise DataError(f"MNIST cannot be found. {do}") from error
+    file, cache = name + ".gz", pooch.os_cache("implicitvi") / "mnist"
     try:
-        file: str = pooch.retrieve(
-            MNIST_URL + name + ".gz",
-            known_hash="sha256:" + MNIST_FILES[name],
-            fname=name + ".gz",
-            path=pooch.os_cache("implicitvi") / "mnist",
-        )
+        return Path(pooch.retrieve(MNIST_URL + file, f"sha256:{MNIST_FILES[name]}", fname=file, path=cache))
     except (OSError, ValueError) as error:
         do = "Get the four IDX files of MNIST and pass their folder."
         raise DataError(f"{name} could not be downloaded: {error}. {do}") from error
-    return Path(file)
 
 
 def _labelled(images: Path, labels: Path, as_bytes: bool) -> Labelled:
@@ -283,5 +251,4 @@ def _labelled(images: Path, labels: Path, as_bytes: bool) -> Labelled:
     if x.dim() != 3 or y.dim() != 1 or len(x) != len(y):
         expected, got = "images [N, height, width] and labels [N]", f"shapes {list(x.shape)} and {list(y.shape)}"
         raise DataError.must_be(f"{images} and {labels}", expected, got)
-    x = x[:, None]
-    return Labelled(x if as_bytes else x / 255, y.long())
+    return Labelled(x[:, None] if as_bytes else x[:, None] / 255, y.long())

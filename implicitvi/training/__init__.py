@@ -6,17 +6,5 @@ from implicitvi.training.player import Player
 from implicitvi.training.schedule import Schedule, Stage
 from implicitvi.training.trainer import Callback, StopTraining, Trainer
 
-__all__ = [
-    "Callback",
-    "Checkpoint",
-    "EarlyStop",
-    "History",
-    "Player",
-    "Progress",
-    "Schedule",
-    "Stage",
-    "StopTraining",
-    "TensorBoard",
-    "Tracker",
-    "Trainer",
-]
+__all__ = ["Callback", "Checkpoint", "EarlyStop", "Progress", "StopTraining", "TensorBoard", "Tracker"]
+__all__ += ["History", "Player", "Schedule", "Stage", "Trainer"]

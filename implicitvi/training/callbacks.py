@@ -17,15 +17,11 @@ from implicitvi.training.checkpoint import STATE, as_folder, read_state
 from implicitvi.training.trainer import Callback, StopTraining, Trainer
 
 T = TypeVar("T")
+Diagnostic = Callable[[Trainer], float]
 
 
 class Progress:
-    """A tqdm bar with the last losses, refreshed twenty times a fit.
-
-    Args:
-        total: Number of steps to come.
-        labels: Metric names shown, with their captions.
-    """
+    """A tqdm bar over ``total`` steps with the last values of metrics, ``labels`` to captions, set 20 times a fit."""
 
     def __init__(self, total: int, labels: dict[str, str]):
         from tqdm.auto import tqdm
@@ -54,27 +50,24 @@ class Tracker:
     The function draws from its own random numbers, which depend on the step alone.
 
     Args:
-        function: A function of the trainer; a tensor that it returns is copied. Use a closure to reach the guide or
-            the model.
+        function: A function of the trainer, or a closure on the guide or the model; a tensor from it is copied.
         every: Steps between two records.
 
     Attributes:
         steps: Steps after which there is a record, counted from 1.
         values: The records.
 
-    Example:
-        >>> from implicitvi import ImplicitGuide
-        >>> guide = ImplicitGuide(lambda: None)
-        >>> tracker = Tracker(lambda trainer: guide.sample(100)["mu"].mean(), every=50)
-        >>> tracker.steps, tracker.values
-        ([], [])
+    >>> from implicitvi import ImplicitGuide
+    >>> guide = ImplicitGuide(lambda: None)
+    >>> tracker = Tracker(lambda trainer: guide.sample(100)["mu"].mean(), every=50)
+    >>> tracker.steps, tracker.values
+    ([], [])
     """
 
     def __init__(self, function: Callable[[Trainer], Any], *, every: int = 100):
         _check_function("function", function)
         check_whole("every", every)
-        self.function = function
-        self.every = every
+        self.function, self.every = function, every
         self.steps: list[int] = []
         self.values: list[Any] = []
 
@@ -91,19 +84,17 @@ class EarlyStop:
 
         stop if  mean(before) - mean(recent) < num_se * sqrt(var(before) / window + var(recent) / window)
 
-    Do not use the loss as the diagnostic: while the adversary lags it is not a bound, and a collapsed fit shows a low
-    one. A fit that stops early has not been through the cool end of its schedule; ``start`` keeps it from stopping too
-    soon.
+    Do not use the loss: while the adversary lags it is not a bound, and a collapsed fit has a low one. A fit that stops
+    early has not been through the cool end of its schedule; ``start`` keeps it from stopping too soon.
 
     Args:
-        diagnostic: A function of the trainer that returns a number, lower is better: the distance of the guide's draws
-            from the posterior, or their prediction error. It draws from its own random numbers. Values that are not
-            finite are left out.
+        diagnostic: A function of the trainer that returns a number, lower is better, such as the distance of the
+            guide's draws from the posterior. It has its own random numbers. Values that are not finite are left out.
         every: Steps between two evaluations.
         window: Evaluations in each of the two windows, at least 2. A fit ends only after twice as many.
-        num_se: Number of standard errors of the difference by which the recent values have to be lower. Above 0 a slow
-            fall in noise is given up sooner: if it is as much in a window as the noise's standard deviation, 16 % of
-            fits end in the first half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
+        num_se: Standard errors of the difference by which recent values have to be lower. Above 0 a slow fall in noise
+            is given up sooner: if a window's fall equals the noise's standard deviation, 16 % of fits end in the first
+            half of the fall with 0, 80 % with 1 (windows of 10, 200 seeds).
         start: Steps before the first evaluation.
 
     Attributes:
@@ -112,23 +103,15 @@ class EarlyStop:
     """
 
     def __init__(
-        self,
-        diagnostic: Callable[[Trainer], float],
-        *,
-        every: int = 50,
-        window: int = 10,
-        num_se: float = 0.0,
-        start: int = 0,
+        self, diagnostic: Diagnostic, *, every: int = 50, window: int = 10, num_se: float = 0.0, start: int = 0
     ):
         if isinstance(diagnostic, str):
-            raise OptionError(
-                f"diagnostic must be a function of the trainer, not a metric of training, got {diagnostic!r}. "
-                "The loss is not a bound while the adversary lags; compare draws, as implicitvi.metrics does."
-            )
+            expected = "a function of the trainer, not a metric of training"
+            do = "The loss is not a bound while the adversary lags; compare draws, as implicitvi.metrics does."
+            raise OptionError.must_be("diagnostic", expected, repr(diagnostic), do)
         _check_function("diagnostic", diagnostic)
-        check_whole("every", every)
-        check_whole("start", start, least=0)
-        check_whole("window", window, least=2)
+        for option, value, least in (("every", every, 1), ("start", start, 0), ("window", window, 2)):
+            check_whole(option, value, least)
         check_at_least("num_se", num_se, 0)
         self.diagnostic = diagnostic
         self.every, self.window, self.num_se, self.start = every, window, num_se, start
@@ -145,15 +128,13 @@ class EarlyStop:
         self.values.append(value)
         if len(self.values) < 2 * self.window:
             return
-        before = self.values[-2 * self.window : -self.window]
-        recent = self.values[-self.window :]
-        mean, earlier = float(np.mean(recent)), float(np.mean(before))
-        gain = earlier - mean
-        error = sqrt((np.var(before, ddof=1) + np.var(recent, ddof=1)) / self.window)
+        before, recent = np.split(np.array(self.values[-2 * self.window :]), 2)
+        gain = before.mean() - recent.mean()
+        error = sqrt((before.var(ddof=1) + recent.var(ddof=1)) / self.window)
         if gain <= 0 or gain < self.num_se * error:
             raise StopTraining(
-                f"the diagnostic no longer falls: {mean:.4g} over the last {self.window} evaluations, "
-                f"{earlier:.4g} before, standard error {error:.2g}"
+                f"the diagnostic no longer falls: {recent.mean():.4g} over the last {self.window} evaluations, "
+                f"{before.mean():.4g} before, standard error {error:.2g}"
             )
 
 
@@ -165,22 +146,18 @@ class Checkpoint:
     Args:
         folder: The folder, created if it does not exist.
         every: Steps between two saved states.
-        best: Diagnostic of the trainer, lower is better; ``None`` to keep the last state alone. Do not use the loss:
-            see `EarlyStop`. It draws from its own random numbers.
+        best: Diagnostic of the trainer as in `EarlyStop`, lower is better; ``None`` to keep the last state alone.
 
     Attributes:
         lowest: The diagnostic of the best state so far.
     """
 
-    def __init__(self, folder: str | Path, *, every: int = 100, best: Callable[[Trainer], float] | None = None):
+    def __init__(self, folder: str | Path, *, every: int = 100, best: Diagnostic | None = None):
         if best is not None:
             _check_function("best", best)
         check_whole("every", every)
-        self.folder = as_folder(folder)
-        self.every = every
-        self.best = best
-        self.lowest = inf
-        self._started = False
+        self.folder, self.every, self.best = as_folder(folder), every, best
+        self.lowest, self._started = inf, False
 
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step_count % self.every:
@@ -212,9 +189,6 @@ class TensorBoard:
     Args:
         folder: The folder that TensorBoard reads, as ``tensorboard --logdir folder``.
         every: Steps between two records.
-
-    Raises:
-        SetupError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: str | Path, *, every: int = 20):
@@ -223,9 +197,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise SetupError(
-                f"TensorBoard is not installed ({error}). Run pip install 'implicitvi[tensorboard]', or use Tracker."
-            ) from error
+            do = "Run pip install 'implicitvi[tensorboard]', or use Tracker."
+            raise SetupError(f"TensorBoard is not installed ({error}). {do}") from error
         self.every = every
         self.writer: Any = SummaryWriter(str(folder))
 
@@ -244,9 +217,8 @@ class TensorBoard:
 def as_callbacks(callbacks: object) -> tuple[Callback, ...]:
     """Return the functions of an option ``callbacks``; raise `OptionError` unless all can be called."""
     if not isinstance(callbacks, Iterable):
-        raise OptionError.must_be(
-            "callbacks", "a list of functions", repr(callbacks), "Put a single one into a list, callbacks=[callback]."
-        )
+        do = "Put a single one into a list, callbacks=[callback]."
+        raise OptionError.must_be("callbacks", "a list of functions", repr(callbacks), do)
     found = tuple(callbacks)
     for callback in found:
         _check_function("each of the callbacks", callback)

@@ -1,8 +1,7 @@
 """Keep a state in a folder: written whole or not at all, read without running code from the file.
 
-``state.safetensors`` holds everything: tensors by name, and the rest (nesting, numbers, the description of the fit) as
-JSON in the file's header. ``config.json`` repeats the description for people. There is one file, because a file system
-replaces only one at a time atomically.
+``state.safetensors`` holds everything, because a file system replaces only one file at a time: tensors by name, and the
+rest (nesting, numbers, description of the fit) as JSON in its header. ``config.json`` shows the description to people.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ TENSOR, DICT, TUPLE = "tensor", "dict", "tuple"  # the kinds of JSON objects in 
 
 
 def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
-    """Write nested containers of tensors and numbers, and a description of the fit that they belong to.
-
-    Each file is written under another name, flushed to the disk and then renamed, so that a folder that held a
-    checkpoint always holds one.
-    """
+    """Write nested containers of tensors and numbers, and a description of the fit that they belong to, atomically."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -42,11 +37,7 @@ def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, *, like: Mapping[str, Any]) -> Any:
-    """Read a state that `save_state` wrote, on the CPU.
-
-    Raises:
-        CheckpointError: The file is damaged, of a newer format, or its description differs from ``like``.
-    """
+    """Read a state that `save_state` wrote, on the CPU; raise `CheckpointError` if its description is not ``like``."""
     config, state = read_state(folder)
     check_same(config, like)
     return state
@@ -64,10 +55,8 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
     if not path.exists():
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         found = ", ".join(there) or ("an empty folder" if folder.is_dir() else "no such folder")
-        raise CheckpointError(
-            f"{folder} must hold the checkpoint {STATE}, got {found}. "
-            "Give the folder that was saved to, with its files under their original names."
-        )
+        do = "Give the folder that was saved to, with its files under their original names."
+        raise CheckpointError(f"{folder} must hold the checkpoint {STATE}, got {found}. {do}")
     try:
         content = path.read_bytes()  # at once: a running fit may rename a newer file into its place
         length = int.from_bytes(content[:8], "little")
@@ -81,34 +70,23 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
             config, state = dict(document["config"]), document["state"]
     except Exception as error:  # a file may be damaged in more ways than there are names for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read: {reason}. Use an older copy, or start again in an empty folder."
-        ) from error
+        do = "Use an older copy, or start again in an empty folder."
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {reason}. {do}") from error
     if version > FORMAT:
-        raise CheckpointError(
-            f"The checkpoint's format must be at most {FORMAT}, got {version}, of a newer version. Upgrade implicitvi."
-        )
-    return migrate(config, state) if version == 1 else (config, state)
+        got = f"{version}, of a newer version"
+        raise CheckpointError.must_be("The checkpoint's format", f"at most {FORMAT}", got, "Upgrade implicitvi.")
+    return (migrate(config), migrate(state)) if version == 1 else (config, state)
 
 
-def migrate(config: dict[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
-    """Bring the description and the state of a checkpoint of format 1 (version 0.1.0) to format 2.
+def migrate(value: Any) -> Any:
+    """Rename the entries of a checkpoint of format 1 (version 0.1.0): of its state, or of its description.
 
-    Format 2 renames entries of state dicts, and of the list of their shapes in the description: the buffer ``placed``
-    of a sampler is ``initialised``, and a player's ``followers`` are ``averaged_modules``.
-
-    >>> migrate({}, {"followers.0.loc": 1, "module.placed": 2})[1]
+    >>> migrate({"followers.0.loc": 1, "module.placed": 2})
     {'averaged_modules.0.loc': 1, 'module.initialised': 2}
     """
-    return _renamed(config), _renamed(state)
-
-
-def _renamed(value: Any) -> Any:
     if isinstance(value, dict):
-        return {_new_name(key): _renamed(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_renamed, value))
-    return value
+        return {_new_name(key): migrate(item) for key, item in value.items()}
+    return type(value)(map(migrate, value)) if isinstance(value, list | tuple) else value
 
 
 def _new_name(name: Any) -> Any:
@@ -119,11 +97,7 @@ def _new_name(name: Any) -> Any:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Return whether ``folder`` holds a state.
-
-    Raises:
-        CheckpointError: The folder has a description without the state that it describes.
-    """
+    """Return whether ``folder`` holds a state; raise `CheckpointError` for a description without its state."""
     if (folder / CONFIG).exists() and not (folder / STATE).exists():
         read_state(folder)
     return (folder / STATE).exists()
@@ -145,10 +119,9 @@ def check_same(config: Mapping[str, Any], like: Mapping[str, Any]) -> None:
     for name, expected in like.items():
         if config.get(name) != expected:
             got, wanted = _difference(config.get(name), expected)
-            raise CheckpointError(
-                f"The checkpoint belongs to another fit: its {name} must be {wanted}, got {got}. "
-                "Use the same model, data and options, or another folder."
-            )
+            wrong = f"The checkpoint belongs to another fit: its {name}"
+            do = "Use the same model, data and options, or another folder."
+            raise CheckpointError.must_be(wrong, wanted, str(got), do)
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -160,8 +133,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {TENSOR: name}
     if isinstance(value, dict):
-        pairs = ((k, _flatten(v, tensors, f"{path}/{k}")) for k, v in value.items())
-        return {DICT: [list(pair) for pair in pairs]}
+        return {DICT: [[k, _flatten(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         items = [_flatten(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
         return items if isinstance(value, list) else {TUPLE: items}
@@ -211,9 +183,8 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _difference(got: Any, expected: Any) -> tuple[Any, Any]:
     """Return the first entry that differs, or the values themselves unless both are dictionaries."""
-    if not (isinstance(got, dict) and isinstance(expected, dict)):
-        return got, expected
-    for name in [*expected, *got]:
-        if got.get(name) != expected.get(name):
-            return f"{name}: {got.get(name)}", f"{name}: {expected.get(name)}"
+    if isinstance(got, dict) and isinstance(expected, dict):
+        for name in [*expected, *got]:
+            if got.get(name) != expected.get(name):
+                return f"{name}: {got.get(name)}", f"{name}: {expected.get(name)}"
     return got, expected

@@ -15,8 +15,8 @@ class Clip:
     """A bound on the norm of one player's gradients: a number, or a multiple of the recent norms.
 
     When the sampler reaches a region that the adversary has not seen, its gradient can be orders of magnitude too
-    large. Adam's second moments then let it through as a step of about sixteen times the rate in every weight at once,
-    enough to lose the sampler for good. A bound relative to recent norms prevents this, whatever the units of the loss.
+    large; Adam turns it into a step of about sixteen times the rate in every weight at once, enough to lose the sampler
+    for good. A bound relative to recent norms prevents this, whatever the units of the loss.
 
     Args:
         norm: The bound; ``None`` for `SURGE` times the running mean of the norms, each counted after it was cut.
@@ -26,8 +26,7 @@ class Clip:
     [1.0, 1.0, 0.01, 1.0]
 
     References:
-        AutoClip: Adaptive Gradient Clipping for Source Separation Networks, Prem Seetharaman, Gordon Wichern,
-        Bryan Pardo, Jonathan Le Roux, 2020, for bounds by past norms.
+        AutoClip: Adaptive Gradient Clipping for Source Separation Networks, Seetharaman, Wichern, Pardo, Le Roux, 2020.
     """
 
     def __init__(self, norm: float | None):

@@ -30,12 +30,11 @@ class History:
     def append(self, **metrics: float | Tensor) -> None:
         """Add one step."""
         for name, value in metrics.items():
-            value = value.detach().clone() if isinstance(value, Tensor) else float(value)
-            self._values[name].append(value)
+            self._values[name].append(value.detach().clone() if isinstance(value, Tensor) else float(value))
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        if name not in self.names():
-            raise KeyError(f"no metric {name!r}; there are {sorted(self.names())}")
+        if name not in self._values:
+            raise KeyError(f"no metric {name!r}; there are {sorted(self._values)}")
         return np.array(self._fetch(name))
 
     def names(self) -> list[str]:

@@ -7,12 +7,7 @@ from html import escape
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a title above a table in HTML; the first cell of each row names it, the others are numbers.
-
-    Args:
-        title: One line; special characters of HTML are escaped, here and in all cells.
-        header: Captions of the columns; empty for a title by itself.
-        rows: Cells of each row, as many as the header has.
+    """Return a title above a table in HTML, escaped; the first cell of each row names it, the others are numbers.
 
     >>> table("a < b", ["", "mean"], [["mu", "1.0"]])[:50]
     '<div><p>a &lt; b</p><table><thead><tr><th></th><th'

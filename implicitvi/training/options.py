@@ -3,12 +3,8 @@
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-'''The options of `train`.'''
-
 num_steps: int = option(100, "Number of steps.", group="schedule", check=check_whole)
-
-def __post_init__(self) -> None:
-check_options(self)
+__post_init__ = check_options
 
 class Options(TypedDict, total=False):  # the same names and types, for editors and type checkers
 num_steps: int
@@ -23,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, replace
-from textwrap import wrap
+from textwrap import TextWrapper
 from typing import Any, TypeVar
 
 from implicitvi.errors import OptionError, did_you_mean
@@ -47,11 +43,7 @@ def option(default: T, doc: str, *, group: str = "", check: Check | None = None,
 
 
 def check_options(settings: Any) -> None:
-    """Run the check of every option; for ``__post_init__``.
-
-    Raises:
-        OptionError: An option has a value that cannot work.
-    """
+    """Run the check of every option; for ``__post_init__``."""
     for each in fields(settings):
         if each.metadata["check"] is not None:
             each.metadata["check"](each.name, getattr(settings, each.name))
@@ -64,24 +56,15 @@ def optional(check: Check) -> Check:
 
 def values_of(settings: Any, *, decisive: bool = False) -> dict[str, Any]:
     """Return the options by name as they are, or only the decisive ones."""
-    chosen = [each.name for each in fields(settings) if each.metadata["decisive"] or not decisive]
-    return {name: getattr(settings, name) for name in chosen}
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["decisive"] or not decisive}
 
 
 def from_options(
     cls: type[T], given: Mapping[str, Any], settings: T | None = None, *, of: Callable[..., Any] | type
 ) -> T:
-    """Return the settings with the given options in place of theirs, or of the defaults.
+    """Return the settings, ``None`` for the defaults, with the given options in place of theirs.
 
-    Args:
-        cls: The dataclass of the options.
-        given: Options by name, as a function receives them in ``**options``.
-        settings: Settings that the caller passed; ``None`` for the defaults.
-        of: The function or class that takes the options, for the error.
-
-    Raises:
-        TypeError: An option is unknown; the message names a similar one.
-        OptionError: An option has a value that cannot work.
+    An unknown option is a `TypeError` that names a similar one of the function or class ``of``.
     """
     names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
     for name in given:
@@ -102,10 +85,7 @@ def documented(cls: type[T]) -> type[T]:
 
 
 def with_options(settings: type) -> Callable[[T], T]:
-    """Return a decorator that shows the options of a dataclass as those of a function or class.
-
-    Its signature lists them in place of ``**options``, and its docstring at the end of the section ``Args``.
-    """
+    """Return a decorator that lists the options of a dataclass in a signature, for ``**options``, and a docstring."""
 
     def decorate(target: T) -> T:
         target.__doc__ = _with_entries(target.__doc__ or "", settings)
@@ -131,13 +111,9 @@ def _with_entries(text: str, settings: type) -> str:
         lines += ["", "Args:"]
     start = lines.index("Args:")
     end = next((i for i in range(start, len(lines)) if not lines[i]), len(lines))
-    for each in fields(settings):
-        entry = f"{each.name}: {each.metadata['doc']}"
-        lines[end:end] = entry_lines = wrap(
-            entry, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False
-        )
-        end += len(entry_lines)
-    return "\n".join(lines) + "\n"
+    fill = TextWrapper(WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+    entries = [fill.fill(f"{each.name}: {each.metadata['doc']}") for each in fields(settings)]
+    return "\n".join([*lines[:end], *entries, *lines[end:]]) + "\n"
 
 
 def _with_parameters(signature: inspect.Signature, settings: type) -> inspect.Signature:

@@ -21,8 +21,8 @@ class Player:
     Args:
         name: Its name in the history and in errors.
         module: The module that it trains. Gradients of its losses reach these parameters and ``tensors`` only.
-        losses: The losses of its turn at a stage, one for each of its steps, each with metrics for the history. A
-            scalar, lower is better, or ``None`` to skip a step. The trainer asks for the next loss after the step.
+        losses: The losses of its turn at a stage, each with metrics for the history: a scalar, lower is better, or
+            ``None`` to skip a step. The trainer asks for the next loss after the step.
         lr: Its learning rate at a stage.
         after_step: Called after each step that had a loss.
         averaged_modules: Modules that change in its turn without gradients; part of the state of a fit.

@@ -34,9 +34,8 @@ class Schedule:
         adversary_steps: Steps of the adversary for each of the sampler.
         lr: Learning rate of the sampler (Adam).
         adversary_lr: Learning rate of the adversary and of a fitted contrast (Adam).
-        tempering: Factor ``β`` of the log joint at the first step; it rises geometrically to 1 over ``tempered`` of
-            the fit. ``None`` or 1 for the log joint throughout.
-        tempered: Share of the steps over which ``β`` rises.
+        tempering: Factor ``β`` of the log joint at the first step; ``None`` or 1 for the log joint throughout.
+        tempered: Share of the steps over which ``β`` rises geometrically to 1.
         cool: Share of the steps that make up the cool end.
         warm_up: Share of the steps over which both rates rise from 0, linearly; 0 for none. Adam's first steps are as
             large as the rate in every weight at once, whatever the gradients.
@@ -58,10 +57,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_whole("num_steps", self.num_steps)
-        for value in _pair("num_particles", self.num_particles):
-            check_whole("num_particles", value)
-        for value in _pair("adversary_steps", self.adversary_steps):
-            check_whole("adversary_steps", value, 0)
+        for option, least in (("num_particles", 1), ("adversary_steps", 0)):
+            for value in _pair(option, getattr(self, option)):
+                check_whole(option, value, least)
         for option in ("lr", "adversary_lr"):
             for rate in _pair(option, getattr(self, option)):
                 check_positive(option, rate)

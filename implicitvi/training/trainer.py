@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,22 +50,19 @@ class Trainer:
     """A loop that steps players in order, each with its own Adam, on a schedule.
 
     A turn whose loss or gradient is not finite changes neither parameters nor optimiser and is counted; after
-    ``max_skips`` in a row the last good state is restored and `NonFiniteError` raised. All random numbers come from
-    ``stream``.
+    ``max_skips`` in a row the last good state is restored and `NonFiniteError` raised.
 
-    A step never waits for the device: the device decides whether a turn is taken, and keeps the counts and metrics
-    until they are read. On an accelerator the counts are read at every tenth step, so the error comes up to ten steps
-    late, and not at all if the fit has recovered by then.
+    A step never waits for the device, which decides whether a turn is taken. On an accelerator the counts are read at
+    every tenth step: the error comes up to ten steps late, and not at all if the fit has recovered by then.
 
     Args:
         players: The players, in the order of their turns.
         schedule: Settings of every step.
-        stream: Source of random numbers.
+        stream: Source of all random numbers.
         clip_norm: Bound on the global norm of each player's gradient; ``None`` for a multiple of recent ones (`Clip`).
         max_skips: Skipped turns of one player in a row that end the fit.
         explain: Returns a description of the non-finite values, for the error.
-        betas: Adam's moment decays. A low first one suits a game, where yesterday's gradient answers yesterday's
-            opponent.
+        betas: Adam's moment decays. A low first one suits a game, whose older gradients answer older opponents.
         prepare: Called before the players of each step, inside the stream; fetches a batch.
         average: Averages the loss and gradients of a turn over several processes; ``None`` for a single process.
         agree: Turns a process's reason to stop, or ``None``, into one for all: they stop at the same step.
@@ -87,24 +85,17 @@ class Trainer:
         average: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
         agree: Callable[[str | None], str | None] | None = None,
     ):
-        self.players = tuple(players)
-        self.schedule = schedule
-        self.stream = stream
-        self.max_skips = max_skips
+        self.players, self.schedule, self.stream = tuple(players), schedule, stream
+        self.max_skips, self.explain, self.prepare = max_skips, explain, prepare
+        self.average, self.agree = average, agree
         self.step_count = 0
         self.history = History()
-        self.explain = explain
-        self.prepare = prepare
-        self.average = average
-        self.agree = agree
         self.write = self._write
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._clips = {player.name: Clip(clip_norm) for player in self.players}
-        self._optimisers = {
-            player.name: torch.optim.Adam(player.parameters(), lr=1.0, betas=betas, fused=True)
-            for player in self.players
-        }
+        adam = partial(torch.optim.Adam, lr=1.0, betas=betas, fused=True)
+        self._optimisers = {player.name: adam(player.parameters()) for player in self.players}
         on_cpu = all(p.is_cpu for player in self.players for p in player.parameters())
         self._look_every = 1 if on_cpu else LOOK_EVERY
         self._good: dict[str, Any] | None = None
@@ -115,10 +106,7 @@ class Trainer:
         return self._earlier_skips + int(sum(float(s.total) for s in self._skips.values()))
 
     def step(self) -> Metrics:
-        """Let every player take its turns; returns each one's last loss, NaN if skipped, and metrics.
-
-        Metrics may be tensors: reading them as numbers waits for the device.
-        """
+        """Let every player take its turns; returns each one's last loss, NaN if skipped, and metrics, maybe tensors."""
         if self._good is None:
             self._good = self.state_dict()
         stage = self.schedule.at(self.step_count)
@@ -158,10 +146,7 @@ class Trainer:
         return "finished"
 
     def save(self, folder: str | Path, **notes: Any) -> None:
-        """Write the fit that this loop belongs to into a folder, atomically, with notes about it.
-
-        The attribute ``write`` does so; by default it writes the `state_dict` of the loop.
-        """
+        """Write the fit of this loop into a folder, with notes, by `write`: the `state_dict` unless it is replaced."""
         self.write(as_folder(folder), notes)
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> None:
@@ -170,8 +155,7 @@ class Trainer:
     def _gradients(self, player: Player, loss: Tensor | None) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """Return a loss and its gradients, averaged over the processes if there are several.
 
-        A process without a loss then counts as one with a non-finite loss: the others wait for its contribution, and
-        all must come to the same decision.
+        No loss then counts as a NaN: the others wait for this process, and all must come to the same decision.
         """
         parameters = self._optimisers[player.name].param_groups[0]["params"]
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
@@ -189,11 +173,11 @@ class Trainer:
         self, player: Player, loss: Tensor | None, gradients: Sequence[Tensor | None], stage: Stage
     ) -> float | Tensor:
         """Take one step of one player on a loss and its gradients; returns the loss, or NaN if the step was skipped."""
-        optimiser = self._optimisers[player.name]
-        group = optimiser.param_groups[0]
         if loss is None:
             self._skips[player.name].count(1.0)
             return nan
+        optimiser = self._optimisers[player.name]
+        group = optimiser.param_groups[0]
         known = [g for g in gradients if g is not None]
         norm = torch.nn.utils.get_total_norm(known)
         finite = (loss + norm).isfinite()
@@ -222,13 +206,12 @@ class Trainer:
             step, why, in_a_row = self.step_count, self.explain(), int(skips.in_a_row)
             if self._good is not None:
                 self.load_state_dict(self._good)
-            raise NonFiniteError(
+            message = (
                 f"The loss or gradient of the {name} was not finite {in_a_row} times in a row, up to step {step}"
                 f"{': ' + why if why else ''}. The state of step {self.step_count} has been restored. "
-                "Lower the rates, or check where the model's log density is not finite.",
-                player=name,
-                step=step,
+                "Lower the rates, or check where the model's log density is not finite."
             )
+            raise NonFiniteError(message, player=name, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that the next step depends on."""
@@ -269,6 +252,4 @@ def _copy(state: Any) -> Any:
         return state.detach().clone()
     if isinstance(state, dict):
         return {key: _copy(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_copy(value) for value in state]
-    return state
+    return [_copy(value) for value in state] if isinstance(state, list) else state
