@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from implicitvi.errors import ModelError, did_you_mean
@@ -15,7 +14,7 @@ from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.pyro_model.sites import Site, SiteLayout
 from implicitvi.pyro_model.subsampling import full_size
-from implicitvi.pyro_model.tracing import latent_nodes
+from implicitvi.pyro_model.tracing import is_scored, latent_nodes
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
 
 
 def _is_data(node: Any, frame: Any) -> bool:
-    is_observation = node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node)
-    return bool(is_observation and frame in node["cond_indep_stack"])
+    return bool(is_scored(node) and node["is_observed"] and frame in node["cond_indep_stack"])
 
 
 def _rows(node: Any, frame: Any) -> Tensor:
