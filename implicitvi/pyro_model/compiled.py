@@ -3,10 +3,10 @@
 Scoring a Pyro model takes as long for one particle as for a thousand; most of that time is Python's. A graph of values
 and gradients avoids it: `torch.fx` records the graph, and PyTorch's compiler may turn it into machine code.
 
-Every tensor among the model's arguments is an input of the graph, so new data of the same shapes take effect; other
-arguments, shapes, dtypes and devices decide which graph is used. A tensor that the model reaches otherwise, as a
-global or an attribute, is the one found at tracing: changes in place take effect, another tensor under the same name
-does not. The indices of subsampled plates are inputs too, drawn again for every call and shared by all particles.
+Tensors among the model's arguments are inputs of the graph, so new data of the same shapes take effect; other
+arguments, shapes, dtypes and devices decide which graph is used. A global or an attribute that is a tensor is the one
+found at tracing: changes in place take effect, another tensor under the same name does not. The indices of subsampled
+plates are inputs too, drawn again for every call and shared by all particles.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,12 +50,12 @@ def check_compile(backend: str | None) -> None:
         )
 
 
+@dataclass(eq=False)
 class CompiledScore:
     """A compiled ``score(u, args, kwargs)`` of particles ``u [S, D]``, with a graph for each form of the arguments.
 
     A graph is used only after it has reproduced the values and gradients of ``score`` at several numbers of particles.
-    A graph that cannot take any number of particles takes ``rows`` at a time, the last ones padded with copies of the
-    first.
+    One that cannot take any number of particles takes ``rows`` at a time, the last padded with copies of the first.
 
     Args:
         score: The batched log density; it scores each row of ``u`` by itself.
@@ -68,23 +69,16 @@ class CompiledScore:
         seconds: Time spent on tracing, compiling and comparing.
     """
 
-    def __init__(
-        self,
-        score: Score,
-        points: Tensor,
-        *,
-        agree: Callable[[Tensor, Tensor], bool],
-        backend: str = "graph",
-        minibatch: PinnedSubsample | None = None,
-        rows: int = 256,
-    ):
-        check_compile(backend)
-        self.score = score
-        self.points = points.detach()
-        self.agree = agree
-        self.backend = backend
-        self.minibatch = PinnedSubsample() if minibatch is None else minibatch
-        self.rows = rows
+    score: Score
+    points: Tensor
+    agree: Callable[[Tensor, Tensor], bool]
+    backend: str = "graph"
+    minibatch: PinnedSubsample = field(default_factory=PinnedSubsample)
+    rows: int = 256
+
+    def __post_init__(self) -> None:
+        check_compile(self.backend)
+        self.points = self.points.detach()
         self.seconds = 0.0
         self._graphs: list[_Graph] = []
 
@@ -142,15 +136,12 @@ class CompiledScore:
             return (scores.detach(), gradient), used
 
         _, indices = run(self.points, leaves, None)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        inputs = [leaves[i] for i in places] + list(indices.values())
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + list(indices.values())
 
         def values_and_gradients(u: Tensor, *inputs: Tensor) -> Tensors:
-            filled = list(leaves)
-            for i, given in zip(places, inputs, strict=False):
-                filled[i] = given
-            names = zip(indices, inputs[len(places) :], strict=True)
-            return run(u, filled, dict(names))[0]
+            given = iter(inputs)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return run(u, filled, dict(zip(indices, given, strict=True)))[0]
 
         sizes = {size for tensor in (self.points, *inputs) for size in tensor.shape}
         # an open number of particles must differ from every other size, or the two are taken for one
@@ -193,12 +184,10 @@ class _Graph:
         """Return values ``[S]``, and gradients ``[S, D]`` if asked for."""
         graph = self._values_and_gradients if gradients else self._values
         count, rows = len(u), self.rows or max(len(u), 2)  # one particle has a shape of its own
-        missing = -count % rows
-        if missing:
-            u = torch.cat([u, u[:1].expand(missing, -1)])
-        parts = [graph(part, *inputs) for part in u.detach().split(rows)]
-        if len(parts) == 1 and not missing:
-            return parts[0]
+        if count == rows:
+            return graph(u.detach(), *inputs)
+        padded = torch.cat([u.detach(), u[:1].expand(-count % rows, -1)])
+        parts = [graph(part, *inputs) for part in padded.split(rows)]
         return tuple(torch.cat(part)[:count] for part in zip(*parts, strict=True))
 
 
@@ -252,10 +241,11 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
             raise ModelError("An argument needs a gradient, which a graph does not give.")
         return tuple(leaf.shape), leaf.dtype, leaf.device
     constant = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device
+    kind = type(leaf)
     if isinstance(leaf, constant) or callable(leaf):
-        return type(leaf), leaf
-    kind = type(leaf).__name__
-    raise ModelError(f"An argument must be a tensor or a number, got {kind}, whose changes a graph would not see.")
+        return kind, leaf
+    got = f"{kind.__name__}, whose changes a graph would not see"
+    raise ModelError.must_be("An argument", "a tensor or a number", got)
 
 
 def _repeat(points: Tensor, count: int) -> Tensor:

@@ -17,16 +17,8 @@ def model_parameters(model: Model, values: dict[str, Tensor], *args: Any, **kwar
     """Return the unconstrained leaf of every ``pyro.param`` and ``PyroModule`` parameter that the model uses.
 
     The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show the learned values. Parameters of
-    the model's own module that Pyro does not see, as those of a plain layer in a PyroModule, cause a warning.
-
-    Args:
-        model: The Pyro model; it is run once.
-        values: Values of its latent sites at which it is known to run.
-        *args: Its arguments.
-        **kwargs: Its keyword arguments.
-
-    Returns:
-        ``{name: leaf}`` of those that require a gradient.
+    the model's own module that Pyro does not see, as those of a plain layer in a PyroModule, cause a warning. The model
+    is run once, at ``values`` of its latent sites, ``{site: [*site shape]}``; leaves without gradients are left out.
 
     Raises:
         ModelError: An older parameter of the same name in Pyro's store hides one of the model's own module.
@@ -40,8 +32,7 @@ def model_parameters(model: Model, values: dict[str, Tensor], *args: Any, **kwar
         if node["type"] != "param":
             continue
         leaf: Any = node["value"]
-        if not leaf.is_leaf:
-            leaf = leaf.unconstrained()
+        leaf = leaf if leaf.is_leaf else leaf.unconstrained()
         if name in own and own[name] is not leaf:
             raise ModelError(
                 f"The model's parameter {name} is hidden by an older one of that name in Pyro's store. Call "
