@@ -86,17 +86,14 @@ class PrepareForGuide(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not isinstance(msg["value"], Tensor):
-            kind = type(msg["value"]).__name__
-            raise ModelError(
-                f"The data of site {msg['name']!r} must be a tensor, got {kind}. Pass torch.as_tensor(y) to the model."
-            )
+            what, kind = f"The data of site {msg['name']!r}", type(msg["value"]).__name__
+            raise ModelError.must_be(what, "a tensor", kind, "Pass torch.as_tensor(y) to the model.")
         if site_is_subsample(msg):
             check_subsample(msg)
         elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
-        msg["cond_indep_stack"] = tuple(
-            frame for frame in msg["cond_indep_stack"] if frame.vectorized or is_subsampled(frame)
-        )
+        frames = (frame for frame in msg["cond_indep_stack"] if frame.vectorized or is_subsampled(frame))
+        msg["cond_indep_stack"] = tuple(frames)
         if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
             transform = biject_to(msg["fn"].support)
             msg["value"] = transform(torch.zeros(transform.inverse_shape(msg["fn"].shape())))
@@ -129,17 +126,12 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
     """Raise `ModelError` unless there are latent sites, none of them in a subsampled plate, except ``amortized``."""
     sites = dict(trace.iter_stochastic_nodes())
     if not sites:
-        raise ModelError(
-            "The model has no latent site to draw. Check that the sites to infer are not observed, and that observed "
-            "ones get obs=.",
-            faq="the-model-has-no-latent-site",
-        )
+        message = "The model has no latent site to draw. Check that the sites to infer are not observed, and that "
+        raise ModelError(f"{message}observed ones get obs=.", faq="the-model-has-no-latent-site")
     frames = (frame for node in sites.values() for frame in node["cond_indep_stack"])
     local = sorted({frame.name for frame in frames if is_subsampled(frame) and frame.name != amortized})
     if local:
-        raise ModelError(
-            f"Latent sites must not be in a subsampled plate: {', '.join(local)}. Run the plate in full, or amortize "
-            f"it, ImplicitGuide(model, amortize={{{local[0]!r}: features}}), with a function of the model's arguments "
-            "that returns a row for each element.",
-            faq="a-latent-for-every-row",
-        )
+        message = f"Latent sites must not be in a subsampled plate: {', '.join(local)}. Run the plate in full, or "
+        message += f"amortize it, ImplicitGuide(model, amortize={{{local[0]!r}: features}}), with a function of the "
+        message += "model's arguments that returns a row for each element."
+        raise ModelError(message, faq="a-latent-for-every-row")

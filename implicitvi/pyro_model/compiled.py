@@ -160,10 +160,7 @@ class CompiledScore:
 
 
 def compile_networks(*modules: nn.Module | None) -> None:
-    """Compile the child networks of ``modules`` in place; the names in their state do not change.
-
-    Noise is drawn outside of them, by torch's own generators.
-    """
+    """Compile the child networks of ``modules`` in place; names in their state stay, and noise is drawn outside."""
     for module in modules:
         for child in [] if module is None else module.children():
             child.compile(dynamic=True)
@@ -173,11 +170,11 @@ class _Graph:
     """A traced function ``(u [S, D], *inputs) -> (values [S], gradients [S, D])``, and one of the values alone."""
 
     def __init__(self, traced: GraphModule, form: Form, plates: tuple[str, ...], rows: int | None, backend: str):
-        self.form = form
-        self.plates = plates
-        self.rows = rows
-        self._values_and_gradients = _compiled(traced, backend, rows)
-        self._values = _compiled(_without_gradients(traced), backend, rows)
+        self.form, self.plates, self.rows = form, plates, rows
+        graphs: tuple[Callable[..., Tensors], ...] = (traced, _without_gradients(traced))
+        if backend == "inductor":
+            graphs = tuple(torch.compile(graph, dynamic=rows is None) for graph in graphs)
+        self._values_and_gradients, self._values = graphs
 
     @torch.no_grad()
     def __call__(self, u: Tensor, inputs: list[Tensor], *, gradients: bool) -> Tensors:
@@ -207,13 +204,6 @@ class _Differentiable(torch.autograd.Function):
         return outer[:, None] * gradient, None, None
 
 
-def _compiled(traced: GraphModule, backend: str, rows: int | None) -> Callable[..., Tensors]:
-    if backend == "graph":
-        return traced
-    compiled: Callable[..., Tensors] = torch.compile(traced, dynamic=rows is None)
-    return compiled
-
-
 def _without_gradients(traced: GraphModule) -> GraphModule:
     """Return the graph without its gradients and without the operations that only they need."""
     graph = deepcopy(traced.graph)
@@ -229,9 +219,8 @@ def _check_graph(traced: GraphModule) -> None:
         if node.op == "get_attr" and getattr(getattr(traced, node.target), "requires_grad", False):
             raise ModelError("The model has parameters that learn, and a graph does not give them a gradient.")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise ModelError(
-                f"The model draws random numbers of its own ({node.target}), which all particles must share."
-            )
+            draws = f"draws random numbers of its own ({node.target})"
+            raise ModelError(f"The model {draws}, which all particles must share.")
 
 
 def _describe(leaf: Any) -> tuple[Any, ...]:

@@ -22,7 +22,6 @@ from implicitvi.pyro_model.plates import by_datum
 from implicitvi.pyro_model.sites import SiteLayout, bijection
 from implicitvi.pyro_model.subsampling import PinnedSubsample
 from implicitvi.pyro_model.tracing import (
-    PARTICLE_ERRORS,
     check_sites,
     first_line,
     is_particles_fault,
@@ -105,7 +104,7 @@ class LogJoint:
         ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
 
         Raises:
-            ModelError: Sites are not those of the layout, the support of one depends on another, or the mode is wrong.
+            ModelError: Sites differ from the layout, the support of one depends on another, or the mode is wrong here.
         """
         if self._is_chosen:
             return
@@ -203,13 +202,14 @@ class LogJoint:
         values, _ = self.layout.unpack(u)
         try:
             trace = self._trace(values, call)
-        except PARTICLE_ERRORS as error:
+        except Exception as error:
             if not is_particles_fault(error):
                 raise
             return
         for site, flat in self.layout.split(u):
-            here = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat))
-            if not _same(here, values[site.name]):
+            here, there = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat)), values[site.name]
+            same_shape = here.shape[here.dim() - there.dim() :] == there.shape  # enumerated values come in front
+            if not same_shape or not torch.allclose(here, there.expand_as(here)):
                 message = f"The support of site {site.name!r} must not depend on other latents. Sample a site of fixed "
                 message += "support and scale it: b times Uniform(0, 1) for Uniform(0, b)."
                 raise ModelError(message, faq="a-site-cannot-be-mapped-to-the-real-line")
@@ -221,7 +221,7 @@ class LogJoint:
         """Score all particles; where the model raises, halve until the particles at fault stand alone."""
         try:
             return run(u, call)
-        except PARTICLE_ERRORS as error:
+        except Exception as error:
             if not is_particles_fault(error):
                 raise
             if len(u) == 1:
@@ -312,11 +312,6 @@ class LogJoint:
             scores = run(v, call)
             (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
         return scores.detach(), grad
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two values agree where one may have further dimensions on the left."""
-    return a.shape[a.dim() - b.dim() :] == b.shape and torch.allclose(a, b.expand_as(a))
 
 
 def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:

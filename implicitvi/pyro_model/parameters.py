@@ -34,22 +34,19 @@ def model_parameters(model: Model, values: dict[str, Tensor], *args: Any, **kwar
         leaf: Any = node["value"]
         leaf = leaf if leaf.is_leaf else leaf.unconstrained()
         if name in own and own[name] is not leaf:
-            raise ModelError(
-                f"The model's parameter {name} is hidden by an older one of that name in Pyro's store. Call "
-                "pyro.clear_param_store() before the second model, or pyro.settings.set(module_local_params=True).",
-                faq="a-parameter-keeps-its-old-value",
+            message = f"The model's parameter {name} is hidden by an older one of that name in Pyro's store. Call "
+            message += (
+                "pyro.clear_param_store() before the second model, or pyro.settings.set(module_local_params=True)."
             )
+            raise ModelError(message, faq="a-parameter-keeps-its-old-value")
         if leaf.requires_grad:
             leaves[name] = leaf
     seen = {id(leaf) for leaf in leaves.values()}
     unseen = [name for name, leaf in own.items() if leaf.requires_grad and id(leaf) not in seen]
     if unseen:
-        warnings.warn(
-            f"Pyro does not see these parameters of the model, so they are not learned: {', '.join(unseen)}. Make "
-            "every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model. If that is "
-            "intended, call requires_grad_(False).",
-            stacklevel=2,
-        )
+        message = f"Pyro does not see these parameters of the model, so they are not learned: {', '.join(unseen)}. "
+        message += "Make every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model. "
+        warnings.warn(f"{message}If that is intended, call requires_grad_(False).", stacklevel=2)
     return leaves
 
 

@@ -53,8 +53,7 @@ class LocalLayout:
         for (site, dim), flat in zip(self.local, z.split(sizes, -1), strict=True):
             rest, axis = list(site.unconstrained_shape), _plate_axis(site, dim)
             del rest[axis]
-            value = flat.reshape(*flat.shape[:-1], *rest).movedim(1, axis)
-            parts[site.name] = value.reshape(len(z), -1)
+            parts[site.name] = flat.reshape(*flat.shape[:-1], *rest).movedim(1, axis).reshape(len(z), -1)
         return torch.cat([parts[site.name] for site in self.all.sites], -1)
 
     def part(self, u: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -119,10 +118,10 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
     if not inside:
         raise ModelError(f"Plate {plate!r} has no latent site inside. Leave amortize= out of the guide.")
     if any(map(is_enumerated, latents.values())):
-        raise ModelError(
-            "A guide amortized over a plate does not sum discrete sites out. Sum by hand (dist.MixtureSameFamily).",
-            faq="a-discrete-latent-is-refused",
+        message = (
+            "A guide amortized over a plate does not sum discrete sites out. Sum by hand (dist.MixtureSameFamily)."
         )
+        raise ModelError(message, faq="a-discrete-latent-is-refused")
     everything = SiteLayout.from_trace(trace)
     shared = SiteLayout(tuple(site for site in everything.sites if site.name not in inside))
     local = tuple((site, frame.dim) for site in everything.sites if site.name in inside)
@@ -146,8 +145,7 @@ def _rows(node: Any, frame: Any) -> Tensor:
 def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:
     """Split the log density of a scored trace by datum: outside a plate, then of each element in it: ``[1 + B]``, nats.
 
-    The weight ``N / B`` of a subsampled plate is removed from its elements. ``log_dets`` has the
-    ``log|J| [*batch shape]`` of the latent sites, by name.
+    The weight ``N / B`` of a subsampled plate is removed from its elements. ``log_dets {site: [*batch shape]}``.
     """
     outside, inside = [], []
     for name, node in trace.nodes.items():

@@ -24,11 +24,11 @@ from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.tracing import (
     PARTICLE_ERRORS,
     first_line,
-    flat_sites,
     run_at,
     score,
     sites_without_density,
     unvalidated,
+    unwrapped,
 )
 from implicitvi.rng import RandomStream
 
@@ -39,8 +39,7 @@ PROBES = 64  # draws among which some with a density are wanted
 class Target:
     """A Pyro model with its arguments: ``log p(x, u)`` on the unconstrained vector ``u [D]`` of its latent sites.
 
-    The model is read when something is first asked of it, once. `at` gives the target of other arguments, which
-    shares the reading and the scorer.
+    The model is read once, when first needed. `at` returns a target of other arguments, with the same scorer.
 
     Args:
         model: The Pyro model.
@@ -80,8 +79,9 @@ class Target:
             target.values = {name: trace.nodes[name]["value"] for name in target.layout.names}
             implicit = target.sites_without_density
         if implicit:
-            what, advice = _names(implicit), "Compare draws with those of a reference: implicitvi.metrics.c2st."
-            raise ModelError.must_be(f"the prior of {what}", "a prior with a density to judge draws", do=advice)
+            what, expected = f"the prior of {', '.join(map(repr, implicit))}", "a prior with a density to judge draws"
+            advice = "Compare draws with those of a reference: implicitvi.metrics.c2st."
+            raise ModelError.must_be(what, expected, do=advice)
         return target
 
     @property
@@ -130,8 +130,10 @@ class Target:
 
     @cached_property
     def flat_sites(self) -> tuple[str, ...]:
-        """Names of the latent sites with a flat prior."""
-        return flat_sites(self.model, self.values, *self.args, **self.kwargs)
+        """Names of the latent sites with a flat prior: masked by a plain ``False``."""
+        nodes = run_at(self.model, self.values, *self.args, **self.kwargs).nodes
+        masks = {name: (nodes[name]["mask"], *unwrapped(nodes[name]["fn"])[1]) for name in self.values}
+        return tuple(name for name in self.values if any(mask is False for mask in masks[name]))
 
     @cached_property
     def log_joint(self) -> LogJoint:
@@ -206,7 +208,7 @@ class Target:
         wrong = [f"missing {name!r}" for name in self.layout.names if name not in draws]
         wrong += [f"unknown {name!r}" for name in draws if name not in self.layout.names]
         if wrong:
-            expected = f"the draws of the latent sites {_names(self.layout.names)}"
+            expected = f"the draws of the latent sites {', '.join(map(repr, self.layout.names))}"
             advice = "Leave out deterministic and observed sites, and discrete ones that the model sums out."
             raise ShapeError.must_be("draws", expected, ", ".join(wrong), advice)
 
@@ -225,10 +227,6 @@ class Target:
             advice = "Pass constrained values, as guide.sample or MCMC.get_samples return them."
             raise ModelError.must_be(f"draws of site {name!r}", f"in its support, {node['fn'].support}", got, advice)
         return value
-
-
-def _names(names: Any) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _short(value: Any) -> str:

@@ -64,13 +64,6 @@ def sites_without_density(model: Model, values: dict[str, Tensor], *args: Any, *
     return tuple(implicit)
 
 
-def flat_sites(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-    """Return the names of the latent sites in ``values`` with a flat prior: masked by a plain ``False``."""
-    nodes = run_at(model, values, *args, **kwargs).nodes
-    masks = {name: (nodes[name]["mask"], *unwrapped(nodes[name]["fn"])[1]) for name in values}
-    return tuple(name for name in values if any(mask is False for mask in masks[name]))
-
-
 def latent_nodes(trace: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names and nodes of the unobserved sites of a Pyro trace."""
     for name, node in trace.nodes.items():
