@@ -127,6 +127,20 @@ def test_a_particle_that_fails_takes_no_other_with_it() -> None:
     assert terms.isfinite().all(1).tolist() == [True, False, True]
 
 
+def test_a_deterministic_site_is_not_data() -> None:
+    """It is computed from the latents of one run, so the network must not be shown it."""
+
+    def derived(y: Tensor) -> None:
+        with pyro.plate("groups", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("double", 2 * z)
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+    amortization = Amortization.parse("groups")
+    rows, plain = (PlateMinibatches(m, amortization).batch(Arguments.of(Y)).rows for m in (derived, effects))
+    assert torch.equal(rows, plain) and torch.equal(rows, Y[:, None])
+
+
 def explicit(context: Tensor) -> ConditionalSampler:
     """A Gaussian for each context, in disguise: its inner sampler is the noise itself."""
     inner = GatedSampler(2, noise_dim=2, context_dim=context.shape[-1], width=8)

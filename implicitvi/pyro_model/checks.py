@@ -32,15 +32,15 @@ def check_site(name: str, fn: Any) -> None:
         bijection(name, fn)
         return
     if is_finite(fn):
-        problem = "is not marked to be summed out"
-        do = f'Write pyro.sample({name!r}, ..., infer={{"enumerate": "parallel"}}), or decorate the model with '
-        do += "@pyro.infer.config_enumerate."
+        problem, do = "is not marked to be summed out", f"Write pyro.sample({name!r}, ..., infer="
+        do += '{"enumerate": "parallel"}), or decorate the model with @pyro.infer.config_enumerate.'
     elif isinstance(fn, Independent):
         problem = "joins several discrete values with to_event, which Pyro cannot enumerate"
         do = "Declare them independent: a pyro.plate in place of to_event."
     else:
-        problem = "has infinitely many values, or too many to list, so it cannot be summed out, "
-        problem += f"got {type(fn).__name__}"
+        problem = (
+            f"has infinitely many values, or too many to list, so it cannot be summed out, got {type(fn).__name__}"
+        )
         do = "Integrate it out by hand (dist.GammaPoisson for a Poisson with a Gamma rate), or condition on it."
     raise ModelError(f"The discrete latent site {name!r} {problem}. {do}", faq="a-discrete-latent-is-refused")
 
@@ -52,25 +52,22 @@ def check_observed(node: Any) -> None:
     # a column beside a row would broadcast: each entry scored against every other
     shape = torch.broadcast_shapes(fn.batch_shape, batch) if vectorized_plates(node) else fn.batch_shape
     if shape != fn.batch_shape:
-        raise ModelError.must_be(
-            f"The shape of the data of site {name!r}",
-            f"the shape of its plates, {tuple(fn.batch_shape)}",
-            f"{tuple(batch)}, which makes {tuple(shape)} log densities",
-            "Drop dimensions of size 1, or declare a plate for each dimension.",
-        )
+        what, expected = f"The shape of the data of site {name!r}", f"the shape of its plates, {tuple(fn.batch_shape)}"
+        got = f"{tuple(batch)}, which makes {tuple(shape)} log densities"
+        do = "Drop dimensions of size 1, or declare a plate for each dimension."
+        raise ModelError.must_be(what, expected, got, do)
     base, masks = unwrapped(fn)
     masks.append(node["mask"])
-    support = getattr(type(base), "support", None)
-    if not isinstance(support, Constraint) or is_dependent(support):  # the parameters decide
-        return
+    support: Any = getattr(type(base), "support", None)
+    is_fixed = isinstance(support, Constraint) and not is_dependent(support)  # by the kind, not by parameters
     allows_nan = isinstance(base, NanMaskedNormal | NanMaskedMultivariateNormal)
-    if allows_nan or value.is_meta or any(mask is False for mask in masks):
+    if not is_fixed or allows_nan or value.is_meta or any(mask is False for mask in masks):
         return
     inside = support.check(value)
     while inside.dim() > len(batch):
         inside = inside.all(-1)
-    for mask in masks:
-        inside = inside | ~mask if isinstance(mask, Tensor) else inside
+    for mask in (mask for mask in masks if isinstance(mask, Tensor)):
+        inside = inside | ~mask
     if not inside.all():
         inside = inside.expand(batch)
         found = f"{int((~inside).sum())} of {inside.numel()}, the first of them {value[~inside][0].tolist()}"
@@ -89,21 +86,17 @@ class PrepareForGuide(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not isinstance(msg["value"], Tensor):
-            kind = type(msg["value"]).__name__
-            raise ModelError(
-                f"The data of site {msg['name']!r} must be a tensor, got {kind}. Pass torch.as_tensor(y) to the model."
-            )
+            what, kind = f"The data of site {msg['name']!r}", type(msg["value"]).__name__
+            raise ModelError.must_be(what, "a tensor", kind, "Pass torch.as_tensor(y) to the model.")
         if site_is_subsample(msg):
             check_subsample(msg)
         elif not is_hidden(msg):
             check_site(msg["name"], msg["fn"])
-        msg["cond_indep_stack"] = tuple(
-            frame for frame in msg["cond_indep_stack"] if frame.vectorized or is_subsampled(frame)
-        )
+        frames = (frame for frame in msg["cond_indep_stack"] if frame.vectorized or is_subsampled(frame))
+        msg["cond_indep_stack"] = tuple(frames)
         if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
-            shape = msg["fn"].shape()
             transform = biject_to(msg["fn"].support)
-            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape)))
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(msg["fn"].shape())))
 
 
 class CheckData(Messenger):
@@ -133,17 +126,12 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
     """Raise `ModelError` unless there are latent sites, none of them in a subsampled plate, except ``amortized``."""
     sites = dict(trace.iter_stochastic_nodes())
     if not sites:
-        raise ModelError(
-            "The model has no latent site to draw. Check that the sites to infer are not observed, and that observed "
-            "ones get obs=.",
-            faq="the-model-has-no-latent-site",
-        )
+        message = "The model has no latent site to draw. Check that the sites to infer are not observed, and that "
+        raise ModelError(f"{message}observed ones get obs=.", faq="the-model-has-no-latent-site")
     frames = (frame for node in sites.values() for frame in node["cond_indep_stack"])
     local = sorted({frame.name for frame in frames if is_subsampled(frame) and frame.name != amortized})
     if local:
-        raise ModelError(
-            f"Latent sites must not be in a subsampled plate: {', '.join(local)}. Run the plate in full, or amortize "
-            f"it, ImplicitGuide(model, amortize={{{local[0]!r}: features}}), with a function of the model's arguments "
-            "that returns a row for each element.",
-            faq="a-latent-for-every-row",
-        )
+        message = f"Latent sites must not be in a subsampled plate: {', '.join(local)}. Run the plate in full, or "
+        message += f"amortize it, ImplicitGuide(model, amortize={{{local[0]!r}: features}}), with a function of the "
+        message += "model's arguments that returns a row for each element."
+        raise ModelError(message, faq="a-latent-for-every-row")

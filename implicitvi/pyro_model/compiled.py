@@ -3,10 +3,10 @@
 Scoring a Pyro model takes as long for one particle as for a thousand; most of that time is Python's. A graph of values
 and gradients avoids it: `torch.fx` records the graph, and PyTorch's compiler may turn it into machine code.
 
-Every tensor among the model's arguments is an input of the graph, so new data of the same shapes take effect; other
-arguments, shapes, dtypes and devices decide which graph is used. A tensor that the model reaches otherwise, as a
-global or an attribute, is the one found at tracing: changes in place take effect, another tensor under the same name
-does not. The indices of subsampled plates are inputs too, drawn again for every call and shared by all particles.
+Tensors among the model's arguments are inputs of the graph, so new data of the same shapes take effect; other
+arguments, shapes, dtypes and devices decide which graph is used. A global or an attribute that is a tensor is the one
+found at tracing: changes in place take effect, another tensor under the same name does not. The indices of subsampled
+plates are inputs too, drawn again for every call and shared by all particles.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,12 +50,12 @@ def check_compile(backend: str | None) -> None:
         )
 
 
+@dataclass(eq=False)
 class CompiledScore:
     """A compiled ``score(u, args, kwargs)`` of particles ``u [S, D]``, with a graph for each form of the arguments.
 
     A graph is used only after it has reproduced the values and gradients of ``score`` at several numbers of particles.
-    A graph that cannot take any number of particles takes ``rows`` at a time, the last ones padded with copies of the
-    first.
+    One that cannot take any number of particles takes ``rows`` at a time, the last padded with copies of the first.
 
     Args:
         score: The batched log density; it scores each row of ``u`` by itself.
@@ -68,23 +69,16 @@ class CompiledScore:
         seconds: Time spent on tracing, compiling and comparing.
     """
 
-    def __init__(
-        self,
-        score: Score,
-        points: Tensor,
-        *,
-        agree: Callable[[Tensor, Tensor], bool],
-        backend: str = "graph",
-        minibatch: PinnedSubsample | None = None,
-        rows: int = 256,
-    ):
-        check_compile(backend)
-        self.score = score
-        self.points = points.detach()
-        self.agree = agree
-        self.backend = backend
-        self.minibatch = PinnedSubsample() if minibatch is None else minibatch
-        self.rows = rows
+    score: Score
+    points: Tensor
+    agree: Callable[[Tensor, Tensor], bool]
+    backend: str = "graph"
+    minibatch: PinnedSubsample = field(default_factory=PinnedSubsample)
+    rows: int = 256
+
+    def __post_init__(self) -> None:
+        check_compile(self.backend)
+        self.points = self.points.detach()
         self.seconds = 0.0
         self._graphs: list[_Graph] = []
 
@@ -142,15 +136,12 @@ class CompiledScore:
             return (scores.detach(), gradient), used
 
         _, indices = run(self.points, leaves, None)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        inputs = [leaves[i] for i in places] + list(indices.values())
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + list(indices.values())
 
         def values_and_gradients(u: Tensor, *inputs: Tensor) -> Tensors:
-            filled = list(leaves)
-            for i, given in zip(places, inputs, strict=False):
-                filled[i] = given
-            names = zip(indices, inputs[len(places) :], strict=True)
-            return run(u, filled, dict(names))[0]
+            given = iter(inputs)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return run(u, filled, dict(zip(indices, given, strict=True)))[0]
 
         sizes = {size for tensor in (self.points, *inputs) for size in tensor.shape}
         # an open number of particles must differ from every other size, or the two are taken for one
@@ -169,10 +160,7 @@ class CompiledScore:
 
 
 def compile_networks(*modules: nn.Module | None) -> None:
-    """Compile the child networks of ``modules`` in place; the names in their state do not change.
-
-    Noise is drawn outside of them, by torch's own generators.
-    """
+    """Compile the child networks of ``modules`` in place; names in their state stay, and noise is drawn outside."""
     for module in modules:
         for child in [] if module is None else module.children():
             child.compile(dynamic=True)
@@ -182,23 +170,21 @@ class _Graph:
     """A traced function ``(u [S, D], *inputs) -> (values [S], gradients [S, D])``, and one of the values alone."""
 
     def __init__(self, traced: GraphModule, form: Form, plates: tuple[str, ...], rows: int | None, backend: str):
-        self.form = form
-        self.plates = plates
-        self.rows = rows
-        self._values_and_gradients = _compiled(traced, backend, rows)
-        self._values = _compiled(_without_gradients(traced), backend, rows)
+        self.form, self.plates, self.rows = form, plates, rows
+        graphs: tuple[Callable[..., Tensors], ...] = (traced, _without_gradients(traced))
+        if backend == "inductor":
+            graphs = tuple(torch.compile(graph, dynamic=rows is None) for graph in graphs)
+        self._values_and_gradients, self._values = graphs
 
     @torch.no_grad()
     def __call__(self, u: Tensor, inputs: list[Tensor], *, gradients: bool) -> Tensors:
         """Return values ``[S]``, and gradients ``[S, D]`` if asked for."""
         graph = self._values_and_gradients if gradients else self._values
         count, rows = len(u), self.rows or max(len(u), 2)  # one particle has a shape of its own
-        missing = -count % rows
-        if missing:
-            u = torch.cat([u, u[:1].expand(missing, -1)])
-        parts = [graph(part, *inputs) for part in u.detach().split(rows)]
-        if len(parts) == 1 and not missing:
-            return parts[0]
+        if count == rows:
+            return graph(u.detach(), *inputs)
+        padded = torch.cat([u.detach(), u[:1].expand(-count % rows, -1)])
+        parts = [graph(part, *inputs) for part in padded.split(rows)]
         return tuple(torch.cat(part)[:count] for part in zip(*parts, strict=True))
 
 
@@ -218,13 +204,6 @@ class _Differentiable(torch.autograd.Function):
         return outer[:, None] * gradient, None, None
 
 
-def _compiled(traced: GraphModule, backend: str, rows: int | None) -> Callable[..., Tensors]:
-    if backend == "graph":
-        return traced
-    compiled: Callable[..., Tensors] = torch.compile(traced, dynamic=rows is None)
-    return compiled
-
-
 def _without_gradients(traced: GraphModule) -> GraphModule:
     """Return the graph without its gradients and without the operations that only they need."""
     graph = deepcopy(traced.graph)
@@ -240,9 +219,8 @@ def _check_graph(traced: GraphModule) -> None:
         if node.op == "get_attr" and getattr(getattr(traced, node.target), "requires_grad", False):
             raise ModelError("The model has parameters that learn, and a graph does not give them a gradient.")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise ModelError(
-                f"The model draws random numbers of its own ({node.target}), which all particles must share."
-            )
+            draws = f"draws random numbers of its own ({node.target})"
+            raise ModelError(f"The model {draws}, which all particles must share.")
 
 
 def _describe(leaf: Any) -> tuple[Any, ...]:
@@ -252,10 +230,11 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
             raise ModelError("An argument needs a gradient, which a graph does not give.")
         return tuple(leaf.shape), leaf.dtype, leaf.device
     constant = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device
+    kind = type(leaf)
     if isinstance(leaf, constant) or callable(leaf):
-        return type(leaf), leaf
-    kind = type(leaf).__name__
-    raise ModelError(f"An argument must be a tensor or a number, got {kind}, whose changes a graph would not see.")
+        return kind, leaf
+    got = f"{kind.__name__}, whose changes a graph would not see"
+    raise ModelError.must_be("An argument", "a tensor or a number", got)
 
 
 def _repeat(points: Tensor, count: int) -> Tensor:

@@ -44,12 +44,8 @@ def is_finite(fn: Any) -> bool:
 def is_enumerated(node: dict[str, Any]) -> bool:
     """Return whether a sample site is marked to be summed out, and can be."""
     infer = node["infer"]
-    return (
-        infer.get("enumerate") == "parallel"
-        and infer.get("num_samples") is None
-        and not node["is_observed"]
-        and is_finite(node["fn"])
-    )
+    is_marked = infer.get("enumerate") == "parallel" and infer.get("num_samples") is None
+    return is_marked and not node["is_observed"] and is_finite(node["fn"])
 
 
 class SharedSiteError(ImplicitVIError, ValueError):
@@ -79,26 +75,22 @@ def log_sum(trace: Any) -> Tensor:
         ModelError: The sum is not defined, or is exponential in the size of the data.
     """
     dependent = _dependent_terms(trace)
-    nodes = trace.nodes
-    rest = [n["log_prob_sum"] for k, n in nodes.items() if "log_prob_sum" in n and k not in dependent]
+    rest = [n["log_prob_sum"] for k, n in trace.nodes.items() if "log_prob_sum" in n and k not in dependent]
     if not dependent:
         return sum(rest, torch.zeros(()))
-    scales = {name: nodes[name]["scale"] for name in dependent}
+    scales = {name: trace.nodes[name]["scale"] for name in dependent}
     several = any(isinstance(scale, Tensor) and scale.dim() for scale in scales.values())
     if several or len({float(scale) for scale in scales.values()}) > 1:
-        raise ModelError.must_be(
-            "The scale of sites that depend on one enumerated site",
-            "one number",
-            ", ".join(f"{name}: {scale}" for name, scale in scales.items()),
-            "Keep minibatches and poutine.scale away from discrete sites that all data share, or pass all data.",
-            faq="a-discrete-latent-is-refused",
-        )
+        what = "The scale of sites that depend on one enumerated site"
+        got = ", ".join(f"{name}: {scale}" for name, scale in scales.items())
+        do = "Keep minibatches and poutine.scale away from discrete sites that all data share, or pass all data."
+        raise ModelError.must_be(what, "one number", got, do, faq="a-discrete-latent-is-refused")
     try:
         total = _contract(trace, dependent, frozenset())
     except NotImplementedError as error:
         message = f"The discrete sites of the model cannot be summed out exactly, got {error}."
         raise ModelError(message, faq="a-discrete-latent-is-refused") from error
-    summed: Tensor = scales[next(iter(scales))] * total
+    summed: Tensor = total * next(iter(scales.values()))
     return sum(rest, summed)
 
 
@@ -108,13 +100,11 @@ def log_sum_of(trace: Any, name: str) -> Tensor:
     Its shape broadcasts with the batch shape of the site.
 
     Raises:
-        SharedSiteError: It is not defined for each observation: a discrete site lies outside the plates of the
-            observations, or other sites depend on it too.
+        SharedSiteError: A discrete site lies outside the plates of the observations, or other sites depend on it too.
     """
     dependent = _dependent_terms(trace)
-    node = trace.nodes[name]
     if name not in dependent:
-        plain: Tensor = node["masked_log_prob"]
+        plain: Tensor = trace.nodes[name]["masked_log_prob"]
         return plain
     connected = _connected_sites(trace, dependent, name)
     plates = _plate_symbols(trace, name)
@@ -154,9 +144,7 @@ class _SafeLog(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        smallest = torch.finfo(x.dtype).eps
-        gradient: Tensor = grads[0] / x.clamp(min=smallest)
-        return gradient
+        return grads[0].div(x.clamp(min=torch.finfo(x.dtype).eps))
 
 
 @contextmanager
@@ -184,8 +172,7 @@ def _dependent_terms(trace: Any) -> dict[str, Tensor]:
     for name, node in trace.nodes.items():
         if "masked_log_prob" not in node:
             continue
-        symbols = node["infer"]["_dim_to_symbol"]
-        log_prob = node["masked_log_prob"]
+        symbols, log_prob = node["infer"]["_dim_to_symbol"], node["masked_log_prob"]
         enumerated = [dim for dim, symbol in symbols.items() if symbol not in plates]
         if any(-dim <= log_prob.dim() and log_prob.shape[dim] > 1 for dim in enumerated):
             terms[name] = packed.pack(log_prob[...], symbols)
@@ -200,8 +187,7 @@ def _contract(trace: Any, terms: dict[str, Tensor], plates: frozenset[str]) -> T
         tree.setdefault(_plate_symbols(trace, name), []).append(term)
         sizes |= zip(_dims(term), term.shape, strict=True)
     sum_dims = set(sizes) - set(trace.plate_to_symbol.values())
-    ring = LogRing(dim_to_size=sizes)
-    total: Tensor = contract_to_tensor(tree, sum_dims, target_ordinal=plates, ring=ring)
+    total: Tensor = contract_to_tensor(tree, sum_dims, target_ordinal=plates, ring=LogRing(dim_to_size=sizes))
     return total
 
 

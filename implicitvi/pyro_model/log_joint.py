@@ -22,7 +22,6 @@ from implicitvi.pyro_model.plates import by_datum
 from implicitvi.pyro_model.sites import SiteLayout, bijection
 from implicitvi.pyro_model.subsampling import PinnedSubsample
 from implicitvi.pyro_model.tracing import (
-    PARTICLE_ERRORS,
     check_sites,
     first_line,
     is_particles_fault,
@@ -46,20 +45,17 @@ class LogJoint:
 
     The particles go through the model together, under `torch.func.vmap` or in a `pyro.plate` of particles, or one by
     one where the model allows neither. A fast mode is used only after it has given the values and gradients of the
-    loop at a few points (`choose`).
-
-    Discrete sites marked ``infer={"enumerate": "parallel"}`` are summed out. A particle at which the model raises,
-    for instance because a Cholesky factorisation fails, scores ``-inf`` and leaves the others alone.
+    loop at a few points (`choose`). Discrete sites marked ``infer={"enumerate": "parallel"}`` are summed out. A
+    particle at which the model raises, as where a Cholesky factorisation fails, scores ``-inf``; the others are scored.
 
     Args:
         model: The Pyro model.
         layout: Its continuous latent sites.
         mode: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
-        only: Names of the sites to sum over, ``None`` for all of them. With the latent sites alone the sum is the log
-            prior. Enumerated sites always count.
+        only: Names of the sites to sum over, ``None`` for all: the latent sites alone give the log prior. Enumerated
+            sites always count.
         exclude: Names of sites to leave out of the sum; their densities are not computed.
-        plate: Name of a plate whose elements are scored one by one beside the rest, without its weight: values are
-            ``[S, 1 + B]`` then (`by_datum`).
+        plate: Name of a plate whose elements are scored one by one, without its weight: ``[S, 1 + B]`` (`by_datum`).
 
     Attributes:
         mode: The mode in use; ``"auto"`` until `choose` has run.
@@ -77,20 +73,14 @@ class LogJoint:
         plate: str | None = None,
     ):
         check_choice("mode", mode, MODES)
-        self.model = model
-        self.layout = layout
-        self.mode = mode
-        self.only = only
-        self.exclude = exclude
-        self.plate = plate
+        self.model, self.layout, self.mode = model, layout, mode
+        self.only, self.exclude, self.plate = only, exclude, plate
         self._shape = () if plate is None else (1 + layout.plate_size(plate),)
         self.reason = "not chosen yet" if mode == "auto" else "asked for"
         self._is_chosen = False
         self._shapes = {site.name: site.shape for site in layout.sites}
-        # read off the first run: depth of batch dimensions, discrete sites to sum out, entries of the largest site
-        self._nesting: int | None = None
-        self._enumerates = False
-        self._width = 1
+        self._nesting: int | None = None  # the depth of batch dimensions; `_inspect` finds it and the next two
+        self._enumerates, self._width = False, 1
         self._falls_back = False  # vmap loops inside an operation, of which torch would warn in every call
         self._minibatch = PinnedSubsample()
         self._compiled: CompiledScore | None = None
@@ -114,8 +104,7 @@ class LogJoint:
         ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
 
         Raises:
-            ModelError: The model's sites are not those of the layout, the support of one depends on another, or the
-                mode asked for does not give the values of the loop.
+            ModelError: Sites differ from the layout, the support of one depends on another, or the mode is wrong here.
         """
         if self._is_chosen:
             return
@@ -136,10 +125,7 @@ class LogJoint:
             warnings.warn(f"the model is scored one particle at a time, about 1 ms each ({reason})", stacklevel=2)
 
     def compile(self, backend: str, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
-        """Score with a graph from now on (`CompiledScore`), traced and compared at ``u [S, D]``.
-
-        If the model cannot be traced it is scored as before, with a warning that says why.
-        """
+        """Trace the model at ``u [S, D]`` and score with the graph (`CompiledScore`), or warn why there can be none."""
         self.choose(u, *args, **kwargs)
         try:
             if self.mode != "vmap":
@@ -147,11 +133,7 @@ class LogJoint:
             with unvalidated(), RandomStream(0):
                 points, _ = self._exact_points(u, Arguments(args, kwargs))
                 self._compiled = CompiledScore(
-                    lambda u, args, kwargs: self._batched(u, Arguments(args, kwargs)),
-                    points,
-                    agree=_close,
-                    backend=backend,
-                    minibatch=self._minibatch,
+                    lambda u, *call: self._batched(u, Arguments(*call)), points, _close, backend, self._minibatch
                 )
                 self._compiled(points, args, kwargs)
         except ModelError as error:
@@ -168,8 +150,7 @@ class LogJoint:
     @property
     def minibatches(self) -> dict[str, tuple[int, int]]:
         """Size and minibatch size of every subsampled plate that the model has shown, by name."""
-        plates = self._minibatch.plates.items()
-        return {name: (size, subsample_size) for name, (size, subsample_size, _) in plates}
+        return {name: plate[:2] for name, plate in self._minibatch.plates.items()}
 
     def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
@@ -180,7 +161,7 @@ class LogJoint:
         log_det = sum((each.sum() for each in log_dets.values()), u.new_zeros(()))
         if self._enumerates:
             return log_det + log_sum(trace)
-        return sum((n["log_prob_sum"] for n in trace.nodes.values() if "log_prob_sum" in n), log_det)
+        return sum((node["log_prob_sum"] for node in trace.nodes.values() if "log_prob_sum" in node), log_det)
 
     def loop(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score particles one by one, in any mode: ``[S, D]`` to ``[S]``."""
@@ -193,17 +174,16 @@ class LogJoint:
 
     def _trace(self, values: dict[str, Tensor], call: Arguments, model: Model | None = None) -> Any:
         """Trace the model, or ``model`` made from it, check its sites and score those that count."""
-        model = self.model if model is None else model
+        model = model or self.model
         if self._nesting is None:
             self._inspect(values, call)
         if self._enumerates:
             model = Enumerate(-1 - self._nesting)(model)  # type: ignore[operator]
         trace = run_at(self._minibatch(model), values, *call.args, **call.kwargs)
         check_sites(trace, self._shapes, wider=self._enumerates or model is not self.model)
-        left_out = self.exclude
+        left_out = set(self.exclude)
         if self.only is not None:
-            kept = {*self.only, *(k for k, n in trace.nodes.items() if is_summed(n))}
-            left_out = tuple(name for name in trace.nodes if name not in kept or name in left_out)
+            left_out |= {name for name, node in trace.nodes.items() if name not in self.only and not is_summed(node)}
         score(trace, values, left_out)
         return trace
 
@@ -212,7 +192,7 @@ class LogJoint:
         with RandomStream(0):
             trace = run_at(self.model, values, *call.args, **call.kwargs)
         nodes = [node for node in trace.nodes.values() if is_scored(node)]
-        self._enumerates = any(is_enumerated(node) for node in nodes)
+        self._enumerates = any(map(is_enumerated, nodes))
         undeclared = [] if self._enumerates else [len(node["fn"].batch_shape) for node in nodes]
         self._nesting = max([plate_nesting(nodes), *undeclared])
         self._width = max((node["value"].numel() for node in nodes), default=1)
@@ -222,35 +202,32 @@ class LogJoint:
         values, _ = self.layout.unpack(u)
         try:
             trace = self._trace(values, call)
-        except PARTICLE_ERRORS as error:
+        except Exception as error:
             if not is_particles_fault(error):
                 raise
             return
         for site, flat in self.layout.split(u):
-            here = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat))
-            if not _same(here, values[site.name]):
-                message = f"The support of site {site.name!r} must not depend on other latents."
-                advice = "Sample a site of fixed support and scale it: b times Uniform(0, 1) for Uniform(0, b)."
-                raise ModelError(f"{message} {advice}", faq="a-site-cannot-be-mapped-to-the-real-line")
+            here, there = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat)), values[site.name]
+            same_shape = here.shape[here.dim() - there.dim() :] == there.shape  # enumerated values come in front
+            if not same_shape or not torch.allclose(here, there.expand_as(here)):
+                message = f"The support of site {site.name!r} must not depend on other latents. Sample a site of fixed "
+                message += "support and scale it: b times Uniform(0, 1) for Uniform(0, b)."
+                raise ModelError(message, faq="a-site-cannot-be-mapped-to-the-real-line")
 
     def _run(self, mode: str) -> Run:
         return {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[mode]
 
     def _score(self, run: Run, u: Tensor, call: Arguments, *, whole: bool = True) -> Tensor:
-        """Score all particles; where the model raises, halve until the particles at fault stand alone.
-
-        Raises:
-            ModelError: The model raises a ``ValueError`` for every particle, so their values are not the reason.
-        """
+        """Score all particles; where the model raises, halve until the particles at fault stand alone."""
         try:
             return run(u, call)
-        except PARTICLE_ERRORS as error:
+        except Exception as error:
             if not is_particles_fault(error):
                 raise
             if len(u) == 1:
                 return u.new_full((1, *self._shape), -torch.inf)
             scores = torch.cat([self._score(run, half, call, whole=False) for half in u.tensor_split(2)])
-            if whole and isinstance(error, ValueError) and not scores.isfinite().any():
+            if whole and isinstance(error, ValueError) and not scores.isfinite().any():  # the values are not the reason
                 advice = "Call it with these arguments to see the error. Data of another size need a new guide."
                 message = f"The model must run at some values of its latents, got {first_line(error)}. {advice}"
                 raise ModelError(message, faq="sites-or-shapes-have-changed") from error
@@ -259,7 +236,7 @@ class LogJoint:
     def _vmap(self, u: Tensor, call: Arguments) -> Tensor:
         """Score all particles, so many at a time that the largest site stays in the processor's cache."""
         parts = ceil(len(u) * self._width / CACHED) if u.is_cpu else 1
-        return self._batched(u, call, chunk_size=ceil(len(u) / max(parts, 1)) or None)
+        return self._batched(u, call, ceil(len(u) / max(parts, 1)) or None)
 
     def _batched(self, u: Tensor, call: Arguments, chunk_size: int | None = None) -> Tensor:
         with batchable(quiet=self._falls_back):
@@ -273,12 +250,11 @@ class LogJoint:
             raise NotImplementedError("it does not sum discrete sites out")
         if self.plate is not None:
             raise NotImplementedError("it does not score data one by one")
-        flat, log_det = self.layout.unpack(u)
-        depth: int = self._nesting or 0
-        values = {
-            site.name: flat[site.name].reshape(len(u), *[1] * (depth - site.batch_dim), *site.shape)
-            for site in self.layout.sites
-        }
+        values, log_det = self.layout.unpack(u)
+        depth = self._nesting or 0
+        for site in self.layout.sites:
+            shape = (len(u), *[1] * (depth - site.batch_dim), *site.shape)
+            values[site.name] = values[site.name].reshape(shape)
 
         def together(*args: Any, **kwargs: Any) -> None:
             with pyro.plate("_particles", len(u), dim=-1 - depth):
@@ -290,12 +266,11 @@ class LogJoint:
                 log_prob = node["log_prob"]
                 if log_prob.dim() != depth + 1 or len(log_prob) != len(u):
                     raise ValueError(f"the log density of {name!r} has shape {tuple(log_prob.shape)}")
-                scores = scores + log_prob.flatten(1).sum(1) if depth else scores + log_prob
+                scores = scores + (log_prob.flatten(1).sum(1) if depth else log_prob)
         return scores
 
     def _loop(self, u: Tensor, call: Arguments) -> Tensor:
-        scores = []
-        state = torch.get_rng_state()
+        scores, state = [], torch.get_rng_state()
         for v in u:
             torch.set_rng_state(state)  # one minibatch for all particles, as under vmap
             with self._minibatch.pinned():
@@ -303,10 +278,7 @@ class LogJoint:
         return torch.stack(scores)
 
     def _exact_points(self, u: Tensor, call: Arguments) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return points near ``u [S, D]`` at which the loop is finite, ``[P, D]``, and its values and gradients there.
-
-        There are several, because a single one would not show particles that the model mixes up.
-        """
+        """Return points ``[P, D]`` near ``u [S, D]`` where the loop is finite, and its values and gradients there."""
         near = u[:3].detach()
         for scale in (0.5, 0.05, 0.005):
             with RandomStream(0):
@@ -316,7 +288,7 @@ class LogJoint:
                 self._check_supports(v, call)
             values, gradients = self._probe(partial(self._score, self._loop), points, call)
             finite = finite_draws(values) & gradients.isfinite().all(-1)
-            if finite.sum() > 1:
+            if finite.sum() > 1:  # a single point would not show particles that the model mixes up
                 break
         return points[finite], (values[finite], gradients[finite])
 
@@ -340,11 +312,6 @@ class LogJoint:
             scores = run(v, call)
             (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
         return scores.detach(), grad
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two values agree where one may have further dimensions on the left."""
-    return a.shape[a.dim() - b.dim() :] == b.shape and torch.allclose(a, b.expand_as(a))
 
 
 def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:

@@ -17,16 +17,8 @@ def model_parameters(model: Model, values: dict[str, Tensor], *args: Any, **kwar
     """Return the unconstrained leaf of every ``pyro.param`` and ``PyroModule`` parameter that the model uses.
 
     The leaves live where Pyro keeps them, so ``pyro.param(name)`` and the module show the learned values. Parameters of
-    the model's own module that Pyro does not see, as those of a plain layer in a PyroModule, cause a warning.
-
-    Args:
-        model: The Pyro model; it is run once.
-        values: Values of its latent sites at which it is known to run.
-        *args: Its arguments.
-        **kwargs: Its keyword arguments.
-
-    Returns:
-        ``{name: leaf}`` of those that require a gradient.
+    the model's own module that Pyro does not see, as those of a plain layer in a PyroModule, cause a warning. The model
+    is run once, at ``values`` of its latent sites, ``{site: [*site shape]}``; leaves without gradients are left out.
 
     Raises:
         ModelError: An older parameter of the same name in Pyro's store hides one of the model's own module.
@@ -40,25 +32,21 @@ def model_parameters(model: Model, values: dict[str, Tensor], *args: Any, **kwar
         if node["type"] != "param":
             continue
         leaf: Any = node["value"]
-        if not leaf.is_leaf:
-            leaf = leaf.unconstrained()
+        leaf = leaf if leaf.is_leaf else leaf.unconstrained()
         if name in own and own[name] is not leaf:
-            raise ModelError(
-                f"The model's parameter {name} is hidden by an older one of that name in Pyro's store. Call "
-                "pyro.clear_param_store() before the second model, or pyro.settings.set(module_local_params=True).",
-                faq="a-parameter-keeps-its-old-value",
+            message = f"The model's parameter {name} is hidden by an older one of that name in Pyro's store. Call "
+            message += (
+                "pyro.clear_param_store() before the second model, or pyro.settings.set(module_local_params=True)."
             )
+            raise ModelError(message, faq="a-parameter-keeps-its-old-value")
         if leaf.requires_grad:
             leaves[name] = leaf
     seen = {id(leaf) for leaf in leaves.values()}
     unseen = [name for name, leaf in own.items() if leaf.requires_grad and id(leaf) not in seen]
     if unseen:
-        warnings.warn(
-            f"Pyro does not see these parameters of the model, so they are not learned: {', '.join(unseen)}. Make "
-            "every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model. If that is "
-            "intended, call requires_grad_(False).",
-            stacklevel=2,
-        )
+        message = f"Pyro does not see these parameters of the model, so they are not learned: {', '.join(unseen)}. "
+        message += "Make every layer a PyroModule (pyro.nn.module.to_pyro_module_), or call pyro.module in the model. "
+        warnings.warn(f"{message}If that is intended, call requires_grad_(False).", stacklevel=2)
     return leaves
 
 

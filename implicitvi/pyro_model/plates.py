@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from implicitvi.errors import ModelError, did_you_mean
@@ -15,7 +14,7 @@ from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.pyro_model.sites import Site, SiteLayout
 from implicitvi.pyro_model.subsampling import full_size
-from implicitvi.pyro_model.tracing import latent_nodes
+from implicitvi.pyro_model.tracing import is_scored, latent_nodes
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class LocalLayout:
     def resized(self, size: int) -> LocalLayout:
         """Return the layout of the same sites in a plate of ``size`` elements."""
         resized = {site.name: (_resized(site, dim, size), dim) for site, dim in self.local}
-        everything = (resized.get(site.name, (site, 0))[0] for site in self.all.sites)
-        return LocalLayout(SiteLayout(tuple(everything)), self.shared, tuple(resized.values()), size, self.full_size)
+        everything = SiteLayout(tuple(resized.get(site.name, (site, 0))[0] for site in self.all.sites))
+        return replace(self, all=everything, local=tuple(resized.values()), size=size)
 
     def join(self, g: Tensor | None, z: Tensor) -> Tensor:
         """Join shared ``g [S, G]`` and local ``z [S, B, D]`` to ``u [S, G + B D]``, in the order of the sites."""
@@ -54,17 +53,14 @@ class LocalLayout:
         for (site, dim), flat in zip(self.local, z.split(sizes, -1), strict=True):
             rest, axis = list(site.unconstrained_shape), _plate_axis(site, dim)
             del rest[axis]
-            value = flat.reshape(*flat.shape[:-1], *rest).movedim(1, axis)
-            parts[site.name] = value.reshape(len(z), -1)
+            parts[site.name] = flat.reshape(*flat.shape[:-1], *rest).movedim(1, axis).reshape(len(z), -1)
         return torch.cat([parts[site.name] for site in self.all.sites], -1)
 
     def part(self, u: Tensor) -> tuple[Tensor | None, Tensor]:
         """Part ``u [S, G + B D]`` into ``g [S, G]``, ``None`` if nothing is shared, and ``z [S, B, D]``."""
         flats = {site.name: flat for site, flat in self.all.split(u)}
-        columns = []
-        for site, dim in self.local:
-            value = site.unflatten(flats[site.name]).movedim(_plate_axis(site, dim), 1)
-            columns.append(value.reshape(len(u), self.size, -1))
+        values = (site.unflatten(flats[site.name]).movedim(_plate_axis(site, dim), 1) for site, dim in self.local)
+        columns = [value.reshape(len(u), self.size, -1) for value in values]
         shared = [flats[site.name] for site in self.shared.sites]
         return (torch.cat(shared, -1) if shared else None), torch.cat(columns, -1)
 
@@ -111,9 +107,8 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
         trace: Any = poutine.trace(model).get_trace(*args, **kwargs)
     frames = {f.name: f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())}
     if plate not in frames:
-        names = sorted(frames)
-        expected = f"one of {', '.join(map(repr, names))}" if names else "left out, as the model has no plate"
-        hint = did_you_mean(plate, names)
+        expected = f"one of {', '.join(map(repr, sorted(frames)))}" if frames else "left out, as the model has no plate"
+        hint = did_you_mean(plate, sorted(frames))
         raise ModelError.must_be("The plate to amortize", expected, repr(plate), hint, faq="a-latent-for-every-row")
     frame = frames[plate]
     if not frame.vectorized:
@@ -123,31 +118,22 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
     if not inside:
         raise ModelError(f"Plate {plate!r} has no latent site inside. Leave amortize= out of the guide.")
     if any(map(is_enumerated, latents.values())):
-        raise ModelError(
-            "A guide amortized over a plate does not sum discrete sites out. Sum by hand (dist.MixtureSameFamily).",
-            faq="a-discrete-latent-is-refused",
+        message = (
+            "A guide amortized over a plate does not sum discrete sites out. Sum by hand (dist.MixtureSameFamily)."
         )
+        raise ModelError(message, faq="a-discrete-latent-is-refused")
     everything = SiteLayout.from_trace(trace)
-    layout = LocalLayout(
-        all=everything,
-        shared=SiteLayout(tuple(s for s in everything.sites if s.name not in inside)),
-        local=tuple((s, frame.dim) for s in everything.sites if s.name in inside),
-        size=frame.size,
-        full_size=full_size(frame),
-    )
-    rows = [_rows(node, frame) for node in trace.nodes.values() if _is_data(node, frame)]
+    shared = SiteLayout(tuple(site for site in everything.sites if site.name not in inside))
+    local = tuple((site, frame.dim) for site in everything.sites if site.name in inside)
+    data = [node for node in trace.nodes.values() if is_scored(node) and node["is_observed"]]
+    rows = [_rows(node, frame) for node in data if frame in node["cond_indep_stack"]]
     return PlateRun(
-        layout,
+        LocalLayout(everything, shared, local, frame.size, full_size(frame)),
         trace.nodes[plate]["value"],
         torch.cat(rows, -1) if rows else None,
         everything.pack({name: node["value"] for name, node in latents.items()}),
         {name: node["cond_indep_stack"] for name, node in latents.items()},
     )
-
-
-def _is_data(node: Any, frame: Any) -> bool:
-    is_observation = node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node)
-    return bool(is_observation and frame in node["cond_indep_stack"])
 
 
 def _rows(node: Any, frame: Any) -> Tensor:
@@ -159,25 +145,18 @@ def _rows(node: Any, frame: Any) -> Tensor:
 def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:
     """Split the log density of a scored trace by datum: outside a plate, then of each element in it: ``[1 + B]``, nats.
 
-    The weight ``N / B`` of a subsampled plate is removed from its elements.
-
-    Args:
-        trace: Pyro trace whose nodes have a ``log_prob``.
-        log_dets: ``log|J| [*batch shape]`` of the latent sites, by name.
-        plate: Name of the plate.
+    The weight ``N / B`` of a subsampled plate is removed from its elements. ``log_dets {site: [*batch shape]}``.
     """
-    outside: list[Tensor] = []
-    inside: list[Tensor] = []
+    outside, inside = [], []
     for name, node in trace.nodes.items():
         if "log_prob" not in node:
             continue
         frame = next((f for f in node["cond_indep_stack"] if f.name == plate), None)
-        log_det = [log_dets[name]] if name in log_dets else []
+        share = 1 if frame is None else frame.size / full_size(frame)
+        terms = [share * node["log_prob"], *([log_dets[name]] if name in log_dets else [])]
         if frame is None:
-            outside += [term.sum() for term in (node["log_prob"], *log_det)]
+            outside += [term.sum() for term in terms]
         else:
-            share = frame.size / full_size(frame)
-            terms = (share * node["log_prob"], *log_det)
             inside += [term.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) for term in terms]
     each = torch.stack(inside).sum(0)
     return torch.cat([sum(outside, each.new_zeros(()))[None], each])

@@ -44,11 +44,8 @@ class ModelPrior(Distribution):
 
     def __init__(self, log_prior: LogJoint, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor):
         super().__init__(event_shape=torch.Size([log_prior.layout.dim]), validate_args=False)
-        self._log_prior = log_prior
-        self._args = args
-        self._kwargs = kwargs
-        self._like = like
-        self._loops = False
+        self._log_prior, self._args, self._kwargs = log_prior, args, kwargs
+        self._like, self._loops = like, False
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw ``u [*sample_shape, D]`` by running the model."""

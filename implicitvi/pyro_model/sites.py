@@ -32,7 +32,7 @@ class Site:
         name: The site's name.
         shape: Shape of its value.
         unconstrained_shape: Shape of its unconstrained value; a simplex loses one entry.
-        event_dim: Number of rightmost dimensions that belong together in the value.
+        event_dim: Number of rightmost dimensions of an event.
         transform: Bijection from unconstrained values to the support.
         dims: Names of the site's plates, one for each batch dimension of ``shape``; ``None`` where there is none.
     """
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def batch_dim(self) -> int:
-        """Number of leftmost dimensions of the value that are independent of each other."""
+        """Number of leftmost dimensions of the value that are not of an event."""
         return len(self.shape) - self.event_dim
 
     def open_shape(self, plate: str | None) -> tuple[int | None, ...]:
@@ -70,6 +70,11 @@ class Site:
         value = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, value)
         return value, sum_rightmost(log_det, log_det.dim() - (flat.dim() - 1 + self.batch_dim))
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        """Map ``value [..., *shape]`` to ``flat [..., size]``; the inverse of `constrain`."""
+        u: Tensor = self.transform.inv(value)
+        return u.reshape(*u.shape[: u.dim() - len(self.unconstrained_shape)], self.size)
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,7 @@ class SiteLayout:
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Map values ``{name: [..., *site shape]}`` to ``u [..., D]``; the inverse of `unpack`."""
-        parts = []
-        for site in self.sites:
-            u = site.transform.inv(values[site.name])
-            batch = u.shape[: u.dim() - len(site.unconstrained_shape)]
-            parts.append(u.reshape(*batch, site.size))
-        return torch.cat(parts, -1)
+        return torch.cat([site.unconstrain(values[site.name]) for site in self.sites], -1)
 
     def coordinates(self) -> list[str]:
         """Name each entry of ``u``: ``"eta[3]"``; indices of a simplex count its unconstrained entries."""
@@ -133,21 +133,13 @@ class SiteLayout:
 
 def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:
     """Return the names of a traced site's plates, one for each batch dimension of its value."""
-    dims: list[str | None] = [None] * (node["value"].dim() - node["fn"].event_dim)
-    for frame in vectorized_plates(node):
-        if -frame.dim <= len(dims):
-            dims[frame.dim] = frame.name
-    return tuple(dims)
+    names = {frame.dim: frame.name for frame in vectorized_plates(node)}
+    return tuple(names.get(dim) for dim in range(node["fn"].event_dim - node["value"].dim(), 0))
 
 
 def bijection(name: str, fn: Any) -> Transform:
-    """Return the bijection from unconstrained values to the support of a continuous latent site.
-
-    Raises:
-        ModelError: There is none; the message names the site and what to write instead.
-    """
-    kind = type(unwrapped(fn)[0]).__name__
-    cause: Exception | None = None
+    """Return the bijection from the real line to the support of a continuous latent site, or raise `ModelError`."""
+    kind, cause = type(unwrapped(fn)[0]).__name__, None
     if kind in CIRCULAR:
         problem = f"is an angle: its density repeats along the whole real line, got {kind}"
         do = "Use ProjectedNormal with ProjectedNormalReparam, or Uniform(-π, π) and the density in a pyro.factor."
@@ -159,15 +151,13 @@ def bijection(name: str, fn: Any) -> Transform:
             transform: Transform = biject_to(fn.support)
             return transform
         except (AttributeError, NotImplementedError) as error:
-            cause = error
-            line = str(error).splitlines()[0] if str(error) else "no support"
+            cause, line = error, (str(error).splitlines() or ["no support"])[0]
             problem = f"cannot be mapped to the real line, got {kind}: {line}"
             do = HINTS.get(kind, "Reparameterise the site (pyro.infer.reparam).")
     raise ModelError(f"Site {name!r} {problem}. {do}", faq="a-site-cannot-be-mapped-to-the-real-line") from cause
 
 
 def _site(name: str, node: dict[str, Any]) -> Site:
-    fn, value = node["fn"], node["value"]
-    transform = bijection(name, fn)
+    fn, value, transform = node["fn"], node["value"], bijection(name, node["fn"])
     unconstrained_shape = tuple(transform.inv(value).shape)
     return Site(name, tuple(value.shape), unconstrained_shape, fn.event_dim, transform, plate_names(node))

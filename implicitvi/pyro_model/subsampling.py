@@ -29,11 +29,9 @@ def draw_subsample(size: int, subsample_size: int, device: str | torch.device = 
     if 2 * subsample_size > size or torch.device(device).type != "cpu":
         drawn = torch.randperm(size, device=device)[:subsample_size].sort().values
         return drawn
-    # new numbers among further draws are uniform over the remaining ones
     drawn = torch.randint(size, (subsample_size,)).unique()
-    while len(drawn) < subsample_size:
-        more = torch.randint(size, (subsample_size - len(drawn),))
-        drawn = torch.cat([drawn, more]).unique()
+    while len(drawn) < subsample_size:  # new numbers among further draws are uniform over the remaining ones
+        drawn = torch.cat([drawn, torch.randint(size, (subsample_size - len(drawn),))]).unique()
     return drawn
 
 
@@ -41,8 +39,8 @@ def check_subsample(msg: Any) -> None:
     """Raise `ModelError` if a minibatch is larger than its plate."""
     plate = msg["fn"]
     if plate.subsample_size is not None and plate.subsample_size > plate.size >= 0:
-        what = f"subsample_size of plate {msg['name']!r}"
-        raise ModelError.must_be(what, f"at most {plate.size}", plate.subsample_size)
+        what, most = f"subsample_size of plate {msg['name']!r}", f"at most {plate.size}"
+        raise ModelError.must_be(what, most, plate.subsample_size)
 
 
 def full_size(frame: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,40 +24,36 @@ from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.tracing import (
     PARTICLE_ERRORS,
     first_line,
-    flat_sites,
     run_at,
     score,
     sites_without_density,
     unvalidated,
+    unwrapped,
 )
 from implicitvi.rng import RandomStream
 
 PROBES = 64  # draws among which some with a density are wanted
 
 
+@dataclass(eq=False)
 class Target:
     """A Pyro model with its arguments: ``log p(x, u)`` on the unconstrained vector ``u [D]`` of its latent sites.
 
-    The model is read when something is first asked of it, once. `at` gives the target of other arguments, which
-    shares the reading and the scorer.
+    The model is read once, when first needed. `at` returns a target of other arguments, with the same scorer.
 
     Args:
         model: The Pyro model.
-        *args: Its arguments.
+        arguments: Its arguments.
         mode: Mode of scoring it, as in `LogJoint`.
         plate: Plate whose latents may be those of a minibatch, for amortized guides.
-        **kwargs: Its keyword arguments.
-
-    Attributes:
         values: Values of the latent sites at which the model is known to run, ``{site: [*site shape]}``.
     """
 
-    def __init__(self, model: Model, arguments: Arguments, *, mode: str = "auto", plate: str | None = None):
-        self.model = model
-        self.arguments = arguments
-        self.mode = mode
-        self.plate = plate
-        self.values: dict[str, Tensor] = {}
+    model: Model
+    arguments: Arguments
+    mode: str = "auto"
+    plate: str | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -68,10 +65,9 @@ class Target:
             ModelError: The prior of a site has no density.
         """
         target = cls(model, Arguments(args, kwargs))
-        there = InitMessenger(init_to_value(values=first))(model)
         with torch.no_grad(), RandomStream(seed):
             try:
-                trace = latent_trace(there, *args, **kwargs)
+                trace = latent_trace(InitMessenger(init_to_value(values=first))(model), *args, **kwargs)
                 for name, node in trace.iter_stochastic_nodes():
                     fn, value = node["fn"], node["value"]
                     if value.shape != fn.shape() or not fn.support.check(value).all():
@@ -83,10 +79,9 @@ class Target:
             target.values = {name: trace.nodes[name]["value"] for name in target.layout.names}
             implicit = target.sites_without_density
         if implicit:
+            what, expected = f"the prior of {', '.join(map(repr, implicit))}", "a prior with a density to judge draws"
             advice = "Compare draws with those of a reference: implicitvi.metrics.c2st."
-            raise ModelError.must_be(
-                f"the prior of {_names(implicit)}", "a prior with a density to judge draws", do=advice
-            )
+            raise ModelError.must_be(what, expected, do=advice)
         return target
 
     @property
@@ -113,11 +108,7 @@ class Target:
 
     @cached_property
     def trace(self) -> Any:
-        """A trace of the model's latent sites; its data are checked.
-
-        Raises:
-            ModelError: The model has no latent site, or one that cannot be drawn.
-        """
+        """A trace of the model's latent sites, checked: a guide can draw them, and the data are in their supports."""
         trace = latent_trace(self.model, *self.args, **self.kwargs)
         check_latents(trace, amortized=self.plate)
         return trace
@@ -139,8 +130,10 @@ class Target:
 
     @cached_property
     def flat_sites(self) -> tuple[str, ...]:
-        """Names of the latent sites with a flat prior."""
-        return flat_sites(self.model, self.values, *self.args, **self.kwargs)
+        """Names of the latent sites with a flat prior: masked by a plain ``False``."""
+        nodes = run_at(self.model, self.values, *self.args, **self.kwargs).nodes
+        masks = {name: (nodes[name]["mask"], *unwrapped(nodes[name]["fn"])[1]) for name in self.values}
+        return tuple(name for name in self.values if any(mask is False for mask in masks[name]))
 
     @cached_property
     def log_joint(self) -> LogJoint:
@@ -161,26 +154,20 @@ class Target:
         return gradients(self, u, chunk=500)
 
     def choose(self, u: Tensor) -> None:
-        """Choose the mode of scoring that agrees with the loop at some of ``u [S, D]``.
-
-        Raises:
-            ModelError: The model sees a minibatch of its data.
-        """
+        """Choose the mode of scoring that agrees with the loop at some of ``u [S, D]``; refuse minibatches of data."""
         with torch.no_grad():
             few = u[:PROBES]
             scored = few[self.loop(few).isfinite()]
         self.log_joint.choose((scored if len(scored) else few)[:3], *self.args, **self.kwargs)
         for name, (size, part) in self.log_joint.minibatches.items():
+            expected, got = "whole, or the density changes with every look", f"{part} of {size}"
             advice = "Pass arguments under which the model sees all of its data."
-            raise ModelError.must_be(
-                f"plate {name!r}", "whole, or the density changes with every look", f"{part} of {size}", advice
-            )
+            raise ModelError.must_be(f"plate {name!r}", expected, got, advice)
 
     def prior(self, like: Tensor) -> ModelPrior:
         """Return the prior of the latent sites on ``u``, with the dtype and device of ``like [D]``."""
-        log_prior = LogJoint(
-            self.model, self.layout, mode=self.mode, only=self.layout.names, exclude=self.sites_without_density
-        )
+        names, without = self.layout.names, self.sites_without_density
+        log_prior = LogJoint(self.model, self.layout, mode=self.mode, only=names, exclude=without)
         return ModelPrior(log_prior, self.args, self.kwargs, like)
 
     def prior_draws(self, count: int, like: Tensor, seed: int) -> Tensor | None:
@@ -208,12 +195,7 @@ class Target:
         )
 
     def unconstrain(self, draws: Draws) -> Tensor:
-        """Return draws ``{site: [S, *site shape]}`` as ``u [S, D]``, checked.
-
-        Raises:
-            ShapeError: Sites are missing or unknown, or have other shapes.
-            ModelError: Draws lie outside the support of their site.
-        """
+        """Return draws ``{site: [S, *site shape]}`` as ``u [S, D]``; refuse wrong sites, shapes and values."""
         self._check_names(draws)
         values = {site.name: self._checked(site.name, site.shape, draws[site.name]) for site in self.layout.sites}
         counts = {name: len(value) for name, value in values.items()}
@@ -226,7 +208,7 @@ class Target:
         wrong = [f"missing {name!r}" for name in self.layout.names if name not in draws]
         wrong += [f"unknown {name!r}" for name in draws if name not in self.layout.names]
         if wrong:
-            expected = f"the draws of the latent sites {_names(self.layout.names)}"
+            expected = f"the draws of the latent sites {', '.join(map(repr, self.layout.names))}"
             advice = "Leave out deterministic and observed sites, and discrete ones that the model sums out."
             raise ShapeError.must_be("draws", expected, ", ".join(wrong), advice)
 
@@ -245,10 +227,6 @@ class Target:
             advice = "Pass constrained values, as guide.sample or MCMC.get_samples return them."
             raise ModelError.must_be(f"draws of site {name!r}", f"in its support, {node['fn'].support}", got, advice)
         return value
-
-
-def _names(names: Any) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _short(value: Any) -> str:

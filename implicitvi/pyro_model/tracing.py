@@ -31,9 +31,8 @@ def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) ->
     """Write ``masked_log_prob``, ``log_prob`` (with the scale) and ``log_prob_sum`` into every sample node of a trace.
 
     A mask removes entries of *observed* sites. A masked entry of a latent site is scored by its own distribution: it
-    then integrates to one and leaves every other posterior unchanged, whereas a log density of zero would be
-    improper, and a sampler would follow it to infinity. The one exception is a latent masked by a plain ``False``,
-    Pyro's way to write a flat prior.
+    then integrates to one and leaves every other posterior unchanged; a log density of zero would be improper, and a
+    sampler would follow it to infinity. The exception is a plain ``False``, Pyro's way to write a flat prior.
 
     Raises:
         ModelError: A site has no density.
@@ -56,21 +55,13 @@ def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) ->
 def sites_without_density(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
     """Return the names of the latent sites in ``values`` that can be sampled but not scored."""
     implicit = []
-    trace = run_at(model, values, *args, **kwargs)
+    nodes = run_at(model, values, *args, **kwargs).nodes
     for name in values:
-        node = trace.nodes[name]
         try:
-            node["fn"].log_prob(node["value"])
+            nodes[name]["fn"].log_prob(nodes[name]["value"])
         except NotImplementedError:
             implicit.append(name)
     return tuple(implicit)
-
-
-def flat_sites(model: Model, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-    """Return the names of the latent sites in ``values`` with a flat prior: masked by a plain ``False``."""
-    nodes = run_at(model, values, *args, **kwargs).nodes
-    masks = {name: (nodes[name]["mask"], *unwrapped(nodes[name]["fn"])[1]) for name in values}
-    return tuple(name for name in values if any(mask is False for mask in masks[name]))
 
 
 def latent_nodes(trace: Any) -> Iterator[tuple[str, Any]]:
@@ -96,13 +87,7 @@ def is_summed(node: Any) -> bool:
 
 
 def check_sites(trace: Any, shapes: Mapping[str, tuple[int, ...]], *, wider: bool) -> None:
-    """Raise `ModelError` unless the latent sites of a trace are the known ones, with the known shapes.
-
-    Args:
-        trace: The trace.
-        shapes: The known latent sites: ``{name: shape}``.
-        wider: Whether sites may have further dimensions on the left.
-    """
+    """Raise `ModelError` unless a trace has latent sites of these shapes; ``wider`` ones have more axes in front."""
     for change in _changes(trace, shapes, wider):
         raise ModelError(change, faq="sites-or-shapes-have-changed")
 
@@ -117,10 +102,9 @@ def _changes(trace: Any, shapes: Mapping[str, tuple[int, ...]], wider: bool) -> 
     if missing:
         yield f"The model no longer visits its latent sites: {', '.join(missing)}. {SAME_SITES}"
     for name, expected in shapes.items():
-        fn = trace.nodes[name]["fn"]
-        shape = fn.batch_shape + fn.event_shape
+        shape = tuple(trace.nodes[name]["fn"].shape())
         if shape != expected and not (wider and shape[len(shape) - len(expected) :] == expected):
-            change = f"The shape of site {name!r} has changed from {expected} to {tuple(shape)}."
+            change = f"The shape of site {name!r} has changed from {expected} to {shape}."
             yield f"{change} Give the model data of the same size in every call, or make a new guide."
 
 
