@@ -28,18 +28,10 @@ class ImplicitVIError(Exception):
 
     faq = ""
 
-    def __init__(
-        self, message: str, *, got: object = None, expected: object = None, do: str = "", faq: str | None = None
-    ):
+    def __init__(self, message: str, *, faq: str | None = None):
         if SHAPES in message:  # Pyro raises the error again, with a table of shapes that says less
             super().__init__(message.partition(SHAPES)[0])
             return
-        # got, expected and do: the old form, until every caller is rewritten
-        parts = [f"got {got}"] if got is not None else []
-        parts += [f"expected {expected}"] if expected is not None else []
-        message = message + ("; " + ", ".join(parts) if parts else "")
-        message = message if message.endswith((".", "?")) else message + "."
-        message = f"{message} {do}" if do else message
         self.faq = self.faq if faq is None else faq
         super().__init__(f"{message}\nMore: python -m implicitvi faq {self.faq}" if self.faq else message)
 
@@ -88,8 +80,8 @@ class NonFiniteError(ImplicitVIError, FloatingPointError):
 
     faq = "turns-are-skipped-or-draws-dropped"
 
-    def __init__(self, message: str, *, player: str, step: int, do: str = ""):
-        super().__init__(message, do=do)
+    def __init__(self, message: str, *, player: str, step: int):
+        super().__init__(message)
         self.player = player
         self.step = step
 

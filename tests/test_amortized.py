@@ -363,7 +363,7 @@ def test_stop_and_resume_is_never_stopped() -> None:
 
 def test_closed_form_moments_may_be_the_contrast() -> None:
     guide = ImplicitGuide(groups, amortize="groups", sampler="noise_basis")
-    with pytest.raises(OptionError, match="is for amortized guides"):
+    with pytest.raises(OptionError, match="must be one for guides of one posterior, got .moments"):
         AVBSVI(groups, guide, contrast="moments", **SMALL).run(Y)
     guide = ImplicitGuide(effects, amortize="groups", sampler="noise_basis")
     assert AVBSVI(effects, guide, contrast="moments", **SMALL, seed=0).run(Y).skipped == 0
