@@ -76,10 +76,10 @@ class Report:
         return iter(self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        for check in self:
-            if check.name == name:
-                return check
-        raise KeyError(f"There is no check {name!r}, only {', '.join(c.name for c in self)}.")
+        checks = {check.name: check for check in self}
+        if name not in checks:
+            raise KeyError(f"There is no check {name!r}, only {', '.join(checks)}.")
+        return checks[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and words, ready for JSON: ``{"ok": …, "checks": [{"name": …, …}, …]}``."""
