@@ -140,7 +140,7 @@ def find_missed_modes(
 
     Each chain climbs to the median density of the draws, or a maximum, then moves by Hamiltonian Monte Carlo into the
     bulk of the mode. Its end is compared with the nearest draw, and coordinate by coordinate. Modes that no chain
-    reaches are not found, least likely those that are wide in few dimensions. The share of the chains does not measure
+    reaches are not found: wide modes in few dimensions rarely stay hidden. The share of the chains does not measure
     the weight of a mode.
 
     Args:

@@ -65,15 +65,14 @@ def check_density(finite: Tensor) -> Check:
 
 
 def check_stein(layout: SiteLayout, u: Tensor, score: Tensor, kernel: KernelStein) -> list[Check]:
-    """Check the kernel Stein discrepancy, then Stein's identities of every coordinate."""
-    sites = stein_identities(u, score)
-    size = torch.cat([sites.mean, sites.spread])
-    errors = torch.cat([sites.mean_error, sites.spread_error])
+    """Check the kernel Stein discrepancy, then Stein's identities of every coordinate of ``u [S, D]``."""
+    seen = stein_identities(u, score)
+    size, errors = torch.cat([seen.mean, seen.spread]), torch.cat([seen.mean_error, seen.spread_error])
     worst = _worst(size, errors)
     is_off = _is_off(size, errors, SITE_ERROR).view(2, -1).any(0)
     parts = is_off.split([site.size for site in layout.sites])
-    counts = {site.name: int(part.sum()) for site, part in zip(layout.sites, parts, strict=True)}
-    off = ", ".join(f"{name} ({count})" for name, count in counts.items() if count)
+    sites = zip(layout.sites, parts, strict=True)
+    off = ", ".join(f"{site.name} ({int(part.sum())})" for site, part in sites if part.any())
 
     error = kernel.score_error
     found = f"score off by {error:.2f} / sd, p = {kernel.p_value:.3f}"

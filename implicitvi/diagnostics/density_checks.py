@@ -76,10 +76,8 @@ def _check_learned(guide: TrainedGuide, found: RelearnedDensity, pool: Tensor) -
 
 def _check_fresh(found: RelearnedDensity) -> Check:
     """Check that the relearned density passes its own tests."""
-    words = (
-        f"AUC {found.auc:.2f}, corrected {found.auc_corrected:.2f}; log mass {found.log_mass:+.2f}; "
-        f"halves differ by {found.unsure:.1f} nats"
-    )
+    words = f"AUC {found.auc:.2f}, corrected {found.auc_corrected:.2f}; log mass {found.log_mass:+.2f}; "
+    words += f"halves differ by {found.unsure:.1f} nats"
     if found.trusted:
         off = abs(found.auc_corrected - 0.5)
         return Check.of("fresh adversary", off, TRUSTED_AUC, words, failed=False, advice="")

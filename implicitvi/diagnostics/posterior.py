@@ -93,5 +93,5 @@ def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: 
 
 
 def thin(u: Tensor, count: int) -> Tensor:
-    """Return at most ``count`` evenly spaced rows."""
+    """Return at most ``count`` evenly spaced rows of ``u [S, D]``."""
     return u if len(u) <= count else u[torch.linspace(0, len(u) - 1, count, dtype=torch.float64).long()]

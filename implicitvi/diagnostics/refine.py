@@ -104,8 +104,8 @@ def resample(
         )
     with RandomStream(seed):
         places = (torch.arange(num_samples) + torch.rand(())).double() / num_samples
-    chosen = torch.searchsorted(weights.cumsum(0), places).clamp(max=count - 1)
-    return Resampled(target.layout.unpack(pool[chosen.to(pool.device)])[0], count, num_effective, k_hat)
+    chosen = torch.searchsorted(weights.cumsum(0), places).clamp(max=count - 1).to(pool.device)
+    return Resampled(target.layout.unpack(pool[chosen])[0], count, num_effective, k_hat)
 
 
 def polish(

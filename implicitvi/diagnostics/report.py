@@ -48,10 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """A list of checks of a fit, which prints as a table with advice.
-
-    Attributes:
-        checks: All checks, in order.
+    """A list of checks of a fit, in order, which prints as a table with advice.
 
     >>> print(Report((Check.of("mean", 0.3, 0.2, "0.30 sd", failed=True, advice="Train longer."),)))
     1 of 1 checks failed

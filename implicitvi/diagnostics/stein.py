@@ -78,8 +78,7 @@ def kernel_stein(
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
     loc, scale_tril = _location_scale(z if reference is None else reference.detach().to(z))
-    w = whiten(z, loc, scale_tril)
-    s = score @ scale_tril
+    w, s = whiten(z, loc, scale_tril), score @ scale_tril
     square = torch.nn.functional.pdist(w[:1000]).median().item() ** 2
     signs = torch.randint(0, 2, (num_bootstrap, len(w)), generator=torch.Generator().manual_seed(seed)).to(w) * 2 - 1
     total, kernel, boot = 0.0, 0.0, w.new_zeros(num_bootstrap)

@@ -1,7 +1,7 @@
 """Estimate the log evidence ``log p(x)`` of each datum under a model with known densities.
 
-Each method maps codes ``z [S, B, D]`` to ``log p(x, z) [S, B]`` by ``log_joint``, and takes the mean ``loc`` and standard
-deviation ``scale [B, D]`` of each datum's posterior, which may be rough.
+Each method takes ``log_joint(z)``, which maps codes ``z [S, B, D]`` to ``log p(x, z) [S, B]``, and the mean ``loc`` and
+standard deviation ``scale [B, D]`` of each datum's posterior, which may be rough.
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ from implicitvi.errors import OptionError, ShapeError, check_at_least, check_pos
 from implicitvi.numerics import gaussian
 from implicitvi.numerics.gaussian import standard_deviations
 
-__all__ = ["c2st", "knn_kl", "mean_error", "mmd", "sd_ratio", "sliced_wasserstein", "whiten"]
-
 Draws = Tensor | NDArray[np.floating]
 Indices = NDArray[np.int64]
 

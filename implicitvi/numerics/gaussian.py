@@ -152,10 +152,10 @@ class GaussianMixture(Distribution):
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
         noise = torch.randn((len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device)
-        counts = which.bincount(minlength=len(self.weights)).tolist()
-        parts = zip(noise.split(counts), self.scale_trils, strict=True)
+        parts = noise.split(which.bincount(minlength=len(self.weights)).tolist())
+        scaled = [part @ scale.mT for part, scale in zip(parts, self.scale_trils, strict=True)]
         draws = torch.empty_like(noise)
-        draws[which.argsort()] = torch.cat([part @ scale.mT for part, scale in parts])
+        draws[which.argsort()] = torch.cat(scaled)
         return (draws + self.shifts[which] + self.centre).reshape(shape + self.event_shape)
 
 
@@ -198,10 +198,8 @@ def gather_draws(z: Tensor) -> Tensor:
 def mean_and_cholesky(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean ``[D]`` of draws ``[S, D]`` and the Cholesky factor ``[D, D]`` of their covariance.
 
-    Unlike `moments` it adds nothing to the covariance, and the units of the coordinates do not matter.
-
-    Raises:
-        OptionError: A coordinate is constant, or the draws lie on a plane of lower dimension.
+    Unlike `moments` it adds nothing to the covariance, and the units of the coordinates do not matter. It raises
+    `OptionError` where a coordinate is constant or the draws lie on a plane of lower dimension.
     """
     loc, scale = z.mean(0), standard_deviations(z)
     unit = ((z - loc) / scale).mT
@@ -213,11 +211,7 @@ def mean_and_cholesky(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standard_deviations(z: Tensor) -> Tensor:
-    """Return the standard deviations ``[D]`` of draws ``[S, D]``.
-
-    Raises:
-        OptionError: A coordinate is constant.
-    """
+    """Return the standard deviations ``[D]`` of draws ``[S, D]``; raise `OptionError` if a coordinate is constant."""
     scale = z.std(0)
     constant = ~(scale > 1e-12 * z.abs().amax(0))  # of a constant column it is a rounding error
     if constant.any():
