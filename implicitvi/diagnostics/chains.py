@@ -1,9 +1,8 @@
 """Diagnose draws with short chains of Hamiltonian Monte Carlo: moments must not drift, distant chains must return.
 
-Transitions of Hamiltonian Monte Carlo leave ``p`` invariant. After some of them, draws of ``p`` have the same mean,
-spread and tails as before; `moment_drift` measures the change, which also says in which direction the draws were
-wrong. Chains that start far from the draws end where ``p`` has mass; an end far from all draws is mass that the draws
-miss (`find_missed_modes`).
+Transitions leave ``p`` invariant, so draws of ``p`` keep their mean, spread and tails; `moment_drift` measures the
+change, which also shows in which direction draws are wrong. Chains that start far from the draws end where ``p`` has
+mass; an end far from all draws is mass that the draws miss (`find_missed_modes`).
 """
 
 from __future__ import annotations
@@ -70,22 +69,12 @@ def moment_drift(
     with torch.no_grad():
         log_p, after_log_p = (log_joint(x).nan_to_num(-torch.inf).double() for x in (z, there))
     before, after = z.double(), there.double()
-    loc, scale = before.mean(0), before.std(0)
-    first = (after - before) / scale
-    sd = after.std(0) / scale
-    square = ((after - after.mean(0)) / (sd * scale)) ** 2 - ((before - loc) / scale) ** 2
-    root = sqrt(len(z))
+    scale, root = before.std(0), sqrt(len(z))
+    shift, sd = (after - before) / scale, after.std(0) / scale
+    square = ((after - after.mean(0)) / (sd * scale)) ** 2 - ((before - before.mean(0)) / scale) ** 2
     tail = (after_log_p < log_p.quantile(TAIL)).double().mean().item()
-    return MomentDrift(
-        mean=first.mean(0),
-        mean_error=first.std(0) / root,
-        sd=sd,
-        sd_error=square.std(0) / (2 * root),
-        tail=tail,
-        # the quantile of the draws has an error of its own
-        tail_error=sqrt((max(tail, TAIL) + TAIL) / len(z)),
-        acceptance=acceptance,
-    )
+    tail_error = sqrt((max(tail, TAIL) + TAIL) / len(z))  # the quantile of the draws has an error of its own
+    return MomentDrift(shift.mean(0), shift.std(0) / root, sd, square.std(0) / (2 * root), tail, tail_error, acceptance)
 
 
 def transitions(
@@ -97,10 +86,9 @@ def transitions(
     reference: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
-    """Run Hamiltonian Monte Carlo from every draw.
+    """Run Hamiltonian Monte Carlo from every draw, in coordinates in which the reference has covariance ``I``.
 
-    The chains work in coordinates in which the reference has covariance ``I``. A pilot run of the same length adapts
-    the step size; the final run starts at the draws again and keeps it.
+    A pilot run of the same length adapts the step size; the final run starts at the draws again and keeps it.
 
     Args:
         log_joint: ``log p`` of points ``[S, D]`` up to a constant, ``[S]``, with gradients.
@@ -150,10 +138,10 @@ def find_missed_modes(
 ) -> MissedModes:
     """Search for mass where there are no draws, by chains from far away.
 
-    Each chain climbs until it reaches the median density of the draws, or a maximum, then moves by Hamiltonian Monte
-    Carlo into the bulk of the mode. Its end is compared with the draws by the distance to the nearest one, and
-    coordinate by coordinate. Modes that no chain reaches are not found: the search is the more reliable the fewer the
-    dimensions and the wider the modes. The share of the chains does not measure the weight of a mode.
+    Each chain climbs to the median density of the draws, or a maximum, then moves by Hamiltonian Monte Carlo into the
+    bulk of the mode. Its end is compared with the nearest draw, and coordinate by coordinate. Modes that no chain
+    reaches are not found: wide modes in few dimensions rarely stay hidden. The share of the chains does not measure
+    the weight of a mode.
 
     Args:
         log_joint: As for `moment_drift`.
@@ -171,8 +159,7 @@ def find_missed_modes(
     begin = widths[:, None] * chains.noise(num_chains, w.shape[1])
     if starts is not None:
         begin = torch.cat([begin, chains.whiten(starts[starts.isfinite().all(1)])])
-    # without density there is no gradient to follow
-    begin = begin[chains.log_p(begin).isfinite()]
+    begin = begin[chains.log_p(begin).isfinite()]  # without density there is no gradient to follow
     log_p = chains.log_p(w)
     log_p = log_p[log_p.isfinite()]
     top = _climb(chains.at, begin, log_p.median())
@@ -185,8 +172,7 @@ def find_missed_modes(
     distance = torch.from_numpy(tree.query(where.double().numpy(force=True), workers=1)[0])
     far = distance > _FAR * float(between.max())
     # in many dimensions all draws are far from each other, but not in each coordinate
-    far |= (_beyond(where, w) | _beyond(chains.unwhiten(where), z)).cpu()
-    far &= reached.cpu()
+    far = (far | (_beyond(where, w) | _beyond(chains.unwhiten(where), z)).cpu()) & reached.cpu()
     arrived = int(reached.sum())
     return MissedModes(chains.unwhiten(ends), far, int(far.sum()) / max(arrived, 1), arrived)
 
@@ -219,8 +205,7 @@ class _Chains:
     def log_p(self, w: Tensor) -> Tensor:
         """Return ``log p [C]``, ``-inf`` where it is not finite."""
         with torch.no_grad():
-            log_p = self.log_joint(self.unwhiten(w))
-        return log_p.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+            return self.log_joint(self.unwhiten(w)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
     def at(self, w: Tensor) -> Point:
         """Evaluate ``log p [C]`` and its gradient in ``w``: ``-inf`` and 0 where one of them is not finite."""
@@ -233,18 +218,13 @@ class _Chains:
         self, w: Tensor, num_steps: int, num_leapfrog: int, size: float, *, adapt: bool = False
     ) -> tuple[float, Tensor, float]:
         """Return the last step size, the last positions ``[C, D]`` and the mean acceptance."""
-        here = self.at(w)
-        accepted = 0.0
+        here, accepted = self.at(w), 0.0
         for _ in range(num_steps):
             momentum = self.noise(*w.shape)
             uniform = torch.rand(2, len(w), generator=self.generator, dtype=torch.float64).to(w)
+            varied = size * (0.5 + uniform[0])  # a trajectory must not be a period of the posterior
             here, chance = transition(
-                self.at,
-                here,
-                momentum=momentum,
-                uniform=uniform[1],
-                step_size=size * (0.5 + uniform[0]),  # varied: a trajectory must not be a period of the posterior
-                num_leapfrog=num_leapfrog,
+                self.at, here, momentum=momentum, uniform=uniform[1], step_size=varied, num_leapfrog=num_leapfrog
             )
             rate = chance.mean().item()
             accepted += rate / num_steps

@@ -32,8 +32,7 @@ def check_sampler(guide: TrainedGuide | None, target: Target, pool: Tensor | Non
         why = "The model is scored one draw at a time, which takes too long."
         return [Check.left_out(name, why) for name in ROWS]
     found = relearn_density(pool, target, seed=seed)
-    learned = _check_learned(guide, found, pool)
-    fresh = _check_fresh(found)
+    learned, fresh = _check_learned(guide, found, pool), _check_fresh(found)
     if learned.state == "failed" or fresh.state == "left out":
         witness = learned if learned.state == "failed" else fresh
         why = f"It would rest on a learned density, and {witness.name!r} says that none can be trusted here."
@@ -44,73 +43,46 @@ def check_sampler(guide: TrainedGuide | None, target: Target, pool: Tensor | Non
     cap = log_weights.median() + log(len(pool)) / 2
     log_mean = (log_weights.clamp(max=cap).logsumexp(0) - log(len(pool))).item()
     elbo = log_weights.mean().item()
-    return [
-        learned,
-        fresh,
-        *_check_weights(log_weights, log_mean - elbo),
-        _check_evidence(guide, target, (elbo, log_mean), "", seed),
-    ]
+    evidence = _check_evidence(guide, target, (elbo, log_mean), "", seed)
+    return [learned, fresh, *_check_weights(log_weights, log_mean - elbo), evidence]
 
 
 def _check_weights(log_weights: Tensor, kl: float) -> list[Check]:
     """Check ``KL(q‖p)`` in nats, and the tail of log importance weights ``[S]``."""
     _, k = psis(log_weights)
     limit = min(1 - 1 / log(len(log_weights), 10), PARETO_K)
-    return [
-        Check.of(
-            "divergence",
-            kl,
-            KL,
-            f"KL(q‖p) about {kl:.2f} nats",
-            failed=kl > KL,
-            advice=f"Importance weights of the draws differ much; modes may have the wrong weights. {TRAIN}",
-        ),
-        Check.of(
-            "Pareto k",
-            k,
-            limit,
-            f"{k:.2f}, through the fresh adversary" + (", of weights that hardly differ" if kl < FLAT_WEIGHTS else ""),
-            failed=k > limit and kl >= FLAT_WEIGHTS,
-            advice="A few draws have nearly all the importance weight: the draws miss mass that they should have.",
-        ),
-    ]
+    advice = f"Importance weights of the draws differ much; modes may have the wrong weights. {TRAIN}"
+    divergence = Check.of("divergence", kl, KL, f"KL(q‖p) about {kl:.2f} nats", failed=kl > KL, advice=advice)
+    words = f"{k:.2f}, through the fresh adversary" + (", of weights that hardly differ" if kl < FLAT_WEIGHTS else "")
+    advice = "A few draws have nearly all the importance weight: the draws miss mass that they should have."
+    return [divergence, Check.of("Pareto k", k, limit, words, failed=k > limit and kl >= FLAT_WEIGHTS, advice=advice)]
 
 
 def _check_learned(guide: TrainedGuide, found: RelearnedDensity, pool: Tensor) -> Check:
     """Compare the density that the fit has learned with the relearned one."""
-    name = "learned density"
     if not guide.has_log_density:
-        return Check.left_out(name, "The guide has no adversary.")
+        return Check.left_out("learned density", "The guide has no adversary.")
     with torch.no_grad():
         seen = found.compare(guide.get_posterior().log_prob, pool)
-    return Check.of(
-        name,
-        seen.kl_gap,
-        LEARNED_GAP,
-        f"loss too good by {seen.kl_gap:+.2f} nats, AUC {seen.auc:.2f}, log mass {seen.log_mass:+.2f}",
-        failed=abs(seen.auc - 0.5) > LEARNED_AUC - 0.5
-        or not abs(seen.log_mass) < LEARNED_GAP
-        or abs(seen.kl_gap) > LEARNED_GAP,
-        advice="The fit's adversary and a fresh one do not agree on log q, so its loss means nothing and the sampler "
-        "followed a wrong gradient. Give it more steps (adversary_steps), a higher rate (adversary_lr), or a better "
-        "contrast.",
+    gap, mass = seen.kl_gap, seen.log_mass
+    words = f"loss too good by {gap:+.2f} nats, AUC {seen.auc:.2f}, log mass {mass:+.2f}"
+    advice = (
+        "The fit's adversary and a fresh one do not agree on log q, so its loss means nothing and the sampler followed "
+        "a wrong gradient. Give it more steps (adversary_steps), a higher rate (adversary_lr), or a better contrast."
     )
+    failed = abs(seen.auc - 0.5) > LEARNED_AUC - 0.5 or not abs(mass) < LEARNED_GAP or abs(gap) > LEARNED_GAP
+    return Check.of("learned density", gap, LEARNED_GAP, words, failed=failed, advice=advice)
 
 
 def _check_fresh(found: RelearnedDensity) -> Check:
     """Check that the relearned density passes its own tests."""
-    words = (
-        f"AUC {found.auc:.2f}, corrected {found.auc_corrected:.2f}; log mass {found.log_mass:+.2f}; "
-        f"halves differ by {found.unsure:.1f} nats"
-    )
+    words = f"AUC {found.auc:.2f}, corrected {found.auc_corrected:.2f}; log mass {found.log_mass:+.2f}; "
+    words += f"halves differ by {found.unsure:.1f} nats"
     if found.trusted:
         off = abs(found.auc_corrected - 0.5)
         return Check.of("fresh adversary", off, TRUSTED_AUC, words, failed=False, advice="")
-    why = (
-        "A density learned from the draws alone is not good enough to weight them. This is not a fault of the fit: "
-        "tails and many dimensions are hard to learn."
-    )
-    return Check.left_out("fresh adversary", f"{why} ({words})")
+    why = "A density learned from the draws alone is not good enough to weight them. This is not a fault of the fit:"
+    return Check.left_out("fresh adversary", f"{why} tails and many dimensions are hard to learn. ({words})")
 
 
 def _check_evidence(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicitvi.diagnostics.checks import check_chains, check_density, check_restarts, check_run, check_stein
 from implicitvi.diagnostics.density_checks import check_sampler
-from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide, is_guide, target_of, thin
+from implicitvi.diagnostics.posterior import Trained, TrainedFit, TrainedGuide, is_guide, target_of, thin
 from implicitvi.diagnostics.predictive import check_predictive
 from implicitvi.diagnostics.report import Check, Report
 from implicitvi.diagnostics.stein import DRAWS_PER_DIM, kernel_stein
@@ -26,22 +26,16 @@ POOL_DRAWS = 8000  # from which the density is relearned
 
 
 def diagnose(
-    source: TrainedGuide | TrainedFit | Draws,
-    model: Model,
-    *args: Any,
-    num_samples: int = 2000,
-    seed: int = 0,
-    **kwargs: Any,
+    source: Trained | Draws, model: Model, *args: Any, num_samples: int = 2000, seed: int = 0, **kwargs: Any
 ) -> Report:
     """Check whether draws can be trusted as those of the posterior, and advise what to do where not.
 
     All checks but those of the adversary use only the draws and the score of the model, so they judge draws from any
-    source. ``docs/diagnose.md`` describes what each check can see and cannot see.
+    source. ``docs/diagnose.md`` describes the reach of each check.
 
     Args:
         source: A fit, a trained guide, or draws ``{site: [S, *site shape]}`` of every continuous latent site,
-            constrained and independent (thin a Markov chain). With draws alone the checks that need a sampler are left
-            out.
+            constrained and independent (thin a Markov chain): for draws alone, checks of the sampler are left out.
         model: The Pyro model.
         *args: Its arguments, as in training.
         num_samples: Number of draws to judge; of a guide at least two for each dimension. More draws are thinned.
@@ -81,8 +75,7 @@ def diagnose(
     else:
         expected = "a fit, an ImplicitGuide, or draws {site: [S, *site shape]}"
         raise SetupError.must_be("source", expected, type(source).__name__)
-    checks = [check_run(fit)] if fit is not None else []
-    checks.append(check_restarts(fit))
+    checks = [check_restarts(fit)] if fit is None else [check_run(fit), check_restarts(fit)]
     log_p, score = target.score(u)
     finite = log_p.isfinite() & score.isfinite().all(1)
     checks.append(check_density(finite))
@@ -90,17 +83,14 @@ def diagnose(
         return Report(tuple(checks))
     u, score = u[finite], score[finite]
     try:
-        kernel = kernel_stein(
-            thin(u, STEIN_DRAWS), thin(score, STEIN_DRAWS), reference=u if pool is None else pool, seed=seed
-        )
+        few, slopes = thin(u, STEIN_DRAWS), thin(score, STEIN_DRAWS)
+        kernel = kernel_stein(few, slopes, reference=u if pool is None else pool, seed=seed)
         checks += check_stein(target.layout, u, score, kernel)
     except ImplicitVIError as error:  # a collapsed fit: draws on a plane, or at a point
-        checks.append(Check("Stein discrepancy", "failed", None, None, "not defined", str(error)))
-        return Report(tuple(checks))
+        return Report((*checks, Check("Stein discrepancy", "failed", None, None, "not defined", str(error))))
     checks += check_chains(target, u, seed)
     checks += check_sampler(guide if is_guide(guide) else None, target, pool, seed)
-    checks.append(check_predictive(target, u, seed))
-    return Report(tuple(checks))
+    return Report((*checks, check_predictive(target, u, seed)))
 
 
 def stein_error(
@@ -111,7 +101,7 @@ def stein_error(
     with RandomStream(seed):
         pool = guide.sample_unconstrained(max(num_samples, DRAWS_PER_DIM * target.layout.dim))
     u = pool[:num_samples]
-    _, score = target.score(u)
+    score = target.score(u)[1]
     try:
         return kernel_stein(u, score, reference=pool, num_bootstrap=1, seed=seed).score_error
     except OptionError:  # a collapsed fit, or draws without a density

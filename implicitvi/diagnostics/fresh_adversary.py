@@ -63,8 +63,7 @@ def train_adversary(q: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor], seed: in
     with torch.no_grad():
         base_q, base_r = adversary(*q).float(), adversary(*r).float()
     cut = len(w_q) // 5
-    parameters = list(adversary.parameters())
-    optimiser = torch.optim.Adam(parameters, lr=2e-3)
+    optimiser = torch.optim.Adam(adversary.parameters(), lr=2e-3)
     cooling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
 
     def loss(rows_q: Tensor | slice = slice(cut), rows_r: Tensor | slice = slice(cut)) -> Tensor:
@@ -76,10 +75,9 @@ def train_adversary(q: tuple[Tensor, Tensor], r: tuple[Tensor, Tensor], seed: in
         best, kept = loss().item(), deepcopy(adversary.state_dict())
     for step in range(1, _STEPS + 1):
         rows = [torch.randint(cut, len(w_q), (_BATCH,), generator=generator) for _ in range(2)]
+        optimiser.zero_grad()
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(*rows), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            loss(*rows).backward()
         optimiser.step()
         cooling.step()
         if step % 25 == 0:
@@ -97,9 +95,8 @@ def auc(q: Tensor, r: Tensor, log_weights: Tensor) -> float:
     q, r, log_weights = q[keep_q], r[keep_r], log_weights[keep_r]
     if not len(q) or not len(r):
         return nan
-    order = r.argsort()
+    ranked, order = r.sort()
     below = torch.cat([torch.zeros(1).to(r), log_weights[order].softmax(0).cumsum(0)])
-    ranked = r[order].contiguous()
     low, high = (below[torch.searchsorted(ranked, q, right=side)] for side in (False, True))
     return ((low + high) / 2).mean().item()
 
@@ -114,8 +111,7 @@ def logistic_regression(q: Tensor, r: Tensor, num_steps: int = 30) -> Tensor:
     beta, ridge = design.new_zeros(2), 1e-6 * len(design)
     for _ in range(num_steps):
         chance = (design @ beta).sigmoid()
-        curvature = (design * (chance * (1 - chance))[:, None]).mT @ design
-        curvature += ridge * torch.eye(2).to(design)
+        curvature = (design * (chance * (1 - chance))[:, None]).mT @ design + ridge * torch.eye(2).to(design)
         step = torch.linalg.solve(curvature, design.mT @ (labels - chance) - ridge * beta)
         beta = beta + step.clamp(-1, 1)
     return beta

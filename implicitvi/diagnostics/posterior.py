@@ -52,23 +52,17 @@ class TrainedGuide(Protocol):
 
 @runtime_checkable
 class TrainedFit(Protocol):
-    """A finished run with its record, such as a `Fit`.
-
-    Attributes:
-        guide: The trained guide.
-        history: Losses and metrics of all steps.
-        num_steps: Number of steps.
-        skipped: Number of skipped turns.
-        stop_reason: Reason why training stopped.
-        agreement: Agreement of restarts; ``None`` for a single fit.
-    """
+    """A finished run with its record, such as a `Fit`."""
 
     guide: TrainedGuide
     history: History
     num_steps: int
-    skipped: int
+    skipped: int  # turns
     stop_reason: str
-    agreement: Agreement | None
+    agreement: Agreement | None  # of restarts
+
+
+Trained = TrainedGuide | TrainedFit
 
 
 def is_guide(source: object) -> TypeGuard[TrainedGuide]:
@@ -77,7 +71,7 @@ def is_guide(source: object) -> TypeGuard[TrainedGuide]:
 
 
 def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Target:
-    """Return the posterior density that a trained guide approximates.
+    """Return the posterior density that a guide approximates.
 
     Raises:
         SetupError: The guide has not been trained, or is amortized.
@@ -99,7 +93,5 @@ def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: 
 
 
 def thin(u: Tensor, count: int) -> Tensor:
-    """Return at most ``count`` evenly spaced rows."""
-    if len(u) <= count:
-        return u
-    return u[torch.linspace(0, len(u) - 1, count, dtype=torch.float64).long()]
+    """Return at most ``count`` evenly spaced rows of ``u [S, D]``."""
+    return u if len(u) <= count else u[torch.linspace(0, len(u) - 1, count, dtype=torch.float64).long()]

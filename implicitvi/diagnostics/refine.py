@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from implicitvi.diagnostics.chains import transitions
-from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide, is_guide, target_of
+from implicitvi.diagnostics.posterior import Trained, is_guide, target_of
 from implicitvi.diagnostics.relearned_density import LEAST, psis, relearn_density
 from implicitvi.diagnostics.stein import DRAWS_PER_DIM
 from implicitvi.errors import ModelError, SetupError, check_at_least
 from implicitvi.numerics.types import Model
+from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream
 
 _POOL = 4  # draws of the guide for each draw to return
@@ -37,8 +38,7 @@ class Resampled:
     k_hat: float
 
     def __str__(self) -> str:
-        count = len(next(iter(self.draws.values())))
-        worth = f"worth {self.num_effective:.0f} of the posterior"
+        count, worth = len(next(iter(self.draws.values()))), f"worth {self.num_effective:.0f} of the posterior"
         return f"{count} draws of {self.num_pool}, {worth}; Pareto k {self.k_hat:.2f}"
 
 
@@ -62,7 +62,7 @@ class Polished:
 
 
 def resample(
-    guide: TrainedGuide | TrainedFit, model: Model, *args: Any, num_samples: int = 4000, seed: int = 0, **kwargs: Any
+    guide: Trained, model: Model, *args: Any, num_samples: int = 4000, seed: int = 0, **kwargs: Any
 ) -> Resampled:
     """Resample a guide's draws by Pareto-smoothed importance weights, through a relearned density.
 
@@ -85,13 +85,8 @@ def resample(
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
     """
     check_at_least("num_samples", num_samples, 1)
-    guide = _guide_of(guide)
-    target = target_of(guide, model, args, kwargs, seed)
-    count = max(_POOL * num_samples, LEAST, 40 * target.layout.dim)
-    with RandomStream(seed):
-        pool = guide.sample_unconstrained(count)
-    target.choose(pool)
-    found = relearn_density(pool, target, seed=seed)
+    target, pool = _pool(guide, model, args, kwargs, seed, max(_POOL * num_samples, LEAST), 40)
+    count, found = len(pool), relearn_density(pool, target, seed=seed)
     if not found.trusted:
         errors = f"{abs(found.auc_corrected - 0.5):.2f} in AUC and {found.log_mass:+.2f} nats in mass"
         raise ModelError(
@@ -109,23 +104,12 @@ def resample(
         )
     with RandomStream(seed):
         places = (torch.arange(num_samples) + torch.rand(())).double() / num_samples
-    chosen = torch.searchsorted(weights.cumsum(0), places).clamp(max=count - 1)
-    return Resampled(
-        draws=target.layout.unpack(pool[chosen.to(pool.device)])[0],
-        num_pool=count,
-        num_effective=num_effective,
-        k_hat=k_hat,
-    )
+    chosen = torch.searchsorted(weights.cumsum(0), places).clamp(max=count - 1).to(pool.device)
+    return Resampled(target.layout.unpack(pool[chosen])[0], count, num_effective, k_hat)
 
 
 def polish(
-    guide: TrainedGuide | TrainedFit,
-    model: Model,
-    *args: Any,
-    num_steps: int = 15,
-    num_samples: int = 4000,
-    seed: int = 0,
-    **kwargs: Any,
+    guide: Trained, model: Model, *args: Any, num_steps: int = 15, num_samples: int = 4000, seed: int = 0, **kwargs: Any
 ) -> Polished:
     """Move a guide's draws by Hamiltonian Monte Carlo, all chains at once.
 
@@ -145,17 +129,20 @@ def polish(
         SetupError: ``guide`` has not been trained, is amortized, or is not a guide.
     """
     check_at_least("num_samples", num_samples, 1)
-    guide = _guide_of(guide)
-    target = target_of(guide, model, args, kwargs, seed)
-    with RandomStream(seed):
-        pool = guide.sample_unconstrained(max(num_samples, DRAWS_PER_DIM * target.layout.dim))
-    target.choose(pool)
+    target, pool = _pool(guide, model, args, kwargs, seed, num_samples, DRAWS_PER_DIM)
     u, acceptance = transitions(target, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed)
     return Polished(target.layout.unpack(u)[0], num_steps, acceptance)
 
 
-def _guide_of(source: TrainedGuide | TrainedFit) -> TrainedGuide:
+def _pool(
+    source: Trained, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, least: int, per_dim: int
+) -> tuple[Target, Tensor]:
+    """Return the target of a guide or fit, and ``least`` or more of its draws ``[S, D]``, ``per_dim`` per dimension."""
     guide = getattr(source, "guide", source)
     if not is_guide(guide):
         raise SetupError.must_be("guide", "a fit or an ImplicitGuide", type(source).__name__)
-    return guide
+    target = target_of(guide, model, args, kwargs, seed)
+    with RandomStream(seed):
+        pool = guide.sample_unconstrained(max(least, per_dim * target.layout.dim))
+    target.choose(pool)
+    return target, pool

@@ -1,11 +1,8 @@
 """Re-estimate a sampler's density with an independent classifier.
 
-A Gaussian mixture ``r`` is fitted to half of the draws, then a small network learns ``log q - log r`` from that half
-and draws of ``r``. On the other half, which neither has seen,
-
-    log q̂ = log r + T̂
-
-is a held-out estimate: it gives importance weights, and `RelearnedDensity.compare` checks a learned ``log q``.
+A Gaussian mixture ``r`` is fitted to half of the draws, then a small network ``T̂`` learns ``log q - log r`` from that
+half and draws of ``r``. On the other half, which neither has seen, ``log q̂ = log r + T̂`` is a held-out estimate: it
+gives importance weights, and `RelearnedDensity.compare` checks a learned ``log q``.
 """
 
 from __future__ import annotations
@@ -61,11 +58,8 @@ class RelearnedDensity:
     @property
     def trusted(self) -> bool:
         """Return whether the density is good enough to weight draws by: it passes its own tests on held-out draws."""
-        return (
-            abs(self.auc_corrected - 0.5) < TRUSTED_AUC
-            and abs(self.log_mass) < _TRUSTED_MASS
-            and self.unsure < _TRUSTED_DIFFERENCE
-        )
+        off, mass = abs(self.auc_corrected - 0.5), abs(self.log_mass)
+        return off < TRUSTED_AUC and mass < _TRUSTED_MASS and self.unsure < _TRUSTED_DIFFERENCE
 
     def compare(self, log_q: LogDensity, z: Tensor) -> DensityComparison:
         """Compare the density that a fit has learned with this one.
@@ -78,16 +72,12 @@ class RelearnedDensity:
             # in one batch: some contrasts take their moments from it
             both = log_q(torch.cat([z, self._r_draws.to(z)])).double().cpu()
         mine, at_r = both.split(len(z))
-        claimed = (mine - self._log_r[0], at_r - self._log_r[1])
         finite = mine.isfinite()
         if not finite.any():
             return DensityComparison(nan, nan, nan)
-        residual = tuple(fresh - old for fresh, old in zip(self._ratio, claimed, strict=True))
-        return DensityComparison(
-            kl_gap=(self.log_q - mine)[finite].mean().item(),
-            auc=auc(residual[0], residual[1], claimed[1]),
-            log_mass=_log_mean_exp(claimed[1]),
-        )
+        claimed, claimed_r = mine - self._log_r[0], at_r - self._log_r[1]
+        corrected = auc(self._ratio[0] - claimed, self._ratio[1] - claimed_r, claimed_r)
+        return DensityComparison((self.log_q - mine)[finite].mean().item(), corrected, _log_mean_exp(claimed_r))
 
 
 @dataclass(frozen=True)
@@ -109,8 +99,8 @@ class DensityComparison:
 def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> RelearnedDensity:
     """Learn the density of draws from scratch, cross-fitted.
 
-    The network adds to a multiple, possibly 0, of the clipped ``log p - log r``: where ``q`` is ``p`` there is nothing
-    else to learn.
+    The network adds to a multiple, possibly 0, of the clipped ``log p - log r``, which is all there is where ``q`` is
+    ``p``.
 
     Args:
         z: Independent draws of ``q``, ``[S, D]``.
@@ -133,41 +123,35 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
     if z.dim() != 2 or len(z) < least:
         raise ShapeError.must_be("The draws", f"[S, D] with S >= {least} to learn their density", tuple(z.shape))
     here = z.detach().double().cpu()
-    halves = torch.arange(len(here)).tensor_split(2)
-    shuffled = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))
-    log_p, log_r, ratio = (torch.empty(len(here), dtype=torch.float64) for _ in range(3))
-    log_r_r, ratio_r, r_draws = (torch.empty_like(log_p), torch.empty_like(log_p), torch.empty_like(here))
-    log_p_r, again = torch.empty_like(log_p), torch.empty_like(log_p)
+    halves = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed)).tensor_split(2)
+    log_r, ratio, again, log_p_r, log_r_r, ratio_r = torch.empty(6, len(here), dtype=torch.float64)
+    r_draws = torch.empty_like(here)
     with torch.no_grad():
-        log_p.copy_(log_joint(z.detach()))
-    for i, half in enumerate(halves):
-        held, train = shuffled[half], shuffled[halves[1 - i]]
+        log_p = log_joint(z.detach()).double().cpu()
+    for i, (held, train) in enumerate([halves, halves[::-1]]):
         mixture = _Mixture(here[train], seed + i)
-        new = mixture.sample(len(train) + len(held))
+        new = mixture.sample(len(here))
         with torch.no_grad():
             log_p_new = log_joint(new.to(z)).double().cpu()
         log_r_new = mixture.log_prob(new)
         gap_q, gap_new = log_p - mixture.log_prob(here), log_p_new - log_r_new
-        own, other = slice(0, len(train)), slice(len(train), None)
-        adversary = train_adversary(
-            (mixture.standardise(here[train]), gap_q[train]), (mixture.standardise(new[own]), gap_new[own]), seed + i
-        )
+        own, other = slice(len(train)), slice(len(train), None)
+        q, r = (mixture.standardise(here[train]), gap_q[train]), (mixture.standardise(new[own]), gap_new[own])
+        adversary = train_adversary(q, r, seed + i)
         with torch.no_grad():
-            again[train] = adversary(mixture.standardise(here[train]), gap_q[train])
-            again[train] += mixture.log_prob(here[train])
+            again[train] = adversary(*q) + mixture.log_prob(here[train])
             ratio[held] = adversary(mixture.standardise(here[held]), gap_q[held])
             ratio_r[held] = adversary(mixture.standardise(new[other]), gap_new[other])
         log_r[held] = mixture.log_prob(here[held])
         log_r_r[held], r_draws[held], log_p_r[held] = log_r_new[other], new[other], log_p_new[other]
     log_q = log_r + ratio
     heaviest = (log_p - log_q).topk(max(len(log_p) // 100, 5)).indices
-    residual = (log_p - log_q, log_p_r - log_r_r - ratio_r)
     return RelearnedDensity(
         log_p=log_p,
         log_q=log_q,
         log_mass=_log_mean_exp(ratio_r),
         auc=auc(ratio, ratio_r, torch.zeros_like(ratio_r)),
-        auc_corrected=auc(residual[0], residual[1], ratio_r),
+        auc_corrected=auc(log_p - log_q, log_p_r - log_r_r - ratio_r, ratio_r),
         unsure=(log_q - again)[heaviest].abs().mean().item(),
         _log_r=(log_r, log_r_r),
         _ratio=(ratio, ratio_r),
@@ -220,16 +204,14 @@ class _Mixture:
         return whiten(z, self.loc, self.scale_tril).contiguous()
 
     def log_prob(self, z: Tensor) -> Tensor:
-        scores = torch.from_numpy(self.fit.score_samples(self.standardise(z).numpy()))
-        return scores - self.log_scale
+        return torch.from_numpy(self.fit.score_samples(self.standardise(z).numpy())) - self.log_scale
 
     def sample(self, count: int) -> Tensor:
         weights, means = (torch.from_numpy(a) for a in (self.fit.weights_, self.fit.means_))
         which = torch.multinomial(weights, count, replacement=True, generator=self.generator)
         noise = torch.randn(count, means.shape[1], generator=self.generator, dtype=torch.float64)
-        roots = torch.linalg.cholesky(torch.from_numpy(self.fit.covariances_))
         w = means[which]
-        for i, root in enumerate(roots):
+        for i, root in enumerate(torch.linalg.cholesky(torch.from_numpy(self.fit.covariances_))):
             w[which == i] += noise[which == i] @ root.mT
         return self.loc + w @ self.scale_tril.mT
 

@@ -48,10 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """A list of checks of a fit, which prints as a table with advice.
-
-    Attributes:
-        checks: All checks, in order.
+    """A list of checks of a fit, in order, which prints as a table with advice.
 
     >>> print(Report((Check.of("mean", 0.3, 0.2, "0.30 sd", failed=True, advice="Train longer."),)))
     1 of 1 checks failed
@@ -76,10 +73,10 @@ class Report:
         return iter(self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        for check in self:
-            if check.name == name:
-                return check
-        raise KeyError(f"There is no check {name!r}, only {', '.join(c.name for c in self)}.")
+        checks = {check.name: check for check in self}
+        if name not in checks:
+            raise KeyError(f"There is no check {name!r}, only {', '.join(checks)}.")
+        return checks[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and words, ready for JSON: ``{"ok": …, "checks": [{"name": …, …}, …]}``."""

@@ -1,7 +1,7 @@
 """Simulation-based calibration: test an inference algorithm on average over the data of a model.
 
-Latents and data are drawn from the joint distribution of a model, so the latents are one more draw of the posterior
-given the data. Their ranks among the draws of an exact posterior are therefore uniform, for every model.
+Latents drawn with data from the joint distribution of a model are one more draw of the posterior given the data. So
+their ranks among the draws of an exact posterior are uniform, for every model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ LEVEL = 0.95
 LOG_LIKELIHOOD = "log likelihood"
 SIMULATED = "Calibration needs a model that can be simulated"
 
-
 MakeGuide = Callable[[Model, Values], TrainedGuide | TrainedFit | Draws]
 
 
@@ -52,8 +51,7 @@ class Calibration:
         Below 0 on the left and above 0 on the right, the posterior is too wide; the other way round it is too narrow.
         Above 0 throughout it lies too high, below 0 too low.
         """
-        ranks = self.ranks[quantity]
-        return ecdf(ranks, self.num_draws) / len(ranks) - uniform_shares(self.num_draws)
+        return ecdf(self.ranks[quantity], self.num_draws) / self.num_datasets - uniform_shares(self.num_draws)
 
     @property
     def num_datasets(self) -> int:
@@ -77,22 +75,18 @@ class Calibration:
 
     def __str__(self) -> str:
         verdict = "calibrated" if self.ok else "NOT calibrated"
-        lines = [
-            f"{verdict}: {self.num_datasets} datasets, ranks among {self.num_draws} draws",
-            f"{'':24}{'p':>8}{'of the 95 % band':>20}  what the ranks say",
-        ]
+        lines = [f"{verdict}: {self.num_datasets} datasets, ranks among {self.num_draws} draws"]
+        lines += [f"{'':24}{'p':>8}{'of the 95 % band':>20}  what the ranks say"]
         for name, p in self.p_values.items():
-            share = band_share(self.ranks[name], self.num_draws)
             said = "" if p * len(self.ranks) >= 1 - LEVEL else self._reading(name)
-            lines.append(f"{name:24}{p:8.4f}{share:20.2f}  {said}")
+            lines += [f"{name:24}{p:8.4f}{band_share(self.ranks[name], self.num_draws):20.2f}  {said}"]
         return "\n".join(lines)
 
     def _reading(self, quantity: str) -> str:
         """Describe the error that the ranks of a quantity show: one of location or of width."""
         z = (2 * self.ranks[quantity].double() + 1) / (self.num_draws + 1) - 1  # uniform on -1 to 1
-        count = len(z)
-        location = z.mean().item() / (1 / 3 / count) ** 0.5
-        width = (z.square().mean().item() - 1 / 3) / (4 / 45 / count) ** 0.5
+        location = z.mean().item() / (1 / 3 / len(z)) ** 0.5
+        width = (z.square().mean().item() - 1 / 3) / (4 / 45 / len(z)) ** 0.5
         if abs(location) > abs(width):
             return "draws too low" if location > 0 else "draws too high"
         return "draws too narrow" if width > 0 else "draws too wide"
@@ -152,7 +146,7 @@ def sbc(
             if log_likelihood:
                 ranked[LOG_LIKELIHOOD] = _log_likelihood(given, both, tuple(data), args, kwargs)
             if quantities is not None:
-                ranked.update(quantities(both, data))
+                ranked |= quantities(both, data)
             for name, values in ranked.items():
                 ranks.setdefault(name, []).append((values[1:] < values[0]).sum().cpu())
     return Calibration({name: torch.stack(each) for name, each in ranks.items()}, num_draws)
@@ -206,8 +200,7 @@ def uniform_shares(num_draws: int) -> Tensor:
 def band(count: int, num_draws: int) -> tuple[Tensor, Tensor]:
     """Return lower and upper deviations ``[num_draws]`` of the `ecdf` of ``count`` ranks in a simultaneous 95 % band.
 
-    The band has the same pointwise level at every rank, chosen so that 95 % of the ECDFs of uniform ranks lie inside
-    throughout.
+    Its pointwise level is the same at every rank, and 95 % of the ECDFs of uniform ranks lie inside throughout.
 
     References:
         Graphical Test for Discrete Uniformity and Its Applications in Goodness-of-Fit Evaluation and Multiple Sample
@@ -217,8 +210,8 @@ def band(count: int, num_draws: int) -> tuple[Tensor, Tensor]:
 
     shares = uniform_shares(num_draws).numpy()
     level = np.quantile(_uniform_tails(count, num_draws), 1 - LEVEL)
-    ends = (binom(count, shares).ppf(q) - count * shares for q in (level, 1 - level))
-    lower, upper = (torch.from_numpy(end) for end in ends)
+    binomial = binom(count, shares)
+    lower, upper = (torch.from_numpy(binomial.ppf(q) - count * shares) for q in (level, 1 - level))
     return lower, upper
 
 
@@ -231,16 +224,14 @@ def band_share(ranks: Tensor, num_draws: int) -> float:
 
 def uniformity(ranks: Tensor, num_draws: int) -> float:
     """Return the p-value of ``ranks [N]``, 0 to ``num_draws``: the smallest pointwise level of their ECDF decides."""
-    own = _tails(ecdf(ranks, num_draws), len(ranks))
-    below = (_uniform_tails(len(ranks), num_draws) <= own).sum()
+    below = (_uniform_tails(len(ranks), num_draws) <= _tails(ecdf(ranks, num_draws), len(ranks))).sum()
     return float((1 + below) / (1 + SIMULATIONS))
 
 
 @cache
 def _uniform_tails(count: int, num_draws: int) -> Any:
     """Return `_tails` of sets of ``count`` uniform ranks."""
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.randint(num_draws + 1, (SIMULATIONS, count), generator=generator)
+    uniform = torch.randint(num_draws + 1, (SIMULATIONS, count), generator=torch.Generator().manual_seed(0))
     return _tails(ecdf(uniform, num_draws), count)
 
 
@@ -249,8 +240,7 @@ def _tails(counts: Tensor, count: int) -> Any:
     from scipy.stats import binom
 
     binomial = binom(count, uniform_shares(counts.shape[-1]).numpy())
-    found = counts.numpy()
-    return np.minimum(binomial.cdf(found), binomial.sf(found - 1)).min(-1)
+    return np.minimum(binomial.cdf(counts.numpy()), binomial.sf(counts.numpy() - 1)).min(-1)
 
 
 def _entries(values: Values) -> Values:
@@ -270,8 +260,7 @@ def _log_likelihood(
 
     With enumerated sites it is ``log p(x, z) - log p(z)``, both summed over these.
     """
-    count = len(next(iter(latents.values())))
-    each = [{name: value[i] for name, value in latents.items()} for i in range(count)]
+    each = [dict(zip(latents, values, strict=True)) for values in zip(*latents.values(), strict=True)]
     nodes = [node for node in run_at(given, each[0], *args, **kwargs).nodes.values() if node["type"] == "sample"]
     enumerates = any(map(is_enumerated, nodes))
     model: Any = Enumerate(-1 - plate_nesting(nodes))(given) if enumerates else given
@@ -283,8 +272,7 @@ def _log_likelihood(
 
     def one(values: Values) -> Tensor:
         if enumerates:
-            everything = log_sum(scored(values, lambda name: False))
-            return everything - log_sum(scored(values, lambda name: name in observed))
+            return log_sum(scored(values, lambda _: False)) - log_sum(scored(values, lambda name: name in observed))
         nodes = scored(values, lambda name: name not in observed).nodes
         return torch.stack([nodes[name]["log_prob_sum"] for name in observed]).sum()
 
@@ -292,7 +280,7 @@ def _log_likelihood(
         try:
             scores: Tensor = torch.func.vmap(one, randomness="different")(latents)
         except (RuntimeError, ValueError):  # the model branches on a latent
-            scores = torch.stack([one(values) for values in each])
+            scores = torch.stack(list(map(one, each)))
     return scores
 
 
@@ -304,15 +292,13 @@ def _draws(made: Any, num_draws: int) -> Values:
     if not callable(getattr(guide, "sample", None)):
         expected = "a function that returns a guide, a fit, or draws {site: [num_draws, *site shape]}"
         raise OptionError.must_be("make_guide", expected, type(made).__name__, "End it with return guide.")
-    draws: Values = guide.sample(num_draws)
-    return draws
+    return dict(guide.sample(num_draws))
 
 
 def _check_draws(draws: Values, truth: Values, num_draws: int) -> None:
     """Raise `ModelError` unless there are draws of every latent site, of the right shape."""
     for name, value in truth.items():
-        expected = (num_draws, *value.shape)
         got = tuple(draws[name].shape) if name in draws else f"sites {', '.join(draws)}"
-        if got != expected:
+        if got != (expected := (num_draws, *value.shape)):
             do = "Return draws of every latent site from make_guide, num_draws of each."
             raise ModelError.must_be(f"The draws of site {name!r}", f"of shape {expected}", got, do)

@@ -47,8 +47,8 @@ def kernel_stein(
 
     in coordinates in which the reference has covariance ``I``, with the median distance of the draws as ``c``. This
     inverse multiquadric detects non-convergence where a Gaussian kernel does not (Gorham and Mackey). The bootstrap
-    uses random signs: for independent draws of ``p`` the p-value is uniform. Draws of a Markov chain get too small
-    ones: thin them. With enough draws every variational fit is significant: ``score_error`` shows whether it matters.
+    uses random signs: the p-value is uniform for independent draws of ``p`` and too small for those of a Markov chain
+    (thin them). With enough draws every variational fit is significant: ``score_error`` shows whether it matters.
 
     Args:
         z: Draws ``[S, D]``, unconstrained.
@@ -78,28 +78,20 @@ def kernel_stein(
     check_at_least("num_bootstrap", num_bootstrap, 1)
     z, score = _pair(z, score)
     loc, scale_tril = _location_scale(z if reference is None else reference.detach().to(z))
-    w = whiten(z, loc, scale_tril)
-    s = score @ scale_tril
+    w, s = whiten(z, loc, scale_tril), score @ scale_tril
     square = torch.nn.functional.pdist(w[:1000]).median().item() ** 2
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (num_bootstrap, len(w)), generator=generator).to(w) * 2 - 1
+    signs = torch.randint(0, 2, (num_bootstrap, len(w)), generator=torch.Generator().manual_seed(seed)).to(w) * 2 - 1
     total, kernel, boot = 0.0, 0.0, w.new_zeros(num_bootstrap)
     rows = max(1, _ENTRIES // len(w))
     for start in range(0, len(w), rows):
         part = slice(start, start + rows)
         k, u = _stein_kernel(w[part], s[part], w, s, square)
-        diagonal = torch.arange(len(k))
-        k[diagonal, diagonal + start] = 0
-        u[diagonal, diagonal + start] = 0
+        k.diagonal(start).zero_()
+        u.diagonal(start).zero_()
         total, kernel = total + u.sum().item(), kernel + k.sum().item()
         boot += ((signs[:, part] @ u) * signs).sum(1)
-    pairs = len(w) * (len(w) - 1)
-    exceeding = int((boot >= total).sum())
-    return KernelStein(
-        discrepancy=total / pairs,
-        score_error=sqrt(max(total, 0.0) / kernel),
-        p_value=(1 + exceeding) / (1 + num_bootstrap),
-    )
+    p_value = (1 + int((boot >= total).sum())) / (1 + num_bootstrap)
+    return KernelStein(total / (len(w) * (len(w) - 1)), sqrt(max(total, 0.0) / kernel), p_value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +137,10 @@ def stein_identities(z: Tensor, score: Tensor) -> SteinIdentities:
     z, score = _pair(z, score)
     centred = z - z.mean(0)
     first = -centred.std(0) * score
-    # without the mean score, which has its own identity: the centre is that of the same draws
-    second = -centred * (score - score.mean(0)) - 1
-    root = sqrt(len(z))
+    second = -centred * (score - score.mean(0)) - 1  # without the mean score, which has its own identity
     tiny = torch.finfo(z.dtype).tiny
-    return SteinIdentities(
-        first.mean(0), (first.std(0) / root).clamp(min=tiny), second.mean(0), (second.std(0) / root).clamp(min=tiny)
-    )
+    first_error, second_error = ((each.std(0) / sqrt(len(z))).clamp(min=tiny) for each in (first, second))
+    return SteinIdentities(first.mean(0), first_error, second.mean(0), second_error)
 
 
 def _location_scale(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,8 +157,7 @@ def _stein_kernel(a: Tensor, s_a: Tensor, b: Tensor, s_b: Tensor, square: float)
     slope = k / base  # ∇_b k = slope (a - b), ∇_a k = -slope (a - b)
     # (s_a - s_b)·(a - b), without a tensor [A, B, D]
     along = (s_a * a).sum(1)[:, None] - s_a @ b.mT - a @ s_b.mT + (s_b * b).sum(1)
-    distance = base - square
-    curl = slope * a.shape[1] - 3 * distance * slope / base
+    curl = slope * a.shape[1] - 3 * (base - square) * slope / base
     return k, (s_a @ s_b.mT) * k + slope * along + curl
 
 

@@ -11,10 +11,9 @@ log weights of single chains are about Gaussian. From an exact draw of the poste
 weight ``1 / p(x)``, hence an upper bound: `bidirectional` does this on simulated data.
 
 References:
-    Annealed importance sampling, Radford Neal, 2001.
-    On the Quantitative Analysis of Decoder-Based Generative Models, Yuhuai Wu, Yuri Burda, Ruslan Salakhutdinov, Roger
-    Grosse, 2017.
-    Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 5.2.
+    Annealed importance sampling, Radford Neal, 2001. On the Quantitative Analysis of Decoder-Based Generative Models,
+    Yuhuai Wu, Yuri Burda, Ruslan Salakhutdinov, Roger Grosse, 2017. Adversarial Variational Bayes, Lars Mescheder,
+    Sebastian Nowozin, Andreas Geiger, 2017, section 5.2.
 """
 
 from __future__ import annotations
@@ -68,10 +67,9 @@ class Annealed:
 class Annealing:
     """A way to anneal: the options of `ais` and `bidirectional`.
 
-    The step size of each datum follows the acceptance of a pilot chain, which the estimate leaves out. Given the pilot,
-    the transitions of all other chains are fixed, so their weights stay exactly unbiased; chains that adapt their own
-    step sizes, as in the code of the AVB paper, give biased weights. Every transition varies the step size of each
-    chain by up to a half.
+    The step size of each datum follows the acceptance of a pilot chain, which the estimate leaves out: given the pilot,
+    all other chains have fixed transitions and exactly unbiased weights, unlike chains that adapt their own step sizes,
+    as in the code of the AVB paper. Every transition varies the step size of each chain by up to a half.
 
     Args:
         num_steps: Intervals of ``β``, with one transition between any two.
@@ -80,8 +78,8 @@ class Annealing:
         step_size: Step size of the first transition, in units of ``scale``.
         schedule: ``"linear"``, equal steps of ``β``; or ``"sigmoidal"``, small ones at both ends, better from afar.
         adapt: Whether the step size follows the acceptance, which takes one more chain.
-        acceptance: Target acceptance. With that of the AVB paper, 0.65, trajectories are longer and a third are
-            rejected: on Gaussians of 10 and 32 dimensions it takes 1.4 to 3 times as many steps for the same variance.
+        acceptance: Target acceptance. That of the AVB paper, 0.65, rejects a third of longer trajectories and takes 1.4
+            to 3 times as many steps for the same variance on Gaussians of 10 and 32 dimensions.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -106,8 +104,7 @@ class Annealing:
     def betas(self) -> list[float]:
         """Return the path from 0 to 1, ``num_steps + 1`` values."""
         t = SCHEDULES[self.schedule](torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64))
-        path: list[float] = ((t - t[0]) / (t[-1] - t[0])).tolist()
-        return path
+        return list(((t - t[0]) / (t[-1] - t[0])).tolist())
 
     @torch.no_grad()
     def forward(self, log_joint: LogDensity, loc: Tensor, scale: Tensor) -> Annealed:
@@ -119,8 +116,7 @@ class Annealing:
             scale: Its standard deviations ``[B, D]``.
         """
         path = _Path(log_joint, loc, scale)
-        chains = self.num_chains + self.adapt
-        u = torch.randn(chains, *loc.shape, dtype=loc.dtype, device=loc.device)
+        u = torch.randn(self.num_chains + self.adapt, *loc.shape, dtype=loc.dtype, device=loc.device)
         return self._run(path, u, self.betas(), None)
 
     @torch.no_grad()
@@ -132,12 +128,11 @@ class Annealing:
             loc: As for `forward`.
             scale: As for `forward`.
             z: An exact draw ``[B, D]`` of each datum's posterior, where all its chains start.
-            step_sizes: Those of a forward run, ``[num_steps - 1, B]``: the transitions must be the same, and must not
-                depend on ``z``.
+            step_sizes: Those of a forward run, ``[num_steps - 1, B]``, as the transitions must not depend on ``z``.
         """
         path = _Path(log_joint, loc, scale)
-        if step_sizes.shape != (self.num_steps - 1, len(loc)):
-            expected = f"of shape {(self.num_steps - 1, len(loc))}, a step size for every transition of each datum"
+        if step_sizes.shape != (shape := (self.num_steps - 1, len(loc))):
+            expected = f"of shape {shape}, a step size for every transition of each datum"
             do = "Pass those of a forward run with the same options."
             raise ShapeError.must_be("step_sizes", expected, tuple(step_sizes.shape), do)
         u = ((z - loc) / scale).expand(self.num_chains, *loc.shape)
@@ -147,35 +142,28 @@ class Annealing:
     def _run(self, path: _Path, u: Tensor, betas: list[float], step_sizes: Tensor | None) -> Annealed:
         """Anneal along ``betas``; without step sizes, by those that the last chain, the pilot, adapts."""
         here = path.at(u)
-        if here.log_p.isnan().any():
-            bad = f"{int(here.log_p.isnan().any(0).sum())} of {u.shape[1]} data"
-            do = "Check the decoder's outputs at the encoder's means."
-            raise ModelError(f"The log joint is not a number where the chains start, for {bad}. {do}")
+        if bad := int(here.log_p.isnan().any(0).sum()):
+            data, do = f"{bad} of {u.shape[1]} data", "Check the decoder's outputs at the encoder's means."
+            raise ModelError(f"The log joint is not a number where the chains start, for {data}. {do}")
         log_weights = (betas[1] - betas[0]) * (here.log_p - _gaussian(here.position))
         accepted = torch.zeros_like(log_weights)
         size, sizes = u.new_full(u.shape[1:2], self.step_size), []
+        step = partial(transition, path.at, num_leapfrog=self.num_leapfrog)
         for i, (beta, following) in enumerate(pairwise(betas[1:])):
             if step_sizes is not None:
                 size = step_sizes[i]
-            here, acceptance = transition(
-                path.at,
-                here,
-                step_size=size * (1 + _JITTER * (2 * torch.rand_like(log_weights) - 1)),
-                momentum=torch.randn_like(u),
-                uniform=torch.rand_like(log_weights),
-                num_leapfrog=self.num_leapfrog,
-                temper=partial(_tempered, beta),
-            )
+            varied = size * (1 + _JITTER * (2 * torch.rand_like(log_weights) - 1))
+            momentum, uniform = torch.randn_like(u), torch.rand_like(log_weights)
+            temper = partial(_tempered, beta)
+            here, acceptance = step(here, momentum=momentum, uniform=uniform, step_size=varied, temper=temper)
             log_weights = log_weights + (following - beta) * (here.log_p - _gaussian(here.position))
             accepted += acceptance
             sizes.append(size)
             if self.adapt:
                 size = size * (_RATE * (acceptance[-1] - self.acceptance)).exp()
-        return Annealed(
-            log_weights[: self.num_chains],
-            accepted[: self.num_chains].mean(0) / max(1, len(sizes)),
-            torch.stack(sizes) if sizes else size.new_empty(0, *size.shape),
-        )
+        used = slice(self.num_chains)
+        rates = torch.stack(sizes) if sizes else size.new_empty(0, *size.shape)
+        return Annealed(log_weights[used], accepted[used].mean(0) / max(1, len(sizes)), rates)
 
 
 def ais(log_joint: LogDensity, loc: Tensor, scale: Tensor, **options: Any) -> Tensor:
@@ -208,8 +196,8 @@ def bidirectional(
 ) -> tuple[Tensor, Tensor]:
     """Bound ``log p(x)`` from both sides, each in expectation, for data with an exact draw of their posterior.
 
-    If ``z`` is drawn from the prior and ``x`` given ``z``, then ``z`` is an exact draw of its posterior. The gap
-    between the bounds limits the error of `ais` on data that the model has generated.
+    A ``z`` from the prior that generated ``x`` is an exact draw of its posterior, so on data from the model the gap
+    between the bounds limits the error of `ais`.
 
     Args:
         log_joint: As for `ais`.
@@ -222,9 +210,7 @@ def bidirectional(
         Lower and upper bounds ``[B]`` in nats.
 
     Raises:
-        OptionError: As `ais`.
-        ShapeError: As `ais`, or ``z`` has another shape than ``loc``.
-        ModelError: As `ais`.
+        ShapeError: ``z`` has another shape than ``loc``. Other errors are those of `ais`.
 
     References:
         Sandwiching the marginal likelihood using bidirectional Monte Carlo, Roger Grosse, Zoubin Ghahramani, Ryan
@@ -250,8 +236,7 @@ class _Path:
     def at(self, u: Tensor) -> Point:
         """Return ``log f_1`` and its gradient at ``u [S, B, D]``; ``-inf`` too far from the start."""
         inside = u.abs().amax(-1) < _FAR
-        # points of a diverging trajectory are rejected anyway: the model never sees them
-        near = u.where(inside[..., None], 0.0).requires_grad_()
+        near = u.where(inside[..., None], 0.0).requires_grad_()  # the model never sees a diverging trajectory
         with torch.enable_grad():
             log_p = self.log_joint(self.loc + self.scale * near)
             if log_p.shape != u.shape[:-1]:

@@ -26,8 +26,8 @@ def importance_sampling(
 ) -> Tensor:
     """Estimate ``log p(x)`` by importance sampling from a Student t: a lower bound in expectation, ``[B]`` in nats.
 
-    This is the bound of importance-weighted autoencoders. The proposal has heavier tails than a Gaussian, so weights
-    stay bounded where the posterior is wider than ``scale``.
+    This is the bound of importance-weighted autoencoders. The heavy tails of the proposal bound the weights where the
+    posterior is wider than ``scale``.
 
     Args:
         log_joint: ``z [S, B, D]`` to ``log p(x, z) [S, B]``.
@@ -48,11 +48,9 @@ def importance_sampling(
     check_at_least("chunk", chunk, 1)
     check_positive("widen", widen)
     check_start(loc, scale)
-    each = StudentT(5.0, loc, widen * scale, validate_args=False)
-    q = Independent(each, 1, validate_args=False)
-    sizes = [min(chunk, num_samples - done) for done in range(0, num_samples, chunk)]
+    q = Independent(StudentT(5.0, loc, widen * scale, validate_args=False), 1, validate_args=False)
     weights = []
-    for size in sizes:
+    for size in [min(chunk, num_samples - done) for done in range(0, num_samples, chunk)]:
         z = q.sample(torch.Size([size]))
         weights.append(log_joint(z) - q.log_prob(z))
     return torch.cat(weights).logsumexp(0) - log(num_samples)
@@ -71,8 +69,7 @@ def quadrature(
 ) -> Tensor:
     """Compute ``log p(x)`` by the midpoint rule on a grid over one or two latent dimensions: ``[B]`` in nats.
 
-    Exact up to rounding once cells are smaller than the posterior is wide; a grid that is too coarse or too small
-    raises an error.
+    Exact up to rounding once cells are smaller than the posterior is wide.
 
     Args:
         log_joint: ``z [S, 1, D]`` to ``log p(x, z) [S, B]``.
@@ -84,7 +81,7 @@ def quadrature(
         chunk: Number of points scored at a time, over all data.
 
     Raises:
-        OptionError: There are more than two latent dimensions, or the grid does not suit the posterior.
+        OptionError: There are more than two latent dimensions, or the grid is too coarse or too small.
     """
     check_at_least("points", points, 2)
     check_at_least("chunk", chunk, 1)
@@ -117,9 +114,8 @@ def check_start(loc: Tensor, scale: Tensor) -> None:
 def _check_grid(log_p: Tensor, total: Tensor) -> None:
     """Raise `OptionError` unless a grid ``[points, (points,) B]`` contains and resolves the ``total [B]``."""
     dim = log_p.dim() - 1
-    ends = [log_p.select(axis, end) for axis in range(dim) for end in (0, -1)]
-    edge = torch.cat([end.reshape(-1, len(total)) for end in ends]).logsumexp(0) - total
-    outside = edge.exp().max().item()
+    ends = [log_p.select(axis, end).reshape(-1, len(total)) for axis in range(dim) for end in (0, -1)]
+    outside = (torch.cat(ends).logsumexp(0) - total).exp().max().item()
     if outside > _OUTSIDE:
         share = f"{outside:.2g} of the evidence is in the outermost cells, at most {_OUTSIDE} may be"
         raise OptionError(f"The grid is smaller than the posterior: {share}. Widen the range from low to high.")
@@ -154,8 +150,8 @@ def semi_implicit_bound(
         L_K = E[log p(x, z) - log 1/(K + 1) Σ_{k=0}^{K} q(z | ε_k)] ≤ log p(x)      z ~ q(· | ε_0), ε_k ~ N(0, I)
 
     The mean over ``ε_0``, which generated ``z``, and ``K`` others is an upper bound of ``log q(z)`` in expectation, so
-    no learned density is needed. The bound rises with ``K`` to the ELBO. The estimate is unbiased; three standard
-    errors below it the bound holds with near certainty.
+    a learned density is not needed. The bound rises with ``K`` to the ELBO. The estimate is unbiased: the value three
+    standard errors below it is a bound with near certainty.
 
     Args:
         log_joint: ``log p(x, z)`` of draws ``[S, D]``: ``[S]``.
@@ -165,14 +161,12 @@ def semi_implicit_bound(
         seed: Seed of the draws.
 
     References:
-        Semi-Implicit Variational Inference, Mingzhang Yin, Mingyuan Zhou, 2018.
-        Doubly Semi-Implicit Variational Inference, Dmitry Molchanov, Valery Kharitonov, Artem Sobolev, Dmitry Vetrov,
-        2019.
+        Semi-Implicit Variational Inference, Mingzhang Yin, Mingyuan Zhou, 2018. Doubly Semi-Implicit Variational
+        Inference, Dmitry Molchanov, Valery Kharitonov, Artem Sobolev, Dmitry Vetrov, 2019.
     """
     check_at_least("num_samples", num_samples, 2)
     check_at_least("num_mixture", num_mixture, 1)
     generator = torch.Generator().manual_seed(seed)
-    mean_dim = sampler.noise_dim - sampler.latent_dim
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(sampler.loc)
@@ -180,7 +174,7 @@ def semi_implicit_bound(
     log_volume = sampler.scale_tril.diagonal().log().sum()
     terms = []
     for count in [min(100, num_samples - done) for done in range(0, num_samples, 100)]:
-        eps = noise(num_mixture + 1, count, mean_dim)
+        eps = noise(num_mixture + 1, count, sampler.noise_dim - sampler.latent_dim)
         own: Any = sampler.conditional(eps[0])
         h = own.mean + own.stddev * noise(count, sampler.latent_dim)
         log_q = sampler.conditional(eps).log_prob(h).logsumexp(0) - log(num_mixture + 1)

@@ -1,7 +1,4 @@
-"""Metrics for the codes of a latent variable model: match with the prior, use of dimensions, reconstruction.
-
-Every function takes tensors: draws and means of any model.
-"""
+"""Metrics for the codes of any latent variable model: match with the prior, use of dimensions, reconstruction."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from implicitvi.metrics.two_sample import knn_kl
 def aggregated_kl(codes: Tensor, prior: Tensor, *, k: int = 5) -> float:
     """Estimate ``KL(q(z)‖p(z))`` in nats between the aggregated posterior ``q(z) = mean_x q(z | x)`` and the prior.
 
-    The estimate is by nearest neighbours (`knn_kl`), so it is not a bound, and about 0 for equal distributions. It
-    shows a prior of the wrong shape, holes in it and codes outside of it, which reconstructions do not.
+    By nearest neighbours (`knn_kl`): not a bound, and about 0 for equal distributions. It shows a prior of the wrong
+    shape, holes in it and codes outside of it, which reconstructions do not.
 
     Args:
         codes: Draws of ``q(z | x)`` for data drawn at random, ``[N, D]``, or several of each, ``[S, B, D]``.
@@ -24,8 +21,8 @@ def aggregated_kl(codes: Tensor, prior: Tensor, *, k: int = 5) -> float:
 
     Raises:
         ShapeError: The sets are not of the shapes above, with more than ``k`` draws each.
-        OptionError: A value is not finite, or codes are repeated, as an encoder without noise does for repeated data:
-            such a ``q(z)`` has no density and its divergence is infinite.
+        OptionError: A value is not finite, or codes are repeated, as by an encoder without noise for repeated data: the
+            divergence is infinite.
 
     >>> import torch
     >>> generator = torch.Generator().manual_seed(0)
@@ -86,8 +83,7 @@ def squared_error(x: Tensor, reconstruction: Tensor) -> float:
 def negative_log_likelihood(log_likelihood: Tensor, *, entries: int = 1) -> float:
     """Compute ``-E_q[log p(x | z)]`` in nats per entry of a datum, averaged over codes and data.
 
-    For binary data this is the cross-entropy that the AVB paper calls reconstruction error, when ``entries`` is the
-    number of pixels (its Table 1 has the mean over pixels).
+    For binary data with ``entries`` pixels it is the reconstruction error of Table 1 of the AVB paper, a cross-entropy.
 
     Args:
         log_likelihood: ``log p(x | z)`` of codes drawn from ``q(z | x)``, ``[B]`` or ``[S, B]``.

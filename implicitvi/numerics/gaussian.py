@@ -29,8 +29,7 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     cov = cov + torch.diag_embed(JITTER * diagonal + 1e-12)
     scale_tril, info = torch.linalg.cholesky_ex(cov)
     if info.any():  # fewer draws than dimensions: keep the variances
-        cov = 0.9 * cov + 0.1 * torch.diag_embed(diagonal + 1e-12)
-        scale_tril = torch.linalg.cholesky(cov)
+        scale_tril = torch.linalg.cholesky(0.9 * cov + 0.1 * torch.diag_embed(diagonal + 1e-12))
     return loc, scale_tril
 
 
@@ -39,8 +38,7 @@ def whiten(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
     if loc.dim() == 1:
         rows: Tensor = torch.linalg.solve_triangular(scale_tril.mT, z - loc, upper=True, left=False)
         return rows
-    columns = (z - loc).movedim(0, -1)
-    solved: Tensor = torch.linalg.solve_triangular(scale_tril, columns, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(scale_tril, (z - loc).movedim(0, -1), upper=False)
     return solved.movedim(-1, 0)
 
 
@@ -63,8 +61,7 @@ class Whitening:
         if self._last is None or self._last[0] is not z or self._last[1] != tracked:
             shape = torch.broadcast_shapes(z.shape, self.loc.shape)
             rows = z.expand(shape).reshape(-1, *self.loc.shape)
-            standard = whiten(rows, self.loc, self.scale_tril).reshape(shape)
-            self._last = (z, tracked, standard)
+            self._last = (z, tracked, whiten(rows, self.loc, self.scale_tril).reshape(shape))
         return self._last[2]
 
 
@@ -89,8 +86,7 @@ class Gaussian(MultivariateNormal):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw reparameterised samples ``[*sample_shape, (B,) D]``."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        rows = eps.reshape(-1, *self.loc.shape)
+        rows = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device).reshape(-1, *self.loc.shape)
         scaled = torch.einsum("...de,s...e->s...d", self._unbroadcasted_scale_tril, rows)
         draws: Tensor = self.loc + scaled.reshape(shape)
         return draws
@@ -144,9 +140,8 @@ class GaussianMixture(Distribution):
         """Return ``value`` standardised by component ``[..., K, D]`` and `log_joint`, kept for the last ``value``."""
         tracked = torch.is_grad_enabled()
         if self._last is None or self._last[0] is not value or self._last[1] != tracked:
-            flat = self._inverses.flatten(0, 1)
-            standard = ((value - self.centre) @ flat.mT).unflatten(-1, self._standard_shifts.shape)
-            standard = standard - self._standard_shifts
+            flat = (value - self.centre) @ self._inverses.flatten(0, 1).mT
+            standard = flat.unflatten(-1, self._standard_shifts.shape) - self._standard_shifts
             joint: Tensor = self._constants - 0.5 * standard.square().sum(-1)
             self._last = (value, tracked, standard, joint)
         return self._last[2], self._last[3]
@@ -157,10 +152,10 @@ class GaussianMixture(Distribution):
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
         noise = torch.randn((len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device)
-        counts = which.bincount(minlength=len(self.weights)).tolist()
-        parts = zip(noise.split(counts), self.scale_trils, strict=True)
+        parts = noise.split(which.bincount(minlength=len(self.weights)).tolist())
+        scaled = [part @ scale.mT for part, scale in zip(parts, self.scale_trils, strict=True)]
         draws = torch.empty_like(noise)
-        draws[which.argsort()] = torch.cat([part @ scale.mT for part, scale in parts])
+        draws[which.argsort()] = torch.cat(scaled)
         return (draws + self.shifts[which] + self.centre).reshape(shape + self.event_shape)
 
 
@@ -182,8 +177,8 @@ class Mixture(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of ``value [..., D]``: ``[...]`` in nats."""
-        each = [part.log_prob(value) for part in self.parts]
-        return (torch.stack(each, -1) + self.weights.log()).logsumexp(-1)
+        each = torch.stack([part.log_prob(value) for part in self.parts], -1)
+        return (each + self.weights.log()).logsumexp(-1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
@@ -192,8 +187,7 @@ class Mixture(Distribution):
         which = torch.multinomial(self.weights, shape.numel(), replacement=True)
         counts = which.bincount(minlength=len(self.parts)).tolist()
         draws = [part.sample((n,)) for part, n in zip(self.parts, counts, strict=True) if n]
-        ordered = torch.cat(draws)[which.argsort().argsort()]
-        return ordered.reshape(shape + self.event_shape)
+        return torch.cat(draws)[which.argsort().argsort()].reshape(shape + self.event_shape)
 
 
 def gather_draws(z: Tensor) -> Tensor:
@@ -204,10 +198,8 @@ def gather_draws(z: Tensor) -> Tensor:
 def mean_and_cholesky(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean ``[D]`` of draws ``[S, D]`` and the Cholesky factor ``[D, D]`` of their covariance.
 
-    Unlike `moments` it adds nothing to the covariance, and the units of the coordinates do not matter.
-
-    Raises:
-        OptionError: A coordinate is constant, or the draws lie on a plane of lower dimension.
+    Unlike `moments` it adds nothing to the covariance, and the units of the coordinates do not matter. It raises
+    `OptionError` where a coordinate is constant or the draws lie on a plane of lower dimension.
     """
     loc, scale = z.mean(0), standard_deviations(z)
     unit = ((z - loc) / scale).mT
@@ -219,14 +211,9 @@ def mean_and_cholesky(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standard_deviations(z: Tensor) -> Tensor:
-    """Return the standard deviations ``[D]`` of draws ``[S, D]``.
-
-    Raises:
-        OptionError: A coordinate is constant.
-    """
+    """Return the standard deviations ``[D]`` of draws ``[S, D]``; raise `OptionError` if a coordinate is constant."""
     scale = z.std(0)
-    # the deviation of a constant column is a rounding error, relative to its size
-    constant = ~(scale > 1e-12 * z.abs().amax(0))
+    constant = ~(scale > 1e-12 * z.abs().amax(0))  # of a constant column it is a rounding error
     if constant.any():
         where = constant.nonzero().flatten().tolist()
         raise OptionError(f"Draws must vary in every dimension, got constant dimensions {where}. Leave these out.")

@@ -72,8 +72,5 @@ def transition(
 def _choose(accepted: Tensor, there: Point, here: Point) -> Point:
     """Return ``there`` for the chains ``[...]`` that accept, else ``here``."""
     row = accepted[..., None]
-    return Point(
-        torch.where(row, there.position, here.position),
-        torch.where(accepted, there.log_p, here.log_p),
-        torch.where(row, there.gradient, here.gradient),
-    )
+    pairs = zip((row, accepted, row), there, here, strict=True)
+    return Point(*(torch.where(chosen, new, old) for chosen, new, old in pairs))

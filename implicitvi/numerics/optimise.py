@@ -34,8 +34,8 @@ def descend(
         groups: Adam's parameter groups: ``params``, ``lr`` and other options.
         num_steps: Steps.
         normalised: Whether to clip the gradient of each group to norm 1 and average squared gradients over 50 steps
-            rather than 1,000. Use it where the first gradients are by far the largest, as for a scale that has yet to
-            find its size: Adam's memory of them would slow down all later steps.
+            rather than 1,000: where the first gradients are by far the largest, as for a scale that has yet to find its
+            size, Adam's memory of them would slow down all later steps.
     """
     if not num_steps:
         return
