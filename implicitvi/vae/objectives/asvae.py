@@ -61,7 +61,7 @@ class ASVAE(ReadyMade):
         return [adversary, self.player("model", [self.encoder, self.decoder], self._loss, batch)]
 
     def terms(self, x: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the halves of the objective in nats, ``[S, B]`` and ``[S · B]``, at ``S = num_samples`` codes per datum."""
+        """Return the halves of the objective in nats, ``[S, B]`` and ``[S · B]`` with ``S = num_samples``."""
         z = self.encoder(x).rsample(torch.Size([num_samples]))
         of_data: Tensor = self.decoder(z).log_prob(x) - self.encoder_adversary(z, x)
         z_p, x_p = self._model_pairs(z)
