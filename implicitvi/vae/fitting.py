@@ -318,7 +318,7 @@ class _Run(Generic[M]):
 
 def infinite_rows(x: Tensor) -> int:
     """Count the rows of ``x [B, ...]`` that have an entry that is not finite."""
-    return int((~x.isfinite()).view(len(x), -1).any(1).sum())
+    return int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
 
 
 def device_of(device: str | torch.device) -> torch.device:

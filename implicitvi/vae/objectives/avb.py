@@ -81,7 +81,7 @@ class AVB(ReadyMade):
         return [*opponents(self._objective, self._log_joint, batch), model]
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
-        """Estimate the bound of data ``x [B, *x_shape]``: ``[num_samples / K, B]`` in nats, of whole groups."""
+        """Estimate the bound of data ``x [B, *x_shape]`` in nats: ``[⌈num_samples / K⌉, B]``."""
         size = self._objective.num_importance
         return self._objective.elbo(-(-num_samples // size) * size, self._log_joint(x), x)[0]
 
