@@ -333,7 +333,7 @@ def test_avb_validates_with_whole_groups_of_importance_draws() -> None:
     exactly(bound, weights.logsumexp(0, keepdim=True) - log(4))
     assert [len(model.learned_elbo(m.x, count)) for count in (4, 5, 8)] == [1, 2, 2]
     model = AVB(implicit_encoder(), bernoulli_decoder(), Z, of_pairs(), num_importance=4)
-    fit = model.fit(data(), validation=data(8), num_particles=4, epochs=2, progress=False, seed=0)
+    fit = model.fit(data(), validation=data(8), epochs=2, progress=False, seed=0)
     assert np.isfinite(fit.validation["learned_elbo"]).all() and len(fit.validation["learned_elbo"]) == 2
 
 

@@ -153,9 +153,11 @@ class AVBObjective:
     def elbo(self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """Return the bound of each of ``S`` fresh draws, ``[S / K, (B,)]``, and the number of dropped draws.
 
-        A draw without a finite log density, whose gradient would spoil all, is dropped with all that share its weights.
+        ``num_samples`` is rounded up to whole groups of ``K`` draws. A draw without a finite log density, whose gradient
+        would spoil all, is dropped with all that share its weights.
         """
-        return self.bound(self.sampler(num_samples, x), log_joint, x)
+        count = -(-num_samples // self.num_importance) * self.num_importance
+        return self.bound(self.sampler(count, x), log_joint, x)
 
     def bound(self, z: Tensor, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """Return the same as `elbo` for given draws ``z [S, (B,) D]``."""

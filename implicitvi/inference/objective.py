@@ -76,9 +76,7 @@ class PosteriorObjective:
         """
         if self.local is not None:
             return self._minibatch_loss(self.local, target, stage)
-        avb = self.avb
-        count = ceil(stage.num_particles / avb.num_importance) * avb.num_importance
-        elbo, dropped = avb.elbo(count, self.scorer(target, stage.beta))
+        elbo, dropped = self.avb.elbo(stage.num_particles, self.scorer(target, stage.beta))
         return (-elbo.mean() if len(elbo) else None), dropped
 
     def scorer(self, target: Target, beta: float = 1.0) -> Callable[[Tensor], Tensor]:

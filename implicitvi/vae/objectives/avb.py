@@ -82,8 +82,7 @@ class AVB(ReadyMade):
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Estimate the bound of data ``x [B, *x_shape]`` in nats: ``[⌈num_samples / K⌉, B]``."""
-        size = self._objective.num_importance
-        return self._objective.elbo(-(-num_samples // size) * size, self._log_joint(x), x)[0]
+        return self._objective.elbo(num_samples, self._log_joint(x), x)[0]
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
