@@ -21,7 +21,7 @@ DRAWS = 200
 
 
 def check_predictive(target: Target, u: Tensor, seed: int) -> Check:
-    """Note the share of data replicated from ``u [S, D]`` with a mean, sd or extreme value above that of the data."""
+    """Note the share of data replicated from ``u [S, D]`` with mean, sd, minimum or maximum above that of the data."""
     draws = target.layout.unpack(thin(u, DRAWS))[0]
     first = {name: value[0] for name, value in draws.items()}
     with torch.no_grad(), RandomStream(seed), unvalidated():
