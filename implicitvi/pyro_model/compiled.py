@@ -230,10 +230,9 @@ def _describe(leaf: Any) -> tuple[Any, ...]:
             raise ModelError("An argument needs a gradient, which a graph does not give.")
         return tuple(leaf.shape), leaf.dtype, leaf.device
     constant = None | bool | int | float | complex | str | bytes | torch.dtype | torch.device
-    kind = type(leaf)
     if isinstance(leaf, constant) or callable(leaf):
-        return kind, leaf
-    got = f"{kind.__name__}, whose changes a graph would not see"
+        return type(leaf), leaf
+    got = f"{type(leaf).__name__}, whose changes a graph would not see"
     raise ModelError.must_be("An argument", "a tensor or a number", got)
 
 

@@ -106,8 +106,7 @@ def log_sum_of(trace: Any, name: str) -> Tensor:
     if name not in dependent:
         plain: Tensor = trace.nodes[name]["masked_log_prob"]
         return plain
-    connected = _connected_sites(trace, dependent, name)
-    plates = _plate_symbols(trace, name)
+    connected, plates = _connected_sites(trace, dependent, name), _plate_symbols(trace, name)
     for other in sorted(connected - {name}):
         if not is_summed(trace.nodes[other]):
             raise SharedSiteError(f"{name!r} and {other!r} depend on the same discrete site.")

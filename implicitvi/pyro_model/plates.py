@@ -145,7 +145,7 @@ def _rows(node: Any, frame: Any) -> Tensor:
 def by_datum(trace: Any, log_dets: dict[str, Tensor], plate: str) -> Tensor:
     """Split the log density of a scored trace by datum: outside a plate, then of each element in it: ``[1 + B]``, nats.
 
-    The weight ``N / B`` of a subsampled plate is removed from its elements. ``log_dets {site: [*batch shape]}``.
+    The weight ``N / B`` of a subsampled plate is removed from its elements; ``log_dets {site: [*batch]}`` are log|J|.
     """
     outside, inside = [], []
     for name, node in trace.nodes.items():
