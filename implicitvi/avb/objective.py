@@ -153,7 +153,7 @@ class AVBObjective:
     def elbo(self, num_samples: int, log_joint: LogDensity, x: Tensor | None = None) -> tuple[Tensor, int]:
         """Return the bound of each of ``S`` fresh draws, ``[S / K, (B,)]``, and the number of dropped draws.
 
-        ``num_samples`` is rounded up to whole groups of ``K`` draws. A draw without a finite log density, whose gradient
+        ``num_samples`` is rounded up to groups of ``K`` draws. A draw without a finite log density, whose gradient
         would spoil all, is dropped with all that share its weights.
         """
         count = -(-num_samples // self.num_importance) * self.num_importance
