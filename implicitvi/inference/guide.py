@@ -39,7 +39,7 @@ _instances = itertools.count(1)
 
 def _unknown_of_dataset(_: Tensor) -> Tensor:
     """Raise `SetupError`, in the role of a learned log density, for guides amortized over datasets."""
-    advice = "Compare draws, guide.sample(num_samples, ...), or fit ImplicitGuide(model) to this dataset with AVBSVI."
+    advice = "Compare draws, guide.sample(num_samples, ...), or fit ImplicitGuide(model), not amortized, to this data."
     message = f"A guide amortized over datasets has no learned density. {advice}"
     raise SetupError(message, faq="the-density-of-the-posterior-is-not-known")
 
