@@ -123,11 +123,11 @@ def half(value: Tensor) -> Tensor:
 MISUSES: list[tuple[Any, type[Exception], str]] = [
     (lambda d: {k: v for k, v in d.items() if k != "a"}, ShapeError, "missing 'a'"),
     (lambda d: d | {"c": d["a"]}, ShapeError, "unknown 'c'"),
-    (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' have the wrong shape.*\[S, 2\]"),
-    (lambda d: d | {"a": half(d["a"])}, ShapeError, "different numbers of draws"),
+    (lambda d: d | {"z": d["z"].T}, ShapeError, r"site 'z' must be of shape \[S, 2\]"),
+    (lambda d: d | {"a": half(d["a"])}, ShapeError, "number of draws must be the same for all sites"),
     (lambda d: {k: v[:50] for k, v in d.items()}, ShapeError, "at least 200 draws, got 50"),
-    (lambda d: d | {"s": -d["s"]}, ModelError, "site 's' lie outside its support; got 400 of 400"),
-    (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "outside its support"),
+    (lambda d: d | {"s": -d["s"]}, ModelError, "site 's' must be in its support, .* got 400 of 400 outside"),
+    (lambda d: d | {"a": d["a"] * np.inf}, ModelError, "must be in its support, .* outside"),
     (lambda d: torch.zeros(3), SetupError, "must be a fit, an ImplicitGuide, or draws .* got Tensor"),
     (lambda d: ImplicitGuide(several_sites), SetupError, "has not been trained"),
     (lambda d: exact("banana"), ModelError, "does not have the guide's latent sites"),
@@ -145,7 +145,7 @@ def test_other_misuse_is_refused() -> None:
     y = torch.ones(4)
     with pytest.raises(OptionError, match="num_samples must be"):
         diagnose({"mu": torch.randn(400)}, models.normal_normal, y, num_samples=10)
-    with pytest.raises(ModelError, match="minibatch of plate 'data'"):
+    with pytest.raises(ModelError, match="plate 'data' must be whole.* got 2 of 4"):
         diagnose({"mu": torch.randn(400)}, models.global_latents_in_minibatches, y)
 
     def local(y: Tensor) -> None:
