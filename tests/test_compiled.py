@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Model, tuple[Any, ...], str]] = {
     "a network that learns": (network, (Decoder(),), "parameters that learn"),
     "random numbers": (draws, (), "draws random numbers of its own"),
     "numbers read off the data": (looks_at_the_data, (), "Tracing raised RuntimeError"),
-    "mode loop": (models.branches_on_a_latent, (), "not mode 'loop'"),
+    "mode loop": (models.branches_on_a_latent, (), "mode must be 'vmap' to be traced, got 'loop'"),
     "an array": (array, (np.ones(3),), "must be a tensor or a number, got ndarray"),
     "an argument that learns": (array, (torch.ones(3, requires_grad=True),), "An argument needs a gradient"),
 }
