@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -136,9 +137,10 @@ def test_a_deterministic_site_is_not_data() -> None:
             pyro.deterministic("double", 2 * z)
             pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
 
+    shifted = poutine.reparam(effects, config={"z": LocScaleReparam(0.0)})
     amortization = Amortization.parse("groups")
-    rows, plain = (PlateMinibatches(m, amortization).batch(Arguments.of(Y)).rows for m in (derived, effects))
-    assert torch.equal(rows, plain) and torch.equal(rows, Y[:, None])
+    for model in (effects, derived, shifted):
+        assert torch.equal(PlateMinibatches(model, amortization).batch(Arguments.of(Y)).rows, Y[:, None])
 
 
 def explicit(context: Tensor) -> ConditionalSampler:

@@ -14,7 +14,7 @@ from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.pyro_model.sites import Site, SiteLayout
 from implicitvi.pyro_model.subsampling import full_size
-from implicitvi.pyro_model.tracing import is_scored, latent_nodes
+from implicitvi.pyro_model.tracing import is_deterministic, is_scored, latent_nodes
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
     everything = SiteLayout.from_trace(trace)
     shared = SiteLayout(tuple(site for site in everything.sites if site.name not in inside))
     local = tuple((site, frame.dim) for site in everything.sites if site.name in inside)
-    data = [node for node in trace.nodes.values() if is_scored(node) and node["is_observed"]]
+    data = [
+        node for node in trace.nodes.values() if is_scored(node) and node["is_observed"] and not is_deterministic(node)
+    ]
     rows = [_rows(node, frame) for node in data if frame in node["cond_indep_stack"]]
     return PlateRun(
         LocalLayout(everything, shared, local, frame.size, full_size(frame)),
