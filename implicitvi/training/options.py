@@ -1,17 +1,21 @@
-"""Options that are declared once: a frozen dataclass holds the default, check and documentation of each.
+"""Declare options once: a frozen dataclass holds the default, check and documentation of each.
 
-@documented
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-num_steps: int = option(100, "Number of steps.", group="schedule", check=check_whole)
-__post_init__ = check_options
+::
 
-class Options(TypedDict, total=False):  # the same names and types, for editors and type checkers
-num_steps: int
+    @documented
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        num_steps: int = option(100, "Number of steps.", group="schedule", check=check_whole)
+        __post_init__ = check_options
 
-@with_options(Settings)
-def train(x: Tensor, *, settings: Settings | None = None, **options: Unpack[Options]) -> None:
-settings = from_options(Settings, options, settings, of=train)
+
+    class Options(TypedDict, total=False):  # the same names and types, for editors and type checkers
+        num_steps: int
+
+
+    @with_options(Settings)
+    def train(x: Tensor, *, settings: Settings | None = None, **options: Unpack[Options]) -> None:
+        settings = from_options(Settings, options, settings, of=train)
 """
 
 from __future__ import annotations
