@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from implicitvi.diagnostics.agreement import Agreement
 from implicitvi.errors import ModelError, SetupError
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
-
-if TYPE_CHECKING:
-    from implicitvi.diagnostics.agreement import Agreement
 
 
 class TrainedGuide(Protocol):

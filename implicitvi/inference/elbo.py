@@ -75,7 +75,7 @@ class AVB_ELBO(ELBO):
         pyro.module(f"{guide._pyro_name}.sampler", guide.sampler)
         show_parameters(training.objective.parameters)
         with poutine.block(), self._stream:
-            stage = self.settings.schedule.at(max(training.trainer.step_count - 1, 0))
+            stage = training.trainer.schedule.at(max(training.trainer.step_count - 1, 0))
             loss, _ = training.objective.loss(training.target, stage)
         return torch.tensor(nan) if loss is None else loss
 

@@ -149,7 +149,8 @@ class ElboSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        ends = [self.schedule.at(step) for step in (0, self.num_steps)]
+        schedule = self.schedule
+        ends = [schedule.at(step) for step in (0, self.num_steps)]
         check_whole("num_particles", min(stage.num_particles for stage in ends), 2)
         check_whole("adversary_steps", min(stage.adversary_steps for stage in ends))
 
