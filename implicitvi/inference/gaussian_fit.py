@@ -1,7 +1,8 @@
-"""Start a fit: find a point that the model accepts, then the location and scale of a Gaussian fit."""
+"""Fit a Gaussian to a log density: by natural gradient, by Adam, or by an encoder for every datum."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -10,59 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicitvi.errors import ModelError
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.minibatches import MinibatchSource
+from implicitvi.inference.pathfinder import Paths, lower_triangular
+from implicitvi.numerics.gaussian import whiten
 from implicitvi.numerics.optimise import descend, gradients
 from implicitvi.numerics.types import LogDensity
 from implicitvi.pyro_model.arguments import Arguments
 
-TRIES = 100
-WIDEST = 200  # most dimensions in which a Gaussian is refined
 REFINING = 60  # most steps of natural gradient
+AVERAGED = 10  # of them with falling rates, near the best Gaussian
+FASTEST, SLOWEST = 0.5, 1e-4  # their rates
 DRAWS = 512  # in each, or 20 for each dimension
 REACH = 3.0  # most standard deviations that a mean moves in each dimension
-# shift of the mean and range of the precision: limits for Adam's fit to stay, and the aim of refining
-NEAR, REFINED = (0.75, 0.05, 6.0), (0.3, 0.4, 2.5)
-
-
-def starting_point(log_joint: LogDensity, u: Tensor, describe: Callable[[Tensor], str]) -> Tensor:
-    """Return ``u [D]`` if its log density and gradient are finite, else the first such of 100 random points.
-
-    Args:
-        log_joint: Log density of points ``[S, D]``.
-        u: The point to try first.
-        describe: Function that names the sites of a point ``[D]`` that are not finite.
-
-    Raises:
-        ModelError: There is no such point; lists the sites and values of the first.
-    """
-    for attempt in range(TRIES + 1):
-        candidate = u if attempt == 0 else torch.rand_like(u) * 4 - 2
-        v = candidate.detach()[None].requires_grad_()
-        with torch.enable_grad():
-            score = log_joint(v).sum()
-            if score.isfinite() and torch.autograd.grad(score, v)[0].isfinite().all():
-                return candidate
-    got = describe(u) or "a finite log density whose gradient is not finite"
-    advice = "Look for NaN in the data, observations outside their support, and priors that exclude the data."
-    message = f"The log density must be finite at the start or at one of {TRIES} random points, got {got}. {advice}"
-    raise ModelError(message, faq="the-log-density-is-not-finite-at-the-start")
+FAIR = 100  # steps of an amortized start from which it should have arrived
+LOOKS = 16  # at a noisy loss, to see whether its mean has arrived
+PATIENCE = 20  # most steps before the rates fall
+NEAR = (2.0, -1.0, 20.0)  # shift of the mean and range of the precision: limits for a start
+SHIFT, SPREAD = 0.3, 0.25  # the same before the rates fall; the noise of the draws adds to the range
+MANY = 50  # dimensions beyond which a single Gaussian is refined
+WITHIN = 3.0  # standard deviations in each dimension, within which another Gaussian is not tried
 
 
 def gaussian_fit(
     log_joint: LogDensity,
     loc: Tensor,
+    scale_tril: Tensor,
     *,
     parameters: Sequence[Tensor] = (),
     num_steps: int = 600,
     num_particles: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Fit a full-rank Gaussian by a short run of Adam: a robust location and scale of a posterior.
+    """Fit a full-rank Gaussian by Adam in the units of another one: for noisy log densities and many dimensions.
 
     Args:
         log_joint: Log density of points ``[S, D]``.
-        loc: The mean ``[D]`` at the start.
+        loc: Mean ``[D]`` at the start.
+        scale_tril: Lower triangular scale ``[D, D]`` at the start.
         parameters: Leaves of the log density to fit with the Gaussian.
         num_steps: Steps of Adam, the rate falling from 0.05 to 0.0025.
         num_particles: Draws a step.
@@ -71,13 +56,14 @@ def gaussian_fit(
         Location ``[D]`` and lower triangular scale ``[D, D]`` with a positive diagonal.
     """
     dim = len(loc)
-    loc = loc.clone().requires_grad_()
-    log_diagonal = loc.new_full((dim,), 0.1).log().requires_grad_()
-    lower = loc.new_zeros(dim, dim).requires_grad_()
+    mean = torch.zeros_like(loc).requires_grad_()
+    log_diagonal = torch.zeros_like(loc).requires_grad_()
+    lower = torch.zeros_like(scale_tril).requires_grad_()
 
     def loss() -> Tensor | None:
         eps = torch.randn(num_particles, dim, dtype=loc.dtype, device=loc.device)
-        u = loc + log_diagonal.exp() * (eps + eps @ lower.tril(-1).mT)
+        v = mean + log_diagonal.exp() * (eps + eps @ lower.tril(-1).mT)
+        u = loc + v @ scale_tril.mT
         scores = log_joint(u)
         finite = scores.isfinite()
         if not finite.all():
@@ -86,67 +72,26 @@ def gaussian_fit(
             scores = log_joint(u[finite])
         return -scores.mean() - log_diagonal.sum()
 
-    groups = [{"params": [loc, log_diagonal, lower], "lr": 0.05}, *parameter_groups(parameters)]
+    groups = [{"params": [mean, log_diagonal, lower], "lr": 0.05}, *parameter_groups(parameters)]
     descend(loss, groups, num_steps)
-    unit = torch.eye(dim, dtype=loc.dtype, device=loc.device)
-    scale_tril = log_diagonal.exp()[:, None] * (unit + lower.tril(-1))
-    return loc.detach(), scale_tril.detach()
-
-
-def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
-    """Refine a Gaussian approximation by natural gradient, in any units. Return it unchanged if it is already close.
-
-    The best Gaussian has ``E[s] = 0`` and ``-E[v sᵀ] = I``, where ``z = loc + scale_tril v`` and ``s`` is the gradient
-    of the log density in ``v``. Steps of natural gradient, which are the same in all coordinates, lead there: with
-    ``K = -E[v sᵀ]`` the precision in ``v`` becomes ``P = (I + K) / 2``, and the mean ``P⁻¹ E[s] / 2``. Adam's steps
-    have a size of their own, so that a posterior can be too far away or too narrow for it.
-
-    Args:
-        log_joint: Log density of points ``[S, D]``, the same at every look.
-        loc: Mean ``[D]`` of the first Gaussian.
-        scale_tril: Its lower triangular scale ``[D, D]``.
-
-    Returns:
-        Mean and scale of the refined Gaussian if its ELBO is higher too; of the first one otherwise, and in more than
-        200 dimensions, where the expectations would take too many draws.
-
-    References:
-        The Variational Gaussian Approximation Revisited, Manfred Opper, Cédric Archambeau, 2009, eq. 8 and 9, for the
-        identities. Handling the Positive-Definite Constraint in the Bayesian Learning Rule, Wu Lin, Mark Schmidt,
-        Mohammad Emtiyaz Khan, 2020, for the steps.
-    """
-    dim = len(loc)
-    if dim > WIDEST:
-        return loc, scale_tril
-    first = _at(log_joint, loc, scale_tril)
-    if first is None or first.is_near(*NEAR):
-        return loc, scale_tril
-    here, place = first, first.step()
-    for _ in range(REFINING):
-        there = _at(log_joint, *place)
-        if there is None:  # beyond the edge of the support
-            place = (here.loc + place[0]) / 2, place[1] / 2
-            continue
-        here = there
-        if here.is_near(*REFINED):
-            break
-        place = here.step()
-    # an improper posterior has better and better ones further and further out
-    arrived = here.is_near(*NEAR) and here.elbo > first.elbo
-    return (here.loc, here.scale_tril) if arrived else (loc, scale_tril)
+    with torch.no_grad():
+        unit = torch.eye(dim, dtype=loc.dtype, device=loc.device)
+        scale = log_diagonal.exp()[:, None] * (unit + lower.tril(-1))
+        return loc + scale_tril @ mean, scale_tril @ scale
 
 
 @dataclass(frozen=True, eq=False)
-class _Gaussian:
+class GaussianFit:
     """A Gaussian with its expectations of a log density.
 
     Attributes:
         loc: Its mean ``[D]``.
         scale_tril: Its lower triangular scale ``[D, D]``.
-        slope: ``E[s] [D]``.
-        values: Eigenvalues of ``-E[v sᵀ]``, made symmetric, ``[D]``.
+        slope: ``E[s] [D]``, where ``s`` is the gradient of the log density in units of the Gaussian.
+        values: Eigenvalues of ``-E[v sᵀ]``, made symmetric, ``[D]``, where ``v`` is a draw in these units.
         vectors: Its eigenvectors, the columns of ``[D, D]``.
-        elbo: Mean log density and entropy, up to a constant.
+        elbo: Evidence lower bound in nats, up to a constant that depends on ``D`` alone.
+        error: Standard error of ``elbo``.
     """
 
     loc: Tensor
@@ -155,37 +100,120 @@ class _Gaussian:
     values: Tensor
     vectors: Tensor
     elbo: Tensor
+    error: Tensor
+
+    @classmethod
+    def at(cls, log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> GaussianFit | None:
+        """Return the Gaussian of mean ``loc [D]`` and scale ``scale_tril [D, D]`` with its expectations.
+
+        ``None`` if fewer than half of its draws have a density.
+        """
+        dim = len(loc)
+        v = torch.randn(max(DRAWS, 20 * dim) // 2, dim, dtype=loc.dtype, device=loc.device)
+        v = torch.cat([v, -v])
+        log_p, score = gradients(log_joint, loc + v @ scale_tril.mT)
+        finite = log_p.isfinite() & score.isfinite().all(1)
+        if 2 * int(finite.sum()) < len(v):
+            return None
+        v, score = v[finite], score[finite] @ scale_tril
+        slope = score.mean(0)
+        spread = -(v.mT @ (score - slope)) / len(v)
+        spread = (spread + spread.mT) / 2
+        if not spread.isfinite().all():
+            return None
+        values, vectors = torch.linalg.eigh(spread)
+        terms = log_p[finite] + 0.5 * v.square().sum(1)
+        elbo = terms.mean() + scale_tril.diagonal().log().sum()
+        return cls(loc, scale_tril, slope, values, vectors, elbo, terms.std() / sqrt(len(v)))
 
     def is_near(self, shift: float, low: float, high: float) -> bool:
         """Return whether the best mean is within ``shift`` standard deviations and the precision between the others."""
         within = self.slope.abs().max() < shift and low < self.values.min()
         return bool(within and self.values.max() < high)
 
-    def step(self) -> tuple[Tensor, Tensor]:
+    @property
+    def arrived(self) -> bool:
+        """True if the best Gaussian is near, so that a fit can start here."""
+        return self.is_near(*NEAR)
+
+    @property
+    def settled(self) -> bool:
+        """True if this is the best Gaussian up to the noise of the draws."""
+        spread = SPREAD + 2.5 * sqrt(len(self.loc) / max(DRAWS, 20 * len(self.loc)))
+        return self.is_near(SHIFT, 1 - spread, 1 + spread)
+
+    def step(self, rate: float) -> tuple[Tensor, Tensor]:
         """Return mean and scale after a step of natural gradient."""
-        precision = (1 + self.values.clamp(-0.5, 31.0)) / 2
-        shift = self.vectors @ (self.vectors.mT @ self.slope / (2 * precision))
-        shift = shift * (REACH * sqrt(len(shift)) / shift.norm()).clamp(max=1.0)
+        precision = (1 + rate * (self.values - 1)).clamp(0.25, 16.0)
+        shift = self.vectors @ (self.vectors.mT @ self.slope * rate / precision)
+        shift = shift * (2 * REACH * rate * sqrt(len(shift)) / shift.norm()).clamp(max=1.0)
         root = self.scale_tril @ self.vectors * precision.rsqrt()
-        upper = torch.linalg.qr(root.mT).R
-        scale_tril = upper.mT * upper.diagonal().sign()
-        return self.loc + self.scale_tril @ shift, scale_tril
+        return self.loc + self.scale_tril @ shift, lower_triangular(root)
 
 
-def _at(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> _Gaussian | None:
-    """Return a Gaussian with its expectations; ``None`` where half of its draws have no density."""
-    dim = len(loc)
-    v = torch.randn(max(DRAWS, 20 * dim), dim, dtype=loc.dtype, device=loc.device)
-    log_p, score = gradients(log_joint, loc + v @ scale_tril.mT)
-    finite = log_p.isfinite() & score.isfinite().all(1)
-    if 2 * int(finite.sum()) < len(v):
-        return None
-    v, score = v[finite], score[finite] @ scale_tril
-    slope = score.mean(0)
-    spread = -(v.mT @ (score - slope)) / len(v)
-    values, vectors = torch.linalg.eigh((spread + spread.mT) / 2)
-    elbo = log_p[finite].mean() + scale_tril.diagonal().log().sum()
-    return _Gaussian(loc, scale_tril, slope, values, vectors, elbo)
+def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> GaussianFit | None:
+    """Refine a Gaussian approximation by natural gradient, in any units.
+
+    The best Gaussian has ``E[s] = 0`` and ``-E[v sᵀ] = I``, where ``z = loc + scale_tril v`` and ``s`` is the gradient
+    of the log density in ``v``. Steps of natural gradient, which are the same in all coordinates, lead there: with
+    ``K = -E[v sᵀ]`` and the rate ``ρ`` the precision in ``v`` becomes ``P = (1 - ρ) I + ρ K``, and the mean
+    ``ρ P⁻¹ E[s]``. A step after which the ELBO is lower is tried again at a quarter of its rate. Near the best Gaussian
+    the rates fall, so that the noise of the steps averages out.
+
+    Args:
+        log_joint: Log density of points ``[S, D]``, the same at every look.
+        loc: Mean ``[D]`` of the first Gaussian.
+        scale_tril: Its lower triangular scale ``[D, D]``.
+
+    Returns:
+        The refined Gaussian; ``None`` where the first one has no density.
+
+    References:
+        The Variational Gaussian Approximation Revisited, Manfred Opper, Cédric Archambeau, 2009, eq. 8 and 9, for the
+        identities. Handling the Positive-Definite Constraint in the Bayesian Learning Rule, Wu Lin, Mark Schmidt,
+        Mohammad Emtiyaz Khan, 2020, for the steps.
+    """
+    here = GaussianFit.at(log_joint, loc, scale_tril)
+    rate, averaged = FASTEST, 0
+    for step in range(REFINING):
+        if here is None or averaged == AVERAGED:
+            break
+        there = GaussianFit.at(log_joint, *here.step(min(rate, 1 / (averaged + 2))))
+        if there is None or there.elbo < here.elbo - 2 * (there.error + here.error):
+            rate /= 4
+            if rate < SLOWEST:
+                break
+            continue
+        here, rate = there, min(2 * rate, FASTEST)
+        averaged += bool(averaged or here.settled or step >= PATIENCE)
+    return here
+
+
+def best_gaussian(
+    log_joint: LogDensity, paths: Paths, *, tries: int, best: GaussianFit | None = None
+) -> GaussianFit | None:
+    """Refine the most promising Gaussians of the paths, and return the one with the highest ELBO.
+
+    These are the best Gaussians of the paths with the highest ELBO, and the one at the highest end; in more than 50
+    dimensions the first of them alone. A path that passes within the best Gaussian so far adds nothing.
+
+    Args:
+        log_joint: Log density of points ``[S, D]``, the same at every look.
+        paths: Paths uphill.
+        tries: Most Gaussians to refine, besides the one at the highest end.
+        best: The best one so far.
+    """
+    many = paths.u.shape[1] > MANY
+    by_elbo, by_height = (x.argsort(descending=True).tolist() for x in (paths.elbo, paths.log_p))
+    places = [(paths.best_loc[k], paths.best_root[k]) for k in by_elbo[: 1 if many else tries]]
+    places += [(paths.u[k], paths.root[k]) for k in by_height[: 0 if many else 1]]
+    for loc, root in places:
+        if best is not None and whiten(loc[None], best.loc, best.scale_tril).square().mean() < WITHIN**2:
+            continue
+        found = refine_gaussian(log_joint, loc, lower_triangular(root))
+        if found is not None and (best is None or found.elbo > best.elbo + 2 * (found.error + best.error)):
+            best = found
+    return best
 
 
 def parameter_groups(parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -229,6 +257,10 @@ def amortized_gaussian_fit(
     def scale_tril() -> Tensor:
         return log_diagonal.exp()[:, None] * (torch.eye(dim).to(loc) + lower.tril(-1))
 
+    # a shift of all local latents, which stays 0, and their mean scale over the number of data
+    shift = sampler.local.loc.new_zeros(sampler.local.latent_dim).requires_grad_()
+    unit = torch.diag(torch.ones_like(shift))
+
     def loss() -> Tensor | None:
         batch = source.batch(arguments)
         g, frame, log_scale = None, None, torch.zeros(())
@@ -238,6 +270,8 @@ def amortized_gaussian_fit(
             log_scale = log_diagonal.sum()
         x = sampler.context(batch.rows, g, frame)
         place, scales = sampler.local.frame(x)
+        place = place + shift
+        unit.copy_(scales.detach().flatten(0, -3).mean(0) / (batch.weight * len(batch.rows)))
         eps = torch.randn(num_draws, *place.shape[-2:]).to(place)
         z = place + (scales @ eps[..., None]).squeeze(-1)
         terms = source.terms(g, z, batch)
@@ -252,6 +286,26 @@ def amortized_gaussian_fit(
         return -scores.mean() - log_scale - batch.weight * per_draw.mean()
 
     descend(loss, groups, num_steps, normalised=True)
+    if shared is not None and num_steps >= FAIR:
+        _warn_of_distance(loss, loc, lambda: scale_tril().detach(), "shared latents")
+    if num_steps >= FAIR:
+        _warn_of_distance(loss, shift, lambda: unit, "local latents")
     sampler.local.initialised.fill_(True)
     if shared is not None:
         shared.set_affine(loc.detach(), scale_tril().detach())
+
+
+def _warn_of_distance(loss: Callable[[], Tensor | None], loc: Tensor, scale: Callable[[], Tensor], of: str) -> None:
+    """Warn if the slope of a noisy loss at ``loc [D]``, in units of ``scale [D, D]``, says that the best is far."""
+    values = [value for value in (loss() for _ in range(LOOKS)) if value is not None]
+    slopes = [torch.autograd.grad(value, loc)[0] @ scale() for value in values]
+    if len(slopes) < 2:
+        return
+    slope = torch.stack(slopes)
+    off = (slope.mean(0).abs() - 3 * slope.std(0) / sqrt(len(slopes))).max().item()
+    if off > NEAR[0]:
+        warnings.warn(
+            f"The start of the fit has not arrived: the mean of the {of} is off by more than {off:.1g} standard "
+            "deviations. Bring the data to a mean near 0 and a scale near 1, or use more steps of warm_start.",
+            stacklevel=7,
+        )

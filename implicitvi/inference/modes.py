@@ -1,14 +1,12 @@
 """Find modes of a posterior that lie too far apart for one Gaussian start.
 
-Many points climb at once, in the units of a Gaussian fit. Ends between which the log density has no barrier belong to
+Many paths lead uphill at once, in the units of a Gaussian. Ends between which the log density has no barrier belong to
 one mode. Each further mode gets a Gaussian fit of its own, and its share of the evidence by importance sampling.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import lgamma, log, pi
 
@@ -19,22 +17,21 @@ from torch.distributions import MultivariateNormal
 
 from implicitvi.avb.multimodal import MixtureSampler
 from implicitvi.avb.samplers import Sampler
-from implicitvi.inference.gaussian_fit import gaussian_fit
+from implicitvi.inference.gaussian_fit import GaussianFit, best_gaussian, refine_gaussian
+from implicitvi.inference.pathfinder import pathfinder
 from implicitvi.numerics.gaussian import whiten
-from implicitvi.numerics.optimise import descend
 from implicitvi.numerics.types import LogDensity
 from implicitvi.pyro_model.target import Target
-from implicitvi.pyro_model.tracing import PARTICLE_ERRORS
 from implicitvi.rng import forked
 
-CLIMB = 150  # steps of each point uphill
+CLIMB = 60  # most steps of each path uphill
 BARRIER = 6.0  # nats, as between two Gaussians of one scale that are 7 standard deviations apart
 SLACK = (20.0, 3.0)  # nats below the first fit, and more for each dimension: lower ends have no mass
 STOPS = 16  # points on a path
 TAIL = 5.0  # degrees of freedom of the wide proposals
 BENDS = 60  # steps in which a path bends around what is in its way
 DRAWS = 500  # of each proposal, to weigh the modes by
-STARTS = 32  # of each kind
+STARTS = 32  # around the Gaussian
 LEAST = 0.01  # share of the evidence below which a mode is left out
 
 
@@ -53,8 +50,8 @@ class Mode:
     scale_tril: Tensor
 
 
-def search_modes(target: Target, loc: Tensor, scale_tril: Tensor, *, max_modes: int, num_steps: int) -> list[Mode]:
-    """Search a target for far modes, from wide starts around a Gaussian fit and from draws of the prior.
+def search_modes(target: Target, loc: Tensor, scale_tril: Tensor, ends: Tensor, *, max_modes: int) -> list[Mode]:
+    """Search a target for far modes, from wide starts around a Gaussian and from the ends of paths uphill.
 
     A model that is scored in a loop would take minutes, and each look at a minibatch sees another posterior: of these
     the Gaussian's own mode is returned alone. Random numbers of the process are left as they are.
@@ -63,21 +60,18 @@ def search_modes(target: Target, loc: Tensor, scale_tril: Tensor, *, max_modes: 
         target: The target.
         loc: Location ``[D]`` of the Gaussian.
         scale_tril: Its lower triangular scale ``[D, D]``.
+        ends: Ends ``[N, D]`` of paths from draws of the prior.
         max_modes: Most modes to find, the first included.
-        num_steps: Steps of the Gaussian fit of each further mode.
     """
     if max_modes == 1 or target.log_joint.mode == "loop" or target.log_joint.minibatches:
         return [Mode(1.0, loc, scale_tril)]
     with forked():
-        starts = wide_starts(loc, scale_tril, STARTS)
-        with suppress(RuntimeError, *PARTICLE_ERRORS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            starts = torch.cat([starts, target.prior(loc).sample((STARTS,))])
-        return find_modes(target, loc, scale_tril, starts, max_modes=max_modes, num_steps=num_steps)
+        starts = torch.cat([wide_starts(loc, scale_tril, STARTS), ends])
+        return find_modes(target, loc, scale_tril, starts, max_modes=max_modes)
 
 
 def find_modes(
-    log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, starts: Tensor, *, max_modes: int = 8, num_steps: int = 300
+    log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, starts: Tensor, *, max_modes: int = 8
 ) -> list[Mode]:
     """Return the far modes of a posterior with a Gaussian fit; the first is the Gaussian's own.
 
@@ -87,17 +81,15 @@ def find_modes(
         scale_tril: Its lower triangular scale ``[D, D]``.
         starts: Points ``[N, D]`` to climb from.
         max_modes: Most modes to find, the first included.
-        num_steps: Steps of the Gaussian fit of each further mode.
 
     Returns:
         The modes that hold at least 1 % of the posterior, their weights summing to 1. One mode with the Gaussian's own
-        ``loc`` means that there is no other.
+        ``loc`` means that there is no other, and no better Gaussian on its own hill.
 
     References:
-        Starts and ends: Pathfinder: Parallel quasi-Newton variational inference, Lu Zhang, Bob Carpenter, Andrew
-        Gelman, Aki Vehtari, 2022. Paths: A climbing image nudged elastic band method, Graeme Henkelman, Blas Uberuaga,
-        Hannes Jónsson, 2000; Essentially No Barriers in Neural Network Energy Landscape, Felix Draxler, Kambis
-        Veschgini, Manfred Salmhofer, Fred Hamprecht, 2018.
+        Paths: A climbing image nudged elastic band method, Graeme Henkelman, Blas Uberuaga, Hannes Jónsson, 2000;
+        Essentially No Barriers in Neural Network Energy Landscape, Felix Draxler, Kambis Veschgini, Manfred Salmhofer,
+        Fred Hamprecht, 2018.
     """
 
     def score(v: Tensor) -> Tensor:
@@ -108,31 +100,34 @@ def find_modes(
         return scores.nan_to_num(-torch.inf, -torch.inf, -torch.inf).reshape(v.shape[:-1])
 
     unit = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-    fits = [(torch.zeros_like(loc), unit)]
+    first = GaussianFit.at(score, torch.zeros_like(loc), unit)
     v = whiten(starts, loc, scale_tril)
-    ends = climb(score, v[v.isfinite().all(-1)])
-    heights = score(ends)
-    enough = heights > score(fits[0][0]) - SLACK[0] - SLACK[1] * len(loc)
-    ends, heights = ends[enough], heights[enough]
-    apart = barriers(score, fits[0][0], ends) > BARRIER
-    for _ in range(2 * max_modes):
-        ends, heights = ends[apart], heights[apart]
-        if not len(ends) or len(fits) == max_modes:
-            break
-        top = ends[heights.argmax()]
-        apart = (barriers(score, top, ends) > BARRIER) & (ends != top).any(-1)
-        known = torch.stack([m for m, _ in fits])
-        if bent_barriers(score, top, known).min() > BARRIER:
-            fit = gaussian_fit(score, top, num_steps=num_steps)
-            if bent_barriers(score, fit[0], known).min() > BARRIER:
-                apart &= barriers(score, fit[0], ends) > BARRIER
-                fits.append(fit)
-    if len(fits) == 1:
+    paths = pathfinder(score, v[v.isfinite().all(-1)], torch.ones_like(loc), num_steps=CLIMB)
+    if first is None or not len(paths.u):
         return [Mode(1.0, loc, scale_tril)]
-    weights = evidence_shares(score, fits)
+    better = best_gaussian(score, paths, tries=1, best=first)
+    if better is not None and bent_barriers(score, better.loc, first.loc[None]).item() < BARRIER:
+        first = better
+    fits = [first]
+    enough = paths.log_p > score(first.loc) - SLACK[0] - SLACK[1] * len(loc)
+    apart = enough & (barriers(score, first.loc, paths.u) > BARRIER)
+    for _ in range(2 * max_modes):
+        if not apart.any() or len(fits) == max_modes:
+            break
+        top = int(paths.log_p.masked_fill(~apart, -torch.inf).argmax())
+        apart &= barriers(score, paths.u[top], paths.u) > BARRIER
+        apart[top] = False
+        known = torch.stack([fit.loc for fit in fits])
+        if bent_barriers(score, paths.u[top], known).min() > BARRIER:
+            fit = refine_gaussian(score, *paths.gaussian(top))
+            if fit is not None and bent_barriers(score, fit.loc, known).min() > BARRIER:
+                apart &= barriers(score, fit.loc, paths.u) > BARRIER
+                fits.append(fit)
+    places = [(fit.loc, fit.scale_tril) for fit in fits]
+    weights = evidence_shares(score, places) if len(fits) > 1 else unit.new_ones(1)
     kept = [i for i, weight in enumerate(weights.tolist()) if weight >= LEAST]
     total = weights[kept].sum()
-    return [Mode((weights[i] / total).item(), loc + scale_tril @ fits[i][0], scale_tril @ fits[i][1]) for i in kept]
+    return [Mode((weights[i] / total).item(), loc + scale_tril @ places[i][0], scale_tril @ places[i][1]) for i in kept]
 
 
 def split(sampler: Sampler, modes: Sequence[Mode], make_sampler: Callable[[int], Sampler]) -> Sampler:
@@ -151,30 +146,6 @@ def wide_starts(loc: Tensor, scale_tril: Tensor, count: int) -> Tensor:
     unit = torch.randn(count, len(loc), dtype=loc.dtype, device=loc.device)
     reach = 2 * 100 ** torch.rand(count, 1, dtype=loc.dtype, device=loc.device)
     return loc + reach * unit @ scale_tril.mT
-
-
-def climb(score: LogDensity, v: Tensor) -> Tensor:
-    """Climb from points ``v [N, D]`` and return the ends ``[N', D]`` that have a density.
-
-    The steps of each point are in units of its distance from the origin, so that near and far ones arrive.
-    """
-    v = v[score(v).isfinite()]
-    reach = v.square().mean(-1, keepdim=True).sqrt().clamp(min=1.0)
-    moved = torch.zeros_like(v).requires_grad_()
-
-    def loss() -> Tensor | None:
-        here = v + reach * moved
-        here.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
-        scores = score(here)
-        finite = scores.isfinite()
-        if finite.all():
-            return -scores.sum()
-        return -score(here[finite]).sum() if finite.any() else None
-
-    if len(v):
-        descend(loss, [{"params": [moved], "lr": 0.1}], CLIMB)
-    ends = (v + reach * moved).detach()
-    return ends[score(ends).isfinite()]
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ CONTRASTS = ("prior", "diagonal", "gaussian", "flow")  # beside the mixture
 def fitted(target: Target, *, seed: int, quick: bool, sampler: str = "gated", **options: Any) -> Fit:
     """A fit by this package with its defaults, or with ``options``."""
     if quick:
-        options |= {"num_steps": QUICK_STEPS, "warm_start": QUICK_STEPS}
+        options |= {"num_steps": QUICK_STEPS, "warm_start": 1}
     torch.manual_seed(seed)
     guide = ImplicitGuide(target.model, sampler=sampler)
     return AVBSVI(target.model, guide, seed=seed, progress=False, **options).run(*target.args)
