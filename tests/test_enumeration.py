@@ -195,3 +195,27 @@ def test_an_export_without_a_likelihood_for_each_observation_warns() -> None:
         data = to_arviz(guide, models.hidden_markov, Y, num_samples=5)
     assert data["posterior"]["x_4"].shape == (1, 5)
     assert "log_likelihood" not in data
+
+
+def test_a_partly_observed_discrete_site_is_marked_by_the_decorator() -> None:
+    """Pyro drops the mark of a site with ``obs_mask``. The posterior of ``p`` has mean 0.560 and sd 0.203."""
+    x, seen = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([True, True, False, False])
+    o = torch.tensor([3.0, 0.1, 2.9, 1.2])
+
+    def model(x: Tensor, seen: Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("d", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(p), obs=x, obs_mask=seen, infer={"enumerate": "parallel"})
+            pyro.sample("o", dist.Normal(3.0 * c, 1.0), obs=o)
+
+    with pytest.raises(
+        ModelError, match="'c_unobserved' belongs to a site with obs_mask.*@pyro.infer.config_enumerate"
+    ):
+        ImplicitGuide(model).setup(x, seen)
+    marked = config_enumerate(model)
+    log_joint = LogJoint(marked, ImplicitGuide(marked).setup(x, seen).layout)
+    u = torch.linspace(-8, 8, 801)[:, None]
+    weights = log_joint(u, x, seen).softmax(0)
+    mean = (weights * u[:, 0].sigmoid()).sum()
+    sd = (weights * (u[:, 0].sigmoid() - mean) ** 2).sum().sqrt()
+    assert mean.item() == pytest.approx(0.560, abs=1e-3) and sd.item() == pytest.approx(0.203, abs=1e-3)

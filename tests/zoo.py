@@ -380,7 +380,7 @@ def minibatch(y: Tensor) -> None:
 
 def reads_a_number(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0 * y[0], 1.0))
-    observe(mu * (1 + abs(mu.item())), y)
+    observe(mu + 0 * mu.item(), y)  # without losing the gradient
 
 
 def fills_a_buffer(y: Tensor) -> None:
@@ -504,7 +504,7 @@ ZOO: tuple[Animal, ...] = (
     Animal("masked data", masked_data),
     Animal("obs_mask", missing_data),
     Animal("masked latent", masked_latent),
-    Animal("NaN data", nan_data, mode="plate"),
+    Animal("NaN data", nan_data),
     Animal("centred", centred),
     Animal("LocScaleReparam", reparameterised(centred, theta=LocScaleReparam(0.0))),
     Animal("LocScaleReparam, learned", reparameterised(centred, theta=LocScaleReparam())),
@@ -530,8 +530,8 @@ ZOO: tuple[Animal, ...] = (
     Animal("DiscreteHMM", discrete_hmm),
     Animal("GaussianHMM data", gaussian_hmm),
     Animal("truncated", truncated),
-    Animal("Multinomial", multinomial, mode="plate"),
-    Animal("OrderedLogistic", ordered_logistic, mode="plate"),
+    Animal("Multinomial", multinomial),
+    Animal("OrderedLogistic", ordered_logistic),
     Animal("counts", counts),
     Animal("correlated effects", correlated_effects),
     Animal("param", with_param),

@@ -17,7 +17,9 @@ from implicitvi.avb.samplers import Sampler
 from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
 from implicitvi.nn import LocationScaleNet
 from implicitvi.pyro_model.plates import PlateRun
+from implicitvi.pyro_model.sites import SiteLayout
 
+TRAIN = "Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO cannot."
 Features = Callable[..., Tensor]
 Amortize = str | Mapping[str, Features] | Features
 
@@ -159,6 +161,16 @@ def dataset_sampler(row: Tensor, start: Tensor, make_sampler: Callable[..., Samp
     return sampler
 
 
+class _Drawn(Delta):
+    """The distribution of a value that has been drawn, whose density nobody knows."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        raise SetupError(
+            f"The latents of a plate have draws, but not a density. {TRAIN}",
+            faq="the-density-of-the-posterior-is-not-known",
+        )
+
+
 def sample_in_plates(run: PlateRun, plate: str, sampler: AmortizedSampler, rows: Tensor) -> dict[str, Tensor]:
     """Draw every latent site once by `pyro.sample`, inside its plates: ``{site: [*site shape]}``."""
     frames = {frame.name: frame for frames in run.frames.values() for frame in frames}
@@ -169,14 +181,23 @@ def sample_in_plates(run: PlateRun, plate: str, sampler: AmortizedSampler, rows:
         for name, frame in frames.items()
     }
     g, z = sampler(1, rows)
-    values, log_dets = run.layout.all.unpack_each(run.layout.join(g, z)[0])
+    values, _ = run.layout.all.unpack(run.layout.join(g, z)[0])
     for site in run.layout.all.sites:
-        density = Delta(values[site.name], -log_dets[site.name], event_dim=site.event_dim)
+        density = _Drawn(values[site.name], event_dim=site.event_dim)
         with ExitStack() as stack:
             for frame in run.frames[site.name]:
                 stack.enter_context(plates[frame.name])
             pyro.sample(site.name, density)
     return values
+
+
+def draw_plate(run: PlateRun, sampler: AmortizedSampler, rows: Tensor, num_samples: int) -> tuple[Tensor, SiteLayout]:
+    """Draw ``u [S, D]`` for features ``rows [N, C]`` of a plate; return it with the layout of its sites."""
+    check_finite(rows)
+    g = None if sampler.shared is None else sampler.shared.draws(num_samples)
+    z = sampler.local.draws(num_samples, sampler.context(rows, g))
+    layout = run.layout if len(rows) == run.layout.size else run.layout.resized(len(rows))
+    return layout.join(g, z), layout.all
 
 
 def rows_of_run(rows: Tensor, run: PlateRun) -> Tensor:

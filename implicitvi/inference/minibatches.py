@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from implicitvi.errors import ShapeError
+from implicitvi.errors import ModelError, ShapeError
 from implicitvi.inference.amortization import Amortization, rows_of_run
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
@@ -120,7 +120,11 @@ class PlateMinibatches:
         return Minibatch(rows, layout.full_size / layout.size, arguments, layout, indices)
 
     def terms(self, g: Tensor | None, z: Tensor, batch: Minibatch) -> Tensor:
-        """Return ``log p`` of the shared part, then of each datum: ``[S, 1 + B]`` in nats."""
+        """Return ``log p`` of the shared part, then of each datum: ``[S, 1 + B]`` in nats.
+
+        Raises:
+            ModelError: The model draws minibatches of its own, so each run has other data than the features.
+        """
         layout = batch.layout
         assert layout is not None
         if layout.size not in self._log_joints:  # a model of its own for minibatches of each size
@@ -130,9 +134,14 @@ class PlateMinibatches:
             place[batch.picked] = torch.arange(len(batch.picked), device=z.device)
             z = z[:, place]
         pinned = {} if batch.indices is None else {self.plate: batch.indices}
+        log_joint, call = self._log_joints[layout.size], batch.arguments
         with self.minibatch.pinned(pinned):
-            call = batch.arguments
-            terms = self._log_joints[layout.size](layout.join(g, z), *call.args, **call.kwargs)
+            terms = log_joint(layout.join(g, z), *call.args, **call.kwargs)
+        for name, (_, part) in log_joint.own_minibatches.items():
+            what, expected = f"the data of {name!r}", "those whose features the guide sees"
+            got = f"{part} others in the next run of the model, which draws them itself"
+            advice = f"Let Pyro draw them: with pyro.plate({self.plate!r}, size, subsample_size={part}) as index."
+            raise ModelError.must_be(what, expected, got, advice, faq="the-model-draws-its-own-minibatch")
         if batch.picked is None:
             return terms
         return torch.cat([terms[:, :1], terms[:, 1 + batch.picked]], 1)

@@ -29,7 +29,7 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     cov = cov + torch.diag_embed(JITTER * diagonal + 1e-12)
     scale_tril, info = torch.linalg.cholesky_ex(cov)
     if info.any():  # fewer draws than dimensions: keep the variances
-        scale_tril = torch.linalg.cholesky(0.9 * cov + 0.1 * torch.diag_embed(diagonal + 1e-12))
+        scale_tril = torch.linalg.cholesky_ex(0.9 * cov + 0.1 * torch.diag_embed(diagonal + 1e-12)).L
     return loc, scale_tril
 
 
@@ -150,7 +150,7 @@ class GaussianMixture(Distribution):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw independent samples ``[*sample_shape, D]``."""
         shape = torch.Size(sample_shape)
-        which = torch.multinomial(self.weights, shape.numel(), replacement=True)
+        which = torch.multinomial(self.weights.nan_to_num(1.0), shape.numel(), replacement=True)
         noise = torch.randn((len(which), *self.event_shape), dtype=self.centre.dtype, device=self.centre.device)
         parts = noise.split(which.bincount(minlength=len(self.weights)).tolist())
         scaled = [part @ scale.mT for part, scale in zip(parts, self.scale_trils, strict=True)]
@@ -184,7 +184,7 @@ class Mixture(Distribution):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draw independent samples ``[*sample_shape, D]``."""
         shape = torch.Size(sample_shape)
-        which = torch.multinomial(self.weights, shape.numel(), replacement=True)
+        which = torch.multinomial(self.weights.nan_to_num(1.0), shape.numel(), replacement=True)
         counts = which.bincount(minlength=len(self.parts)).tolist()
         draws = [part.sample((n,)) for part, n in zip(self.parts, counts, strict=True) if n]
         return torch.cat(draws)[which.argsort().argsort()].reshape(shape + self.event_shape)

@@ -11,7 +11,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import TransformedDistribution, biject_to
 from torch.distributions.constraints import Constraint, is_dependent
 
 from implicitvi.errors import ModelError
@@ -31,7 +31,10 @@ def check_site(name: str, fn: Any) -> None:
     if not discrete:
         bijection(name, fn)
         return
-    if is_finite(fn):
+    if name.endswith("_unobserved"):
+        problem = "belongs to a site with obs_mask, where Pyro drops the mark of the site to sum it out"
+        do = "Decorate the model with @pyro.infer.config_enumerate."
+    elif is_finite(fn):
         problem, do = "is not marked to be summed out", f"Write pyro.sample({name!r}, ..., infer="
         do += '{"enumerate": "parallel"}), or decorate the model with @pyro.infer.config_enumerate.'
     elif isinstance(fn, Independent):
@@ -48,6 +51,9 @@ def check_site(name: str, fn: Any) -> None:
 def check_observed(node: Any) -> None:
     """Raise `ModelError` unless data have the shape of their plates and lie in the support of their distribution."""
     name, fn, value = node["name"], node["fn"], node["value"]
+    if value.is_complex():
+        do = "Pass real and imaginary part, torch.view_as_real(y), as two real numbers."
+        raise ModelError.must_be(f"The data of site {name!r}", "real numbers", value.dtype, do)
     batch = value.shape[: value.dim() - fn.event_dim]
     # a column beside a row would broadcast: each entry scored against every other
     shape = torch.broadcast_shapes(fn.batch_shape, batch) if vectorized_plates(node) else fn.batch_shape
@@ -77,7 +83,16 @@ def check_observed(node: Any) -> None:
         )
 
 
-class PrepareForGuide(Messenger):
+class FillImproper(Messenger):
+    """A messenger that gives a latent site with an improper prior a value to start from, as it has no draws."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and _is_improper(msg["fn"]):
+            transform = biject_to(msg["fn"].support)
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(msg["fn"].shape())))
+
+
+class PrepareForGuide(FillImproper):
     """A messenger that prepares a model for an autoguide: it unrolls sequential plates and fills in improper sites.
 
     It refuses sites that a continuous guide cannot draw, before Pyro asks for their support, and data that are not
@@ -94,17 +109,24 @@ class PrepareForGuide(Messenger):
             check_site(msg["name"], msg["fn"])
         frames = (frame for frame in msg["cond_indep_stack"] if frame.vectorized or is_subsampled(frame))
         msg["cond_indep_stack"] = tuple(frames)
-        if isinstance(msg["fn"], ImproperUniform) and msg["value"] is None:
-            transform = biject_to(msg["fn"].support)
-            msg["value"] = transform(torch.zeros(transform.inverse_shape(msg["fn"].shape())))
+        super()._pyro_sample(msg)
 
 
 class CheckData(Messenger):
     """A messenger that checks a model's data against its plates and distributions."""
 
+    counts = False  # whether any site has a density: a model may be masked as a whole
+
     def _pyro_sample(self, msg: Any) -> None:
+        self.counts |= is_scored(msg) and msg["mask"] is not False
         if msg["is_observed"] and is_scored(msg):
             check_observed(msg)
+
+
+def _is_improper(fn: Any) -> bool:
+    base, _ = unwrapped(fn)
+    is_transformed = isinstance(base, TransformedDistribution)
+    return _is_improper(base.base_dist) if is_transformed else isinstance(base, ImproperUniform)
 
 
 def is_hidden(msg: Any) -> bool:
@@ -114,12 +136,23 @@ def is_hidden(msg: Any) -> bool:
 
 def latent_trace(model: Model, /, *args: Any, **kwargs: Any) -> Any:
     """Trace the model's latent sites, except those that are summed out, and check its data."""
-    traced = poutine.trace(poutine.block(CheckData()(PrepareForGuide()(model)), is_hidden))
+    data = CheckData()
+    traced = poutine.trace(poutine.block(data(PrepareForGuide()(model)), is_hidden))
     try:
         with poutine.block():
-            return traced.get_trace(*args, **kwargs)
+            trace = traced.get_trace(*args, **kwargs)
     except ModelError as error:  # Pyro raises an error again with a table of shapes
         raise error.__cause__ if isinstance(error.__cause__, ModelError) else error from None
+    except ZeroDivisionError as error:  # of pyro.plate
+        if "size cannot be zero" not in str(error):
+            raise
+        raise ModelError.must_be(
+            "every plate of the model", "of size 1 or more", 0, "Pass data that have rows."
+        ) from error
+    if trace.stochastic_nodes and not data.counts:
+        advice = "Take poutine.mask(mask=False) away from the model, or from its data."
+        raise ModelError.must_be("the density of some site", "part of the model", "all of them masked by False", advice)
+    return trace
 
 
 def check_latents(trace: Any, amortized: str | None = None) -> None:
@@ -128,6 +161,10 @@ def check_latents(trace: Any, amortized: str | None = None) -> None:
     if not sites:
         message = "The model has no latent site to draw. Check that the sites to infer are not observed, and that "
         raise ModelError(f"{message}observed ones get obs=.", faq="the-model-has-no-latent-site")
+    for name, node in sites.items():
+        if node["value"].dtype not in (torch.float32, torch.float64):
+            do = "Give its prior parameters of these types, as with y.float() in place of y."
+            raise ModelError.must_be(f"latent site {name!r}", "of float32 or float64", node["value"].dtype, do)
     frames = (frame for node in sites.values() for frame in node["cond_indep_stack"])
     local = sorted({frame.name for frame in frames if is_subsampled(frame) and frame.name != amortized})
     if local:

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from math import log, pi
 from typing import Any
 
 import torch
+from pyro.distributions import MultivariateNormal, NanMaskedMultivariateNormal, NanMaskedNormal, OrderedLogistic
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.infer import infer_discrete
+from pyro.infer.discrete import _sample_posterior_from_trace
 from pyro.ops import packed, special
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from pyro.poutine import block, condition, trace
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import Multinomial
+from torch.distributions.utils import broadcast_all
 
 from implicitvi.errors import ImplicitVIError, ModelError
 from implicitvi.numerics.types import Model
-from implicitvi.pyro_model.tracing import is_summed, vectorized_plates
+from implicitvi.pyro_model.tracing import is_summed, score, vectorized_plates
 
 FALLBACK = "There is a performance drop because we have not yet implemented the batching rule"
 
@@ -118,12 +124,24 @@ def log_sum_of(trace: Any, name: str) -> Tensor:
 
 
 def discrete_draw(
-    model: Model, values: dict[str, Tensor], nesting: int, /, *args: Any, **kwargs: Any
+    model: Model, values: dict[str, Tensor], nesting: int, exclude: Collection[str], /, *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Draw the enumerated sites jointly from their exact conditional given ``values`` and the data."""
-    sampler = infer_discrete(condition(model, data=values), first_available_dim=-1 - nesting)
+    """Draw the enumerated sites jointly from their exact conditional given ``values`` and the data.
+
+    They are scored as in a fit; sites in ``exclude`` are not. The rest is as in `pyro.infer.infer_discrete`.
+    """
+    given = condition(model, data=values)
+    with block(), EnumMessenger(-1 - nesting):
+        enumerated: Any = prune_subsample_sites(trace(given).get_trace(*args, **kwargs))
+    score(enumerated, values, exclude)
+    enumerated.symbolize_dims()
+    for node in enumerated.nodes.values():
+        if node["type"] == "sample":
+            log_prob = node.get("masked_log_prob", torch.zeros(()))
+            node["packed"] = {"masked_log_prob": packed.pack(log_prob[...], node["infer"]["_dim_to_symbol"])}
     with block():
-        nodes = trace(sampler).get_trace(*args, **kwargs).nodes
+        sampler = partial(_sample_posterior_from_trace, given, enumerated, 1, False)
+        nodes: dict[str, Any] = trace(sampler).get_trace(*args, **kwargs).nodes
     return {name: node["value"] for name, node in nodes.items() if node["type"] == "sample" and is_enumerated(node)}
 
 
@@ -146,21 +164,63 @@ class _SafeLog(torch.autograd.Function):
         return grads[0].div(x.clamp(min=torch.finfo(x.dtype).eps))
 
 
+def _ordered_logistic(self: Any, predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None) -> None:
+    """Initialise an `OrderedLogistic` from joined, not written, probabilities."""
+    q = torch.sigmoid(cutpoints - predictor.unsqueeze(-1))
+    self.predictor, self.cutpoints = predictor.expand(q.shape[:-1]), cutpoints.expand(q.shape)
+    p = torch.cat([q[..., :1], q[..., 1:] - q[..., :-1], 1 - q[..., -1:]], -1)
+    super(OrderedLogistic, self).__init__(p, validate_args=validate_args)
+
+
+def _multinomial_log_prob(self: Any, value: Tensor) -> Tensor:
+    logits, value = broadcast_all(self.logits, value)
+    logits = torch.where((value == 0) & (logits == -torch.inf), 0.0, logits)
+    return (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1) + (logits * value).sum(-1)
+
+
+def _nan_masked_log_prob(self: Any, value: Tensor) -> Tensor:
+    there = value.isfinite()
+    log_prob = super(NanMaskedNormal, self).log_prob(torch.where(there, value, 0.0))
+    return torch.where(there, log_prob, 0.0)
+
+
+def _nan_masked_vector_log_prob(self: Any, value: Tensor) -> Tensor:
+    """Score a vector with gaps: where an entry is missing, a standard normal of its own takes its place."""
+    there = value.isfinite()
+    both, count = there[..., :, None] & there[..., None, :], value.shape[-1]
+    covariance = torch.where(both, self.covariance_matrix, torch.eye(count).to(self.loc))
+    filled = MultivariateNormal(torch.zeros_like(self.loc), covariance, validate_args=False)
+    log_prob: Tensor = filled.log_prob(torch.where(there, value - self.loc, 0.0))
+    return log_prob + 0.5 * log(2 * pi) * (~there).sum(-1)
+
+
+# code of Pyro and torch that writes in place or selects by a mask, which vmap refuses, and what gives the same numbers
+BATCHABLE = (
+    (special, "_SafeLog", _SafeLog),
+    (OrderedLogistic, "__init__", _ordered_logistic),
+    (Multinomial, "log_prob", _multinomial_log_prob),
+    (NanMaskedNormal, "log_prob", _nan_masked_log_prob),
+    (NanMaskedMultivariateNormal, "log_prob", _nan_masked_vector_log_prob),
+)
+
+
 @contextmanager
 def batchable(*, quiet: bool = False) -> Iterator[None]:
-    """Let Pyro's sums over discrete values, those of hidden Markov models too, run under `torch.func.vmap`.
+    """Let Pyro's sums over discrete values, and some of its densities, run under `torch.func.vmap`.
 
     ``quiet`` hides the warning that vmap loops inside an operation, which torch repeats in every call.
     """
-    original = special._SafeLog
-    setattr(special, "_SafeLog", _SafeLog)  # noqa: B010
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in BATCHABLE]
+    for owner, name, batchable in BATCHABLE:
+        setattr(owner, name, batchable)
     try:
         with warnings.catch_warnings() if quiet else nullcontext():
             if quiet:
                 warnings.filterwarnings("ignore", FALLBACK)
             yield
     finally:
-        setattr(special, "_SafeLog", original)  # noqa: B010
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 def _dependent_terms(trace: Any) -> dict[str, Tensor]:

@@ -18,9 +18,10 @@ from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.compiled import CompiledScore
 from implicitvi.pyro_model.enumeration import FALLBACK, Enumerate, batchable, is_enumerated, log_sum
+from implicitvi.pyro_model.gradient_check import check_gradient
 from implicitvi.pyro_model.plates import by_datum
 from implicitvi.pyro_model.sites import SiteLayout, bijection
-from implicitvi.pyro_model.subsampling import PinnedSubsample
+from implicitvi.pyro_model.subsampling import PinnedSubsample, own_minibatches, rewind, seeded
 from implicitvi.pyro_model.tracing import (
     check_sites,
     first_line,
@@ -60,6 +61,7 @@ class LogJoint:
     Attributes:
         mode: The mode in use; ``"auto"`` until `choose` has run.
         reason: The reason for it, in words.
+        own_minibatches: Size, 0 if unknown, and minibatch size of plates and sites whose data the model draws itself.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LogJoint:
         self._enumerates, self._width = False, 1
         self._falls_back = False  # vmap loops inside an operation, of which torch would warn in every call
         self._minibatch = PinnedSubsample()
+        self.own_minibatches: dict[str, tuple[int, int]] = {}
         self._compiled: CompiledScore | None = None
 
     def __call__(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,18 +114,25 @@ class LogJoint:
         call, asked, failures = Arguments(args, kwargs), self.mode, []
         with unvalidated(), RandomStream(0):
             points, exact = self._exact_points(u, call)
+            self._watch(points, call)
             for mode in FAST if asked == "auto" else {asked} & FAST.keys():
                 failure = self._failure(mode, points, exact, call)
                 if failure is None:
-                    self.mode, self.reason, self._is_chosen = mode, f"{FAST[mode]} agrees with the loop", True
-                    return
+                    self.mode, self.reason = mode, f"{FAST[mode]} agrees with the loop"
+                    break
                 failures.append(failure)
-        reason = "; ".join(failures)
-        if asked in FAST:
-            raise ModelError.must_be(f"mode={asked!r}", "a mode that fits the model", reason, "Use mode='auto'.")
-        self.mode, self.reason, self._is_chosen = "loop", reason or "asked for", True
-        if asked == "auto":
-            warnings.warn(f"the model is scored one particle at a time, about 1 ms each ({reason})", stacklevel=2)
+            else:
+                reason = "; ".join(failures)
+                if asked in FAST:
+                    raise ModelError.must_be(
+                        f"mode={asked!r}", "a mode that fits the model", reason, "Use mode='auto'."
+                    )
+                self.mode, self.reason = "loop", reason or "asked for"
+            run = partial(self._score, self._run(self.mode))
+            check_gradient(lambda u: self._probe(run, u, call), points, exact, self.layout)
+        self._is_chosen = True
+        if self.mode == "loop" != asked:
+            warnings.warn(f"the model is scored one particle at a time, about 1 ms each ({self.reason})", stacklevel=2)
 
     def compile(self, backend: str, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Trace the model at ``u [S, D]`` and score with the graph (`CompiledScore`), or warn why there can be none."""
@@ -149,8 +159,8 @@ class LogJoint:
 
     @property
     def minibatches(self) -> dict[str, tuple[int, int]]:
-        """Size and minibatch size of every subsampled plate that the model has shown, by name."""
-        return {name: plate[:2] for name, plate in self._minibatch.plates.items()}
+        """Size and minibatch size of every subsampled plate that the model has shown, by name; the model's own too."""
+        return self.own_minibatches | {name: plate[:2] for name, plate in self._minibatch.plates.items()}
 
     def one(self, u: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Score a single particle ``u [D]``: a scalar."""
@@ -270,9 +280,9 @@ class LogJoint:
         return scores
 
     def _loop(self, u: Tensor, call: Arguments) -> Tensor:
-        scores, state = [], torch.get_rng_state()
+        scores, set_back = [], rewind()
         for v in u:
-            torch.set_rng_state(state)  # one minibatch for all particles, as under vmap
+            set_back()  # one minibatch for all particles, as under vmap
             with self._minibatch.pinned():
                 scores.append(self.one(v, *call.args, **call.kwargs))
         return torch.stack(scores)
@@ -292,6 +302,13 @@ class LogJoint:
                 break
         return points[finite], (values[finite], gradients[finite])
 
+    def _watch(self, points: Tensor, call: Arguments) -> None:
+        """Run the model twice at the first of points ``[P, D]`` to see whether it draws minibatches of its own."""
+        if len(points):
+            values, _ = self.layout.unpack(points[0])
+            with torch.no_grad(), self._minibatch.pinned():
+                self.own_minibatches = own_minibatches(self._trace(values, call), self._trace(values, call))
+
     def _failure(self, mode: str, points: Tensor, exact: tuple[Tensor, Tensor], call: Arguments) -> str | None:
         """Return why a fast mode cannot be used; ``None`` if it gives the values of the loop."""
         if len(points) < 2:
@@ -307,7 +324,7 @@ class LogJoint:
 
     def _probe(self, run: Run, u: Tensor, call: Arguments) -> tuple[Tensor, Tensor]:
         """Return values ``[S]`` and gradients ``[S, D]``, with the same random choices in every mode."""
-        with torch.enable_grad(), RandomStream(0), self._minibatch.pinned():
+        with torch.enable_grad(), RandomStream(0), seeded(), self._minibatch.pinned():
             v = u.detach().requires_grad_()
             scores = run(v, call)
             (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)

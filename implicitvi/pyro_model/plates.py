@@ -11,6 +11,7 @@ from torch import Tensor
 
 from implicitvi.errors import ModelError, did_you_mean
 from implicitvi.numerics.types import Model
+from implicitvi.pyro_model.checks import FillImproper
 from implicitvi.pyro_model.enumeration import is_enumerated
 from implicitvi.pyro_model.sites import Site, SiteLayout
 from implicitvi.pyro_model.subsampling import full_size
@@ -104,7 +105,7 @@ def read_plate(model: Model, plate: str, *args: Any, **kwargs: Any) -> PlateRun:
         ModelError: There is no such plate, or it has no latent site, or cannot be amortized.
     """
     with poutine.block():
-        trace: Any = poutine.trace(model).get_trace(*args, **kwargs)
+        trace: Any = poutine.trace(FillImproper()(model)).get_trace(*args, **kwargs)
     frames = {f.name: f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())}
     if plate not in frames:
         expected = f"one of {', '.join(map(repr, sorted(frames)))}" if frames else "left out, as the model has no plate"

@@ -123,12 +123,17 @@ class SiteLayout:
         return torch.cat([site.unconstrain(values[site.name]) for site in self.sites], -1)
 
     def coordinates(self) -> list[str]:
-        """Name each entry of ``u``: ``"eta[3]"``; indices of a simplex count its unconstrained entries."""
-        return [
-            site.name + (f"[{','.join(map(str, index))}]" if index else "")
+        """Name each entry of ``u``: ``"eta[3]"``; indices of a simplex count its unconstrained entries.
+
+        A scalar site whose name is that of an entry of another, ``eta[3]``, gets quotation marks.
+        """
+        entries = [
+            (site.name, f"[{','.join(map(str, index))}]" if index else "")
             for site in self.sites
             for index in np.ndindex(*site.unconstrained_shape)
         ]
+        taken = {name + index for name, index in entries if index}
+        return [repr(name) if not index and name in taken else name + index for name, index in entries]
 
 
 def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -51,6 +53,56 @@ def full_size(frame: Any) -> int:
 def is_subsampled(frame: Any) -> bool:
     """Return whether a run sees only a minibatch of a plate."""
     return full_size(frame) != int(frame.size)
+
+
+def rewind() -> Callable[[], None]:
+    """Return a function that sets the generators of torch, numpy and Python to their present states."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    def set_back() -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+    return set_back
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Seed the generators of numpy and Python with 0 inside the ``with`` block."""
+    set_back = rewind()
+    np.random.seed(0)
+    random.seed(0)
+    try:
+        yield
+    finally:
+        set_back()
+
+
+def own_minibatches(first: Any, second: Any) -> dict[str, tuple[int, int]]:
+    """Compare two scored traces at the same latents and arguments, with the indices of subsampled plates pinned.
+
+    Returns size and minibatch size of the plates whose indices the model draws itself, by name, and those of the
+    observed sites outside of them whose data change from run to run; the size of the latter is not known and 0.
+    """
+    changed = {k: node for k, node in first.nodes.items() if k in second.nodes and _differs(node, second.nodes[k])}
+    plates = {k: (node["fn"].size, len(node["value"])) for k, node in changed.items() if site_is_subsample(node)}
+    sites = {
+        k: (0, int(node["value"].numel()))
+        for k, node in changed.items()
+        if node["is_observed"] and not any(frame.name in plates for frame in node["cond_indep_stack"])
+    }
+    return plates | sites
+
+
+def _differs(a: Any, b: Any) -> bool:
+    """Return whether two nodes of a site have other data; those of a `pyro.factor` are its log density."""
+    if a["type"] != "sample" or not (a["is_observed"] or site_is_subsample(a)):
+        return False
+    x, y = a["value"], b["value"]
+    if not x.numel() and "log_prob_sum" in a:
+        return not torch.allclose(a["log_prob_sum"], b["log_prob_sum"], rtol=1e-3, atol=1e-3, equal_nan=True)
+    return x.shape != y.shape or not bool(((x == y) | (x != x)).all())
 
 
 class PinnedSubsample(Messenger):

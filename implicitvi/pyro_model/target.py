@@ -160,9 +160,12 @@ class Target:
             scored = few[self.loop(few).isfinite()]
         self.log_joint.choose((scored if len(scored) else few)[:3], *self.args, **self.kwargs)
         for name, (size, part) in self.log_joint.minibatches.items():
-            expected, got = "whole, or the density changes with every look", f"{part} of {size}"
+            got = f"{part} of {size}" if size else "others in the next run of the model, which draws them itself"
+            expected = "whole, or the density changes with every look"
             advice = "Pass arguments under which the model sees all of its data."
-            raise ModelError.must_be(f"plate {name!r}", expected, got, advice)
+            raise ModelError.must_be(
+                f"the data of {name!r}", expected, got, advice, faq="the-model-draws-its-own-minibatch"
+            )
 
     def prior(self, like: Tensor) -> ModelPrior:
         """Return the prior of the latent sites on ``u``, with the dtype and device of ``like [D]``."""

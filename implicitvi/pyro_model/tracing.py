@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from threading import Lock
 from typing import Any
 
 import pyro
@@ -18,6 +19,12 @@ from implicitvi.errors import ImplicitVIError, ModelError
 from implicitvi.numerics.types import Model
 
 SAME_SITES = "Give the model the same sites in every call, whatever the values of its latents."
+CHECKS = (  # the switches of Pyro and torch that check arguments
+    "validate_distributions_pyro",
+    "validate_distributions_torch",
+    "validate_infer",
+    "validate_poutine",
+)
 PARTICLE_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
@@ -40,11 +47,13 @@ def score(trace: Any, latent: Collection[str], exclude: Collection[str] = ()) ->
     for name, node in trace.nodes.items():
         if name in exclude or not is_scored(node):
             continue
-        fn, mask = node["fn"], node["mask"]
+        fn, mask, value = node["fn"], node["mask"], node["value"]
         if not node["is_observed"] or name in latent:
             fn, mask = _unmasked(fn), (False if mask is False else None)
+        else:
+            value = _filled_in(value, fn, mask)
         try:
-            log_prob = fn.log_prob(node["value"], *node["args"], **node["kwargs"])
+            log_prob = _log_prob(node, fn, value)
         except NotImplementedError as error:
             raise _no_density(name, error, latent=name in latent) from error
         node["masked_log_prob"] = scale_and_mask(log_prob, mask=mask)
@@ -138,6 +147,37 @@ def _unmasked(fn: Any) -> Any:
     return fn
 
 
+def _log_prob(node: Any, fn: Any, value: Any) -> Tensor:
+    """Return the log density of a node's value; truth values and whole numbers count as numbers if need be."""
+    try:
+        log_prob: Tensor = fn.log_prob(value, *node["args"], **node["kwargs"])
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, NotImplementedError) or value.is_floating_point() or value.is_complex():
+            raise
+        log_prob = fn.log_prob(value.to(torch.get_default_dtype()), *node["args"], **node["kwargs"])
+    return log_prob
+
+
+def _filled_in(value: Tensor, fn: Any, mask: Any) -> Tensor:
+    """Return data with other data in place of NaN under a mask: a mask removes the density of NaN, not its gradient."""
+    base, masks = unwrapped(fn)
+    masks = [each for each in (*masks, mask) if isinstance(each, Tensor)]
+    if not masks or not value.is_floating_point():
+        return value
+    batch = value.shape[: value.dim() - base.event_dim]
+    seen = torch.ones(batch, dtype=torch.bool, device=value.device)
+    for each in masks:
+        joined = fn.event_dim - base.event_dim if each is mask else 0
+        seen = seen & each[(..., *[None] * joined)]
+    if seen.shape != batch or not seen.numel():
+        return value
+    there = value.isfinite().reshape(*batch, -1).all(-1)
+    rows = value.reshape(-1, *value.shape[len(batch) :])
+    first = rows.index_select(0, (seen & there).flatten().to(torch.int8).argmax()[None])[0]
+    missing = ~(seen | there)[(..., *[None] * base.event_dim)]
+    return torch.where(missing, first, value)
+
+
 def _no_density(name: str, error: NotImplementedError, *, latent: bool) -> ModelError:
     problem = f"The distribution of site {name!r} has no density"
     do = "Observe it through a distribution with a log_prob, or reparameterise it (pyro.infer.reparam)."
@@ -148,11 +188,33 @@ def _no_density(name: str, error: NotImplementedError, *, latent: bool) -> Model
     return ModelError(f"{problem}{why}. {do}", faq="a-distribution-has-no-density")
 
 
-@contextmanager
-def unvalidated() -> Iterator[None]:
+class _Unvalidated:
+    """A context without argument checks that several threads may share: the last to leave restores every switch."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = {name: pyro.settings.get(name) for name in CHECKS}
+                pyro.settings.set(**dict.fromkeys(CHECKS, False))
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                pyro.settings.set(**self._before)
+
+
+_UNVALIDATED = _Unvalidated()
+
+
+def unvalidated() -> AbstractContextManager[None]:
     """Run model code without argument checks: these branch on values, which a batch of particles cannot do."""
-    with pyro.validation_enabled(False):
-        yield
+    return _UNVALIDATED
 
 
 def is_particles_fault(error: Exception) -> bool:
