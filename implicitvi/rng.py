@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -13,10 +14,12 @@ class RandomStream:
     """A stream of random numbers of one fit, independent of everything else in the process.
 
     Inside ``with stream:`` torch's default generators continue this stream; outside they keep the caller's state. Two
-    fits that take turns therefore make the same draws as each alone.
+    fits that take turns therefore make the same draws as each alone. A block that an error or an interrupt ends leaves
+    the stream where it was, so that it can be repeated.
 
     Args:
-        seed: Seed of the stream; ``None`` draws one from torch's default generator, which ``pyro.set_rng_seed`` sets.
+        seed: Seed of the stream, a whole number of any kind; ``None`` draws one from torch's default generator, which
+            ``pyro.set_rng_seed`` sets.
 
     >>> stream = RandomStream(0)
     >>> with stream: a = torch.rand(1)
@@ -27,7 +30,7 @@ class RandomStream:
     """
 
     def __init__(self, seed: int | None = None):
-        self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self._seed = int(torch.randint(2**62, ()).item()) if seed is None else operator.index(seed)
         self._state = [torch.Generator().manual_seed(self._seed).get_state()]
 
     def __enter__(self) -> RandomStream:
@@ -37,8 +40,9 @@ class RandomStream:
         self._write(self._state)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._state = self._read()
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._state = self._read()
         self._write(self._outside)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
@@ -70,8 +74,10 @@ def forked() -> AbstractContextManager[None]:
 def derived_seed(seed: int, *key: int) -> int:
     """Derive a seed from a seed and a key of numbers >= 0, independent of that of any other key.
 
+    A negative seed counts as the positive one of the same 64 bits.
+
     >>> derived_seed(0, 1, 2) == derived_seed(0, 1, 2), derived_seed(0, 1, 2) == derived_seed(0, 2, 1)
     (True, False)
     """
-    (state,) = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)
+    (state,) = np.random.SeedSequence((operator.index(seed) % 2**64, *key)).generate_state(1, np.uint64)
     return int(state) % 2**63

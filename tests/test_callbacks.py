@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,10 +14,10 @@ import torch
 
 import models
 from implicitvi import AVBSVI, Checkpoint, EarlyStop, ImplicitGuide, StopTraining, TensorBoard, Tracker
-from implicitvi.errors import CheckpointError, SetupError
+from implicitvi.errors import CheckpointError, OptionError, SetupError
 from implicitvi.rng import RandomStream
-from implicitvi.training import Schedule, Trainer
-from implicitvi.training.checkpoint import read_state
+from implicitvi.training import Progress, Schedule, Trainer
+from implicitvi.training.checkpoint import STATE, read_state
 from test_vae_fit import data, fit, same, vae
 
 Y = torch.tensor([0.5, -0.3, 1.0])
@@ -143,6 +144,84 @@ def test_early_stopping_ends_a_fit() -> None:
     assert fit.num_steps == 4 and fit.stop_reason.startswith("the diagnostic no longer falls: 1")
 
 
+def test_each_run_has_windows_of_its_own() -> None:
+    """A run after the stop, and another fit with the same object, are judged by their own values."""
+    stop = EarlyStop(lambda trainer: 1.0, every=1, window=2)
+    svi = AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL, callbacks=[stop])
+    assert [svi.run(Y).num_steps for _ in range(2)] == [4, 6]  # the second run has two steps left
+    assert svi.run(Y).num_steps == 8 and stop.steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    other = AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL, callbacks=[stop])
+    assert other.run(Y).num_steps == 4 and stop.steps == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:2 fits DISAGREE:UserWarning")  # after so few steps they do
+def test_each_restart_has_callbacks_of_its_own(tmp_path: Path, writer: list[Any]) -> None:
+    """Its own windows, records and folders, and the guide that it trains."""
+    drawn: list[Any] = []
+    stop = EarlyStop(lambda trainer: drawn.append(trainer.guide) or 1.0, every=1, window=2)  # type: ignore[func-returns-value]
+    tracker = Tracker(lambda trainer: trainer.guide.sample(5)["mu"].mean(), every=1)
+    keep, board = Checkpoint(tmp_path / "kept", every=1), TensorBoard(tmp_path / "board", every=1)
+    guide = ImplicitGuide(models.normal_normal)
+    callbacks = [tracker, keep, board, stop]
+    fit = AVBSVI(models.normal_normal, guide, restarts=2, callbacks=callbacks, **SMALL).run(Y)
+    assert [each.num_steps for each in fit.fits] == [4, 4]
+    assert [id(each.guide) for each in fit.fits for _ in range(4)] == [id(each) for each in drawn]
+    assert stop.steps == tracker.steps == [1, 2, 3, 4]  # those of the first fit
+    again = AVBSVI.load(tmp_path / "kept", models.normal_normal, progress=False).setup(Y).fit
+    assert [each.losses.tolist() for each in again.fits] == [each.losses.tolist() for each in fit.fits]
+    assert (tmp_path / "board" / "restart-1").is_dir()
+
+
+def test_a_callback_that_would_watch_the_wrong_guide_is_refused() -> None:
+    guide = ImplicitGuide(models.normal_normal)
+    mean = lambda trainer: float(guide.sample(5)["mu"].mean())  # noqa: E731
+    for callback in (EarlyStop(mean), Tracker(mean)):
+        with pytest.raises(
+            OptionError, match="got 'guide', the guide of the first fit alone. With restarts, use trainer"
+        ):
+            AVBSVI(models.normal_normal, guide, restarts=2, callbacks=[callback])
+        AVBSVI(models.normal_normal, guide, callbacks=[callback])
+
+
+@pytest.mark.parametrize("kind", ["stop", "keep"])
+def test_a_diagnostic_without_a_number_is_named(kind: str, tmp_path: Path) -> None:
+    nothing: Any = lambda trainer: None  # noqa: E731
+    callback = EarlyStop(nothing, every=1) if kind == "stop" else Checkpoint(tmp_path, every=1, best=nothing)
+    trainer: Any = SimpleNamespace(step_count=1, save=lambda folder: None, players=[])
+    with pytest.raises(OptionError, match="must be a number, got None. Return a float"):
+        callback(trainer)
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "closed in the middle"])
+def test_a_fit_goes_on_without_a_stream_for_its_bar(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", None if stream == "none" else file)
+    if stream == "closed":
+        file.close()
+    bar = Progress(3, {})
+    trainer: Any = SimpleNamespace(step_count=1)
+    bar(trainer)
+    file.close()
+    bar(trainer)
+    bar(trainer)
+    bar.close()
+
+
+def test_folders_of_callbacks_stay_where_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: list[Any]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    keep, board = Checkpoint("runs", every=1), TensorBoard("board")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Trainer([], schedule=Schedule(), stream=RandomStream(0)).run(1, [keep])
+    assert (tmp_path / "runs" / STATE).exists() and board.writer.folder == str(tmp_path / "board")
+    with pytest.raises(OptionError, match="folder '/proc/nowhere' must be a folder that can be written"):
+        Checkpoint("/proc/nowhere")
+    with pytest.raises(OptionError, match="folder '/proc/nowhere' must be a folder that can be written"):
+        TensorBoard("/proc/nowhere")
+
+
 def test_callbacks_watch_a_latent_variable_model(tmp_path: Path) -> None:
     """The same objects; the best weights are read with load_state_dict, and no fit goes on from amid an epoch."""
     plain, model = vae(), vae()
@@ -168,3 +247,11 @@ def test_a_trainer_by_itself_saves_its_state(tmp_path: Path) -> None:
     trainer.save(tmp_path, why="to see")
     config, state = read_state(tmp_path)
     assert config["notes"] == {"why": "to see"} and state["step"] == 0
+
+
+def test_a_bar_stands_for_the_set_up_until_the_steps_begin() -> None:
+    bar = Progress(0, {})
+    assert bar.bar.desc.startswith("set-up") and not bar.bar.total
+    bar.begin(40)
+    assert not bar.bar.desc and bar.bar.total == 40 and bar.every == 2
+    bar.close()

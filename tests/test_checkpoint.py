@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from implicitvi import StopTraining
-from implicitvi.errors import CheckpointError
+from implicitvi.errors import CheckpointError, OptionError
 from implicitvi.training import Trainer
-from implicitvi.training.checkpoint import CONFIG, STATE, holds_checkpoint, load_state, save_state
+from implicitvi.training.checkpoint import CONFIG, STATE, as_folder, holds_checkpoint, load_state, save_state
 from implicitvi.vae.fitting import VAEFit
 from implicitvi.vae.model import LatentModel
 from test_vae_fit import OBJECTIVES, Rows, avb, data, fit, same, same_weights, shuffled, vae, weights
@@ -44,7 +44,7 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     found = load_state(tmp_path / "new" / "folder", like={"system": "VAE"})
     assert torch.equal(found.pop("weights"), torch.arange(3.0))
     assert found == {"step": 3, "names": ["a", "b"], "pair": (1, None)}
-    assert (tmp_path / "new" / "folder" / CONFIG).read_text().startswith('{\n "format": 2')
+    assert (tmp_path / "new" / "folder" / CONFIG).read_text().startswith('{\n "format": 3')
 
 
 @pytest.mark.parametrize("crash", ["replace", "fsync"])
@@ -58,11 +58,77 @@ def test_a_crash_while_it_writes_leaves_the_old_state(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, crash, fail)
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(
+            CheckpointError, match=rf"The folder {tmp_path} must be writable, got the disk is full. No.*lost"
+        ):
             save_state(tmp_path, {"step": 2}, config={})
     assert load_state(tmp_path, like={}) == {"step": 1}
-    save_state(tmp_path, {"step": 3}, config={})  # what the crash left behind is not in the way
+    assert {path.name for path in tmp_path.iterdir()} == {STATE, CONFIG}  # no unfinished file
+    save_state(tmp_path, {"step": 3}, config={})
     assert load_state(tmp_path, like={}) == {"step": 3}
+
+
+def test_no_bit_of_a_checkpoint_can_flip_unseen(tmp_path: Path) -> None:
+    """Every bit of the header with its document, and some of the tensors."""
+    save_state(tmp_path, {"step": 10, "a": torch.ones(2), "lr": 0.5}, config={"kind": "x"})
+    content = (tmp_path / STATE).read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / STATE).write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_state(tmp_path, like={})
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+import torch
+from implicitvi.training.checkpoint import load_state, save_state
+for i in range(100):
+    save_state(Path(sys.argv[1]), {"a": torch.full((50_000,), float(i))}, config={})
+    assert load_state(Path(sys.argv[1]), like={})["a"].unique().numel() == 1
+"""
+
+
+def test_two_writers_of_one_folder_write_whole_states(tmp_path: Path) -> None:
+    jobs = [subprocess.Popen([sys.executable, "-c", WRITERS, str(tmp_path)], stderr=subprocess.PIPE) for _ in range(2)]
+    assert [job.communicate(timeout=120)[1] for job in jobs] == [b"", b""]
+    assert {path.name for path in tmp_path.iterdir()} == {STATE, CONFIG}
+
+
+def nowhere(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "there" / "is" / "no")
+    return folder / "link"
+
+
+NO_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link to nothing": (nowhere, "must be a folder, got the link .*link to a place that does not exist"),
+    "a byte that no name has": (lambda folder: "a\0b", r"folder 'a\\x00b' must be a folder that can be written"),
+    "a name of 300 letters": (lambda folder: folder / ("x" * 300), "can be written, got .*File name too long"),
+    "not allowed": (lambda folder: "/proc/nowhere", "folder '/proc/nowhere' must be a folder that can be written"),
+    "a file": (lambda folder: (folder / "f").write_text("") or folder / "f", "must be a folder, got the file .*/f"),
+    "a number": (lambda folder: 3, "folder must be a str or Path, got 3"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FOLDERS)
+def test_a_folder_that_cannot_be_written_is_refused(case: str, tmp_path: Path) -> None:
+    make, words = NO_FOLDERS[case]
+    with pytest.raises(OptionError, match=words):
+        as_folder(make(tmp_path), writable=True)
+
+
+def test_a_folder_is_absolute_and_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial leaves nothing but removes what a killed writer has left; a folder to read is not made."""
+    monkeypatch.chdir(tmp_path)
+    assert as_folder("read") == tmp_path / "read" and not (tmp_path / "read").exists()
+    new, old = tmp_path / f".{STATE}.1.new", tmp_path / f".{STATE}.2.new"
+    for path in (new, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    assert as_folder(".", writable=True) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [new.name]
 
 
 class Malicious:
@@ -138,10 +204,10 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("implicitvi.training.checkpoint.FORMAT", 3)
+    monkeypatch.setattr("implicitvi.training.checkpoint.FORMAT", 4)
     save_state(tmp_path, {}, config={})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format must be at most 2, got 3, of a newer version"):
+    with pytest.raises(CheckpointError, match="format must be at most 3, got 4, of a newer version"):
         load_state(tmp_path, like={})
 
 

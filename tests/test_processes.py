@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from implicitvi import StopTraining, distributed
 from implicitvi.avb.contrasts import GaussianContrast, MixtureContrast
-from implicitvi.errors import OptionError
+from implicitvi.errors import ModelError, OptionError
 from implicitvi.rng import RandomStream
 from implicitvi.training import Schedule, Trainer
 from implicitvi.vae import VAE
@@ -177,14 +177,27 @@ def interrupted(folder: Path) -> dict[str, Any]:
 
 
 def poisoned_in_one(folder: Path) -> dict[str, Any]:
-    """One process has a batch without a finite loss, or without any: all skip the turn."""
+    """One process has a turn without a finite loss, or without any: all skip it. A bad batch of one ends all."""
     seen: list[int] = []
+    model = vae()
+    whole = model._loss
 
     def poison(x: Tensor) -> Tensor:
         seen.append(1)
         return x * torch.nan if rank() == 1 and len(seen) == 4 else x
 
-    return {"VAE": summary(fit(vae(), data(40), transform=poison)), "AVB": fit_without_draws()}
+    def poisoned(x: Tensor, stage: Any) -> Any:
+        loss, metrics = whole(poison(x), stage)
+        return loss, metrics
+
+    model._loss = poisoned  # type: ignore[method-assign]
+    done = {"VAE": summary(fit(model, data(40))), "AVB": fit_without_draws()}
+    seen.clear()
+    try:
+        fit(vae(), data(40), transform=poison)
+    except ModelError as error:
+        done["bad batch"] = str(error)
+    return done
 
 
 def fit_without_draws() -> dict[str, Any]:
@@ -354,6 +367,8 @@ def test_both_stop_at_the_step_in_which_one_is_interrupted(written: Written) -> 
 def test_both_skip_what_one_cannot_take(objective: str, written: Written) -> None:
     one, other = (process["poisoned"][objective] for process in written)
     assert one["skipped"] == other["skipped"] == 1 and one["reason"] == "finished"
+    for process in written:
+        assert process["poisoned"]["bad batch"].startswith("Batch 3 of epoch 1 must have finite values")
     assert identical(one["weights"], other["weights"])
 
 

@@ -21,7 +21,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints as c
+from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
+from torch.distributions import biject_to
 
 import models
 from implicitvi import AVBSVI, Checkpoint, Fit, ImplicitGuide, StopTraining
@@ -30,7 +33,9 @@ from implicitvi.avb.contrasts import GaussianContrast
 from implicitvi.avb.ratios import FGanKL
 from implicitvi.avb.samplers import DenseSampler
 from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError, SetupError
+from implicitvi.inference.modes import Mode
 from implicitvi.inference.persistence import SavedFit
+from implicitvi.inference.supports import SUPPORTS, describe, support_of
 from implicitvi.training import Trainer
 from implicitvi.training.checkpoint import CONFIG, STATE, read_state, save_state
 
@@ -116,7 +121,7 @@ def stop_at(step: int, trainer: Trainer) -> None:
         raise StopTraining("enough")
 
 
-def digest(svi: AVBSVI) -> str:
+def digest(fit: Any) -> str:
     """A fingerprint of everything that the next step depends on, and of all steps so far."""
     seen = hashlib.sha256()
 
@@ -133,7 +138,7 @@ def digest(svi: AVBSVI) -> str:
         else:
             seen.update(repr(value).encode())
 
-    visit(svi.state_dict())
+    visit(fit.state_dict())
     return seen.hexdigest()
 
 
@@ -294,7 +299,141 @@ def test_the_best_by_a_diagnostic_is_kept_beside_the_last(num_steps: int, tmp_pa
     assert AVBSVI.load(tmp_path / "best", models.normal_normal).setup(Y).trainer.step_count == 4
 
 
+def test_a_relative_folder_is_the_one_where_the_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    small(callbacks=[lambda trainer: os.chdir(tmp_path / "elsewhere")]).run(Y, checkpoint="fit", every=1)
+    assert SavedFit.read(tmp_path / "fit").step == 8 and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step() -> None:
+    svi = small()
+    with pytest.raises(OptionError, match="folder '/proc/nowhere' must be a folder that can be written"):
+        svi.run(Y, checkpoint="/proc/nowhere")
+    assert not svi.guide.is_set_up
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    svi, full, write = small(), [False], os.fsync
+
+    def fsync(file: int) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        write(file)
+
+    svi.callbacks = (lambda trainer: full.__setitem__(0, trainer.step_count == 4),)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=rf"The folder {tmp_path} must be writable, got .*No space.*make room"):
+        svi.run(Y, checkpoint=tmp_path, every=2)
+    assert SavedFit.read(tmp_path).step == 2 and {p.name for p in tmp_path.iterdir()} == {STATE, CONFIG}
+    full[0] = False
+    svi.run(Y, checkpoint=tmp_path)
+    assert digest(svi) == whole("mixture")
+
+
+# drawn from without the data
+
+
+def every_support(y: Tensor) -> None:
+    """A latent site of each kind of support that a file holds, some in a plate, bounds of numbers and of tensors."""
+    pyro.sample("real", dist.Normal(0.0, 1.0))
+    pyro.sample("vector", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    pyro.sample("positive", dist.Gamma(2.0, 1.0))
+    pyro.sample("unit", dist.Beta(2.0, 2.0))
+    pyro.sample("interval", dist.Uniform(torch.tensor([0.0, -1.0]), 2.0).to_event(1))
+    pyro.sample("pareto", dist.Pareto(1.5, 3.0))
+    pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("correlation", dist.LKJCholesky(3, 1.0))
+    ordered = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), OrderedTransform())
+    pyro.sample("ordered", ordered)
+    with pyro.plate("groups", 2):
+        pyro.sample("grouped", dist.LogNormal(0.0, 1.0))
+    pyro.sample("obs", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+
+def test_a_loaded_guide_draws_without_the_data(tmp_path: Path) -> None:
+    """The same draws as before, in every support, of numbers that nobody else misses; then it sees its data."""
+    svi = small(every_support, num_steps=1, warm_start=0).setup(Y)
+    svi.save(tmp_path)
+    torch.manual_seed(3)
+    expected = svi.guide.sample(10)
+    torch.manual_seed(3)
+    loaded = AVBSVI.load(tmp_path, every_support, progress=False)
+    drawn = loaded.guide.sample(10)
+    assert list(drawn) == list(expected) and all(torch.equal(expected[name], drawn[name]) for name in expected)
+    assert not loaded.guide.is_set_up and loaded.guide.layout.dim == svi.guide.layout.dim
+    with pytest.raises(SetupError, match="must be learned first"):
+        loaded.guide.get_posterior().log_prob(torch.zeros(loaded.guide.layout.dim))
+    loaded.setup(Y)
+    torch.manual_seed(3)
+    assert all(torch.equal(expected[name], value) for name, value in loaded.guide.sample(10).items())
+
+
+@pytest.mark.parametrize("support", [c.stack([c.real, c.positive], -1), c.cat([c.less_than(2.0), c.unit_interval], -1)])
+def test_a_joined_support_is_described(support: Any) -> None:
+    u = torch.tensor([0.3, -1.0])
+    assert torch.equal(biject_to(support_of(describe(support)))(u), biject_to(support)(u))
+    assert describe(c.stack([c.real, c.boolean])) is None
+
+
+def test_modes_and_dtype_come_back_without_the_data(tmp_path: Path) -> None:
+    svi = small(max_modes=1).setup(Y.double())
+    svi.guide.split([Mode(0.5, loc.double(), torch.eye(1).double()) for loc in torch.tensor([[-2.0], [2.0]])])
+    rewrite_from(svi, tmp_path)
+    guide = AVBSVI.load(tmp_path, models.normal_normal).guide
+    assert guide.num_modes == 2 and guide.sample(3)["mu"].dtype == torch.float64
+
+
+def test_a_guide_of_an_unknown_support_asks_for_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(SUPPORTS, "real")
+    small().run(Y).save(tmp_path)
+    guide = AVBSVI.load(tmp_path, models.normal_normal).guide
+    with pytest.raises(SetupError, match="must be set up with its model's arguments"):
+        guide.sample(3)
+    assert guide.sample(3, Y)["mu"].shape == (3,)
+
+
 # killed
+
+
+def test_an_interrupt_of_set_up_leaves_nothing_half_done() -> None:
+    """The next run of the same object starts set-up anew, wherever the first was interrupted."""
+    calls, at = [0], [0]
+
+    def model(y: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == at[0]:
+            raise KeyboardInterrupt
+        models.normal_normal(y)
+
+    small(model, num_steps=2).setup(Y)
+    last, never = calls[0], digest_of_run(model)
+    for at[0] in (1, 2, last // 2, last):
+        calls[0] = 0
+        svi = small(model, num_steps=2)
+        with pytest.raises(KeyboardInterrupt):
+            svi.run(Y)
+        svi.run(Y)
+        assert digest(svi) == never, at[0]
+
+
+def digest_of_run(model: Callable[..., Any]) -> str:
+    svi = small(model, num_steps=2)
+    svi.run(Y)
+    return digest(svi)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each try is a forked process")
+def test_kills_and_interrupts_change_nothing() -> None:
+    """Two of each kind, at random moments, set-up included; ``python tests/interrupts.py --count 20`` does more."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("interrupts.py"), "--count", "2"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 KILLS, KILLED_STEPS = 20, 300
@@ -413,6 +552,13 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], Any], object]) -> No
     save_state(folder, state, config=config)
 
 
+def rewrite_from(svi: AVBSVI, folder: Path) -> None:
+    """Save a guide that was changed by hand, beside the trainer that knew it before."""
+    svi.save(folder)
+    state = {f"module.{name}": value for name, value in svi.guide.sampler.state_dict().items()}
+    rewrite(folder, lambda config, kept: kept["fit"]["players"]["sampler"].update(modules=state))
+
+
 def run_anew(folder: Path, **options: Any) -> Fit:
     return small(**options).run(Y, checkpoint=folder)
 
@@ -493,6 +639,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ImplicitVIError], str]] 
         OptionError,
         "every must be given with checkpoint, got every=3 alone. Pass checkpoint=folder",
     ),
+    "an array for a function": (
+        lambda folder: AVBSVI.load(folder, models.normal_normal, adversary=np.ones(3)),  # type: ignore[arg-type]
+        OptionError,
+        "adversary must be a function of the latent dimension, got array",
+    ),
     "every zero": (lambda folder: small().run(Y, checkpoint=folder, every=0), OptionError, "every must be"),
     "before the model": (lambda folder: small().save(folder), SetupError, "must see its model first"),
 }
@@ -503,6 +654,58 @@ def test_what_does_not_belong_is_refused_by_name(case: str, tmp_path: Path) -> N
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call(saved(tmp_path))
+
+
+ENTRIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
+    "an option of a later version": (
+        lambda config, state: (config["options"].update(new=1), config["versions"].update(implicitvi="9.9")),
+        r"that implicitvi [\d.]+ can read \(it was written by 9.9\), got unknown 'new' among its options. Upgrade",
+    ),
+    "an option missing": (lambda config, state: config["options"].pop("tempering"), "no 'tempering' among its options"),
+    "an option that cannot be": (
+        lambda config, state: config["options"].update(num_steps=-1),
+        "num_steps must be an int",
+    ),
+    "a million restarts": (
+        lambda config, state: config["options"].update(restarts=10**6),
+        "restarts must be an int >= 1 and <= 1000, got 1000000",
+    ),
+    "no options": (lambda config, state: config.pop("options"), "got no 'options'"),
+    "options of a word": (lambda config, state: config.update(options="x"), "The state must be one that"),
+    "versions of a word": (
+        lambda config, state: (config.update(versions="x"), state.pop("probe")),
+        "it was written by another program",
+    ),
+    "no probe": (lambda config, state: state.pop("probe"), "no 'probe' among its entries"),
+    "a probe of a word": (lambda config, state: state.update(probe="x"), "The state must be one that"),
+    "no record": (lambda config, state: state.pop("record"), "no 'record' among its entries"),
+    "a record with more": (lambda config, state: state["record"].update(more=1), "unknown 'more' among its record"),
+    "no state": (lambda config, state: state.clear(), "no 'fit', 'probe', 'record' among its entries"),
+    "no optimisers": (lambda config, state: state["fit"].pop("optimisers"), "got no 'optimisers'"),
+    "a word for a step": (lambda config, state: state["fit"].update(step="x"), "step 'x' with a history of 3 steps"),
+    "a step below zero": (lambda config, state: state["fit"].update(step=-5), "step -5 with a history of 3 steps"),
+    "a step far ahead": (lambda config, state: state["fit"].update(step=10**18), "000 with a history of 3 steps"),
+    "a support of its own": (lambda config, state: state["layout"][0].update(support={"os": []}), "support 'os'"),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_entries_that_cannot_be_are_refused_by_name(case: str, one_saved: Path, tmp_path: Path) -> None:
+    """By load, and by a run that would continue."""
+    change, words = ENTRIES[case]
+    shutil.copytree(one_saved, tmp_path / "fit")
+    rewrite(tmp_path / "fit", change)
+    with pytest.raises(CheckpointError, match=words):
+        AVBSVI.load(tmp_path / "fit", models.normal_normal, progress=False).setup(Y)
+    if "option" not in case and "restarts" not in case:
+        with pytest.raises(CheckpointError, match=words):
+            run_anew(tmp_path / "fit")
+
+
+@pytest.fixture(scope="module")
+def one_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fit after three steps."""
+    return saved(tmp_path_factory.mktemp("saved"))
 
 
 def test_nothing_has_moved_where_a_checkpoint_was_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi import StopTraining
-from implicitvi.errors import NonFiniteError, OptionError
-from implicitvi.rng import RandomStream
+from implicitvi.errors import CheckpointError, NonFiniteError, OptionError
+from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import History, Player, Schedule, Stage, Trainer
 from implicitvi.training.clipping import Clip
 from implicitvi.training.player import Metrics
@@ -103,6 +104,122 @@ def test_a_callback_may_stop_and_an_interrupt_keeps_the_state() -> None:
     assert made.run(10, [stop]) == "good enough"
     assert made.run(10, [interrupt]) == "interrupted"
     assert made.step_count == 4
+
+
+def interrupted_at(call: int, real: bool) -> tuple[Trainer, str]:
+    """A run of ten steps of two players that is interrupted in a turn of the sixth, and why it stopped."""
+    calls = iter(range(1, 100))
+
+    def loss(module: Weight) -> Tensor:
+        if next(calls) == call:
+            if real:
+                signal.raise_signal(signal.SIGINT)
+            else:
+                raise KeyboardInterrupt
+        return noisy_square(module)
+
+    made = trainer(player(loss, "a", turns=2), player(loss, "b"), num_steps=10)
+    return made, made.run(10)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_an_interrupt_between_two_turns_keeps_whole_steps(real: bool) -> None:
+    """Ctrl-C waits for the end of the step; an interrupt that is raised inside undoes it. Either way the fit that goes
+    on is the one that was never interrupted."""
+    never, _ = interrupted_at(0, real)
+    for call in (16, 17, 18):
+        made, reason = interrupted_at(call, real)
+        assert (reason, made.step_count) == ("interrupted", 6 if real else 5)
+        made.run(10 - made.step_count)
+        assert str(made.state_dict()) == str(never.state_dict())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_of_a_single_step_comes_after_it() -> None:
+    made = trainer(player(lambda m: (signal.raise_signal(signal.SIGINT), noisy_square(m))[1]))
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    assert made.step_count == 1
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    def twice(module: Weight) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    made = trainer(player(twice))
+    assert made.run(3) == "interrupted" and made.step_count == 0
+
+
+def test_another_handler_of_interrupts_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        made = trainer(player(lambda m: (signal.raise_signal(signal.SIGINT), noisy_square(m))[1]))
+        assert made.run(2) == "finished" and len(seen) == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("cause", ["factorisation", "argument"])
+def test_a_step_that_numbers_break_is_undone_and_named(cause: str) -> None:
+    """A factorisation that fails, or an error of any kind beside weights that are not finite."""
+    calls = iter(range(100))
+
+    def loss(module: Weight) -> Tensor:
+        if next(calls) == 5:
+            if cause == "factorisation":
+                torch.linalg.cholesky(-torch.eye(2))
+            module.w.data.fill_(torch.nan)
+            raise ValueError("no such scale")
+        return noisy_square(module)
+
+    made = trainer(player(loss, "sampler"), num_steps=50)  # remembers every step
+    with pytest.raises(
+        NonFiniteError, match=r"turn of the sampler failed at step 5: .* The state of step 5 has"
+    ) as got:
+        made.run(10)
+    assert (got.value.player, got.value.step, made.step_count) == ("sampler", 5, 5)
+    assert made.players[0].module.w.isfinite()  # type: ignore[union-attr, operator]
+    assert made.run(3) == "finished"
+
+
+def test_another_error_in_a_step_undoes_it_and_is_left_as_it_is() -> None:
+    calls = iter(range(100))
+
+    def loss(module: Weight) -> Tensor:
+        assert next(calls) != 5, "the model's own"
+        return noisy_square(module)
+
+    made, never = trainer(player(loss, "a", turns=2), num_steps=10), trainer(player(noisy_square, "a", turns=2))
+    with pytest.raises(AssertionError, match="the model's own"):
+        made.run(4)
+    made.run(2)
+    never.run(4)
+    assert made.history["a"].tolist() == never.history["a"].tolist()
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "empty": (dict.clear, "got no 'step'"),
+    "no optimisers": (lambda state: state.pop("optimisers"), "got no 'optimisers'"),
+    "of another player": (lambda state: state["players"].update(one={"modules": {}}), "Missing key"),
+    "a word for a step": (lambda state: state.update(step="x"), "step 'x' with a history of 4 steps"),
+    "before the first step": (lambda state: state.update(step=-5), "step -5 with a history of 4 steps"),
+    "beyond the last step": (lambda state: state.update(step=10**18), "step 1000000000000000000 with"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_that_cannot_be_is_refused_and_nothing_has_changed(case: str) -> None:
+    change, words = STATES[case]
+    made = trainer(player(noisy_square))
+    made.run(4)
+    before, state = str(made.state_dict()), made.state_dict()
+    change(state)
+    with pytest.raises(CheckpointError, match=rf"The state must be one of this fit, with players one, .*{words}"):
+        made.load_state_dict(state)
+    assert str(made.state_dict()) == before
 
 
 def test_a_non_finite_turn_is_skipped_and_counted() -> None:
@@ -276,6 +393,30 @@ def test_a_stream_is_private_and_reproducible() -> None:
         first = torch.rand(2)
     with b:
         assert torch.equal(torch.rand(2), first)
+
+
+def test_a_block_that_fails_draws_nothing() -> None:
+    stream = RandomStream(0)
+    with pytest.raises(KeyboardInterrupt), stream:
+        torch.rand(3)
+        raise KeyboardInterrupt
+    with stream, RandomStream(0):
+        expected = torch.rand(2)
+    with stream:
+        assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_whole_numbers_of_any_kind_are_seeds(seed: Any) -> None:
+    with RandomStream(seed):
+        found = torch.rand(2)
+    with RandomStream(3):
+        assert torch.equal(torch.rand(2), found)
+    assert derived_seed(seed, 1) == derived_seed(3, 1)
+
+
+def test_a_negative_seed_has_seeds_of_its_own() -> None:
+    assert derived_seed(-1, 1) == derived_seed(2**64 - 1, 1) != derived_seed(1, 1)
 
 
 def test_schedule_follows_its_words() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -16,21 +17,27 @@ from torch import Tensor
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.ratios import RATIOS
 from implicitvi.avb.samplers import SAMPLERS, Sampler
-from implicitvi.errors import CheckpointError, ModelError
+from implicitvi.errors import CheckpointError, ImplicitVIError, ModelError
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.inference.minibatches import dataset
 from implicitvi.inference.settings import Settings
+from implicitvi.inference.supports import describe_sites, layout_of
+from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Target
 from implicitvi.pyro_model.tracing import PARTICLE_ERRORS, run_at, score, sites_without_density, unvalidated
 from implicitvi.rng import RandomStream
 from implicitvi.training import Trainer
-from implicitvi.training.checkpoint import check_same, read_state, save_state
+from implicitvi.training.checkpoint import check_same, read_state, save_state, well_formed
 from implicitvi.training.options import values_of
+from implicitvi.training.trainer import check_step
 
 KIND = "AVBSVI"
 OWN_OBJECT = "a function or object of your own"  # in place of an option that a file cannot hold
 GUIDE_OPTIONS = ("sampler", "amortize")  # the others are those of AVBSVI
+NEW_OPTIONS = ("max_modes", "restarts")  # that files of format 1 do not have
+STATE, NEW_STATE = ("fit", "probe", "record"), ("log density", "layout")
+RECORD, LOST = ("seconds", "setup_seconds", "stop_reason"), "lost_modes"
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class SavedFit:
 
     Attributes:
         config: Options, latent sites and the shapes of all weights: what the state belongs to.
-        state: The trainer's state under ``"fit"``, a probe of the sampler, the record of the last run, and the model's
-            `log_density`.
+        state: The trainer's state under ``"fit"``, a probe of the sampler, the record of the last run, the model's
+            `log_density`, and its latent sites.
     """
 
     config: dict[str, Any]
@@ -51,16 +58,45 @@ class SavedFit:
         """Read a folder that `AVBSVI` wrote.
 
         Raises:
-            CheckpointError: It is damaged, of a newer format, or of another kind of fit.
+            CheckpointError: It is damaged, of another kind of fit, or has other entries than this version writes.
         """
         config, state = read_state(folder)
         check_same(config, {"kind": KIND})
-        return cls(config, state)
+        saved = cls(config, state)
+        with saved._well_formed():
+            saved._check()
+        return saved
+
+    def _well_formed(self) -> AbstractContextManager[None]:
+        versions = self.config.get("versions")
+        theirs = versions.get("implicitvi") if isinstance(versions, dict) else None
+        mine = _versions()["implicitvi"]
+        return well_formed(f"one that implicitvi {mine} can read (it was written by {theirs or 'another program'})")
+
+    def _check(self) -> None:
+        """Raise any error unless every entry is there, none is unknown, and each has a value that can be."""
+        _check_names("options", self.config["options"], (*values_of(Settings()), *GUIDE_OPTIONS), NEW_OPTIONS)
+        _check_names("entries", self.state, (*STATE, *NEW_STATE), NEW_STATE)
+        _check_names("record", record := self.state["record"], (*RECORD, LOST), (LOST,))
+        record[LOST] = None if record.get(LOST) is None else tuple(map(int, record[LOST]))
+        check_step(self.state["fit"])
+        options = {k: v for k, v in self.options.items() if k not in GUIDE_OPTIONS and v not in (OWN_OBJECT, "gated")}
+        try:
+            Settings(**options)
+        except ImplicitVIError as error:
+            raise ValueError(f"an option that cannot be: {error}") from error
+        float(self.log_density)
+        layout_of(self.state.get("layout"))
 
     @property
     def step(self) -> int:
         """Steps taken."""
         return int(self.state["fit"]["step"])
+
+    @property
+    def layout(self) -> SiteLayout | None:
+        """The layout of the latent sites, where the file holds it: a guide can draw with it."""
+        return layout_of(self.state.get("layout"))
 
     @property
     def log_density(self) -> float:
@@ -97,7 +133,7 @@ class SavedFit:
             got = f"none for {', '.join(missing)}"
             raise CheckpointError.must_be("functions of your own, which no file holds,", "given again", got, advice)
         options = {k: value for k, value in (self.options | given).items() if k not in GUIDE_OPTIONS}
-        if options["adversary"] == "gated":
+        if "adversary" not in given and options["adversary"] == "gated":
             del options["adversary"]
         return options
 
@@ -108,15 +144,21 @@ class SavedFit:
         check_same({"options": {name: self.options[name] for name in kept}}, {"options": mine})
 
     def restore(self, guide: ImplicitGuide) -> None:
-        """Load the weights of a guide that is set up, and check that they give the draws that they gave.
+        """Load the weights of a guide that has its networks, and check that they give the draws that they gave.
 
         Raises:
             CheckpointError: The guide has other latent sites or networks, or the same networks now give other draws.
         """
+        with self._well_formed():
+            self._restore(guide)
+
+    def _restore(self, guide: ImplicitGuide) -> None:
         check_same(self.config, {"sites": sites(guide)})
         prefix = "module."
         modules = self.state["fit"]["players"]["sampler"]["modules"]
         weights = {k.removeprefix(prefix): v for k, v in modules.items() if k.startswith(prefix)}
+        if not guide.is_set_up:  # without the model's arguments only the weights know the dtype
+            guide.sampler.to(weights["loc"].dtype)
         guide.split_as(weights.get("weights"))
         check_same({"sampler": _shapes(weights)}, {"sampler": _shapes(guide.sampler.state_dict())})
         guide.sampler.load_state_dict(weights)
@@ -148,7 +190,19 @@ def save(
         **present_config(guide, trainer),
     }
     state = {"fit": trainer.state_dict(), "probe": _probe(guide), "record": record, "log density": density}
+    state |= {"layout": describe_sites(guide)}
     save_state(folder, state, config=config)
+
+
+def _check_names(what: str, got: Mapping[str, Any], expected: Sequence[str], new: Sequence[str] = ()) -> None:
+    """Raise `ValueError` where names are missing that are not ``new``, or unknown."""
+    missing = [name for name in expected if name not in got and name not in new]
+    unknown = [name for name in got if name not in expected]
+    wrong = [
+        f"{word} {', '.join(map(repr, names))}" for word, names in (("no", missing), ("unknown", unknown)) if names
+    ]
+    if wrong:
+        raise ValueError(f"{' and '.join(wrong)} among its {what}")
 
 
 def log_density(guide: ImplicitGuide, target: Target) -> float:

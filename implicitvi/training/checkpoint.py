@@ -10,30 +10,42 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicitvi.errors import CheckpointError, OptionError
+from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError
 
-FORMAT = 2
+FORMAT = 3
 STATE, CONFIG = "state.safetensors", "config.json"
 TENSOR, DICT, TUPLE = "tensor", "dict", "tuple"  # the kinds of JSON objects in the header
+ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed process has left
 
 
 def save_state(folder: Path, state: Any, *, config: dict[str, Any]) -> None:
-    """Write nested containers of tensors and numbers, and a description of the fit that they belong to, atomically."""
+    """Write nested containers of tensors and numbers, and a description of the fit that they belong to, atomically.
+
+    Raises:
+        CheckpointError: The folder cannot be written; a state that is there already is left as it is.
+    """
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
-    document = _flatten({"config": config, "state": state}, tensors)
-    header = {"format": str(FORMAT), "document": json.dumps(document), "digest": _digest(tensors)}
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / STATE, save(tensors, metadata=header))
-    _replace(folder / CONFIG, json.dumps({"format": FORMAT, **config}, indent=1).encode())
+    document = json.dumps(_flatten({"config": config, "state": state}, tensors))
+    header = {"format": str(FORMAT), "document": document, "digest": _digest(tensors, document, FORMAT)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / STATE, save(tensors, metadata=header))
+        _replace(folder / CONFIG, json.dumps({"format": FORMAT, **config}, indent=1).encode())
+    except (OSError, ValueError) as error:
+        do = "Nothing that was learned is lost: make room and call run again, or save the fit in another folder."
+        raise CheckpointError.must_be(f"The folder {folder}", "writable", error, do) from error
 
 
 def load_state(folder: Path, *, like: Mapping[str, Any]) -> Any:
@@ -63,10 +75,10 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
         header = json.loads(content[8 : 8 + length])["__metadata__"]
         version = int(header["format"])
         if version <= FORMAT:
-            tensors = load(content)
-            if header["digest"] != _digest(tensors):
-                raise ValueError("its tensors are not those that were saved")
-            document = _unflatten(json.loads(header["document"]), tensors)
+            tensors, text = load(content), header["document"]
+            if header["digest"] != _digest(tensors, text, version):
+                raise ValueError("its content is not what was saved")
+            document = _unflatten(json.loads(text), tensors)
             config, state = dict(document["config"]), document["state"]
     except Exception as error:  # a file may be damaged in more ways than there are names for
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -103,15 +115,54 @@ def holds_checkpoint(folder: Path) -> bool:
     return (folder / STATE).exists()
 
 
-def as_folder(folder: object) -> Path:
-    """Return the path of an option ``folder``; raise `OptionError` unless it can be a folder."""
+def as_folder(folder: object, *, writable: bool = False) -> Path:
+    """Return the path of an option ``folder``, absolute, so that it stays the same where the working folder changes.
+
+    Args:
+        folder: The option.
+        writable: Whether to make the folder and to write a file there, which is removed again.
+
+    Raises:
+        OptionError: It cannot be a folder, or not one that can be written.
+    """
     if not isinstance(folder, str | os.PathLike):
         raise OptionError.must_be("folder", "a str or Path", repr(folder))
-    path = Path(folder)
-    file = next((each for each in (path, *path.parents) if each.is_file()), None)
-    if file is not None:
-        raise OptionError.must_be("folder", "a folder", f"the file {file}", "Give another path, or move the file away.")
+    if folder == "":
+        raise OptionError.must_be("folder", "a path", repr(folder), "Write '.' for the working folder.")
+    try:
+        path = Path(folder).absolute()
+        obstacle = next(filter(None, map(_obstacle, (path, *path.parents))), None)
+        if obstacle is None and writable:
+            path.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
+            _temporary(path / STATE, b"a trial").unlink()
+    except (OSError, ValueError, TypeError) as error:
+        do = "Give another path, or the right to write there."
+        raise OptionError.must_be(f"folder {os.fspath(folder)!r}", "a folder that can be written", error, do) from error
+    if obstacle is not None:
+        raise OptionError.must_be("folder", "a folder", obstacle, "Give another path, or move it away.")
     return path
+
+
+def _obstacle(path: Path) -> str | None:
+    """Return a description of a path that stands in the way of a folder."""
+    if path.is_file():
+        return f"the file {path}"
+    return f"the link {path} to a place that does not exist" if path.is_symlink() and not path.exists() else None
+
+
+@contextmanager
+def well_formed(what: str) -> Iterator[None]:
+    """Raise `CheckpointError` in place of the errors of reading a state whose entries are not those of ``what``."""
+    try:
+        yield
+    except ImplicitVIError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        reason = f"no {reason}" if isinstance(error, LookupError) else reason
+        do = "Upgrade implicitvi if the state is of a later version, or use one of the same model and options."
+        raise CheckpointError.must_be("The state", what, reason, do) from error
 
 
 def check_same(config: Mapping[str, Any], like: Mapping[str, Any]) -> None:
@@ -156,9 +207,9 @@ def _unflatten(document: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _unflatten(value, tensors) for key, value in content}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of tensors and their names: safetensors itself does not detect a flipped bit."""
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], document: str, version: int) -> str:
+    """Return a hash of tensors, their names and, from format 3 on, the document: safetensors detects no flipped bit."""
+    digest = hashlib.sha256(document.encode() if version >= 3 else b"")
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
@@ -167,18 +218,42 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _replace(path: Path, content: bytes) -> None:
     """Replace a file's content atomically."""
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    new = _temporary(path, content)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     if os.name == "posix":  # the renaming is on the disk only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _temporary(path: Path, content: bytes) -> Path:
+    """Write a new file beside ``path``, of a name that no other writer uses; remove it if it cannot be written."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
+    try:
+        with open(new, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return new
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for path in folder.glob(f".{STATE}.*.new"):
+        try:
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+        except FileNotFoundError:  # its writer, or another process, was quicker
+            continue
 
 
 def _difference(got: Any, expected: Any) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from implicitvi.errors import OptionError, did_you_mean
 
 T = TypeVar("T")
-Check = Callable[[str, Any], None]
+Check = Callable[[str, Any], object]
 WIDTH = 100  # of the entries in a docstring
 
 

@@ -38,8 +38,8 @@ class Player:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def parameters(self) -> list[Tensor]:
-        """Return the tensors that its steps change."""
-        return [*self.module.parameters(), *self.tensors.values()]
+        """Return the tensors that its steps change: those that are not frozen."""
+        return [weight for weight in (*self.module.parameters(), *self.tensors.values()) if weight.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of its modules and tensors, not copied."""

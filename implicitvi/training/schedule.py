@@ -85,7 +85,7 @@ class Schedule:
         )
 
     def _beta(self, done: float) -> float:
-        if not self.tempering or not self.tempered:
+        if not self.tempering or not self.tempered or done >= self.tempered:
             return 1.0
         return min(1.0, _geometric(self.tempering, 1.0, done / self.tempered))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -11,14 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from implicitvi.errors import NonFiniteError
+from implicitvi.errors import ImplicitVIError, NonFiniteError
 from implicitvi.rng import RandomStream
-from implicitvi.training.checkpoint import as_folder, save_state
+from implicitvi.training.checkpoint import as_folder, save_state, well_formed
 from implicitvi.training.clipping import Clip
 from implicitvi.training.history import History
 from implicitvi.training.player import Metrics, Player
 from implicitvi.training.schedule import Schedule, Stage
 
+LIN_ALG_ERROR = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 LOOK_EVERY = 10  # steps between two reads of the skip counts on an accelerator; on the CPU reading is free
 
 
@@ -52,6 +56,9 @@ class Trainer:
     A turn whose loss or gradient is not finite changes neither parameters nor optimiser and is counted; after
     ``max_skips`` in a row the last good state is restored and `NonFiniteError` raised.
 
+    A step is taken as a whole or not at all: Ctrl-C waits for its end. A second Ctrl-C, or any error in a step,
+    restores the last good state, at most 2 % of the steps earlier.
+
     A step never waits for the device, which decides whether a turn is taken. On an accelerator the counts are read at
     every tenth step: the error comes up to ten steps late, and not at all if the fit has recovered by then.
 
@@ -69,6 +76,7 @@ class Trainer:
 
     Attributes:
         write: Writes the whole fit into a folder, with notes; see `save`.
+        guide: The guide that the players train, for functions of callbacks; ``None`` where there is no guide.
     """
 
     def __init__(
@@ -91,6 +99,8 @@ class Trainer:
         self.step_count = 0
         self.history = History()
         self.write = self._write
+        self.guide: Any = None
+        self._turn = ""  # name of the player whose turn it is
         self._earlier_skips = 0
         self._skips = {player.name: _Skips() for player in self.players}
         self._clips = {player.name: Clip(clip_norm) for player in self.players}
@@ -109,11 +119,22 @@ class Trainer:
         """Let every player take its turns; returns each one's last loss, NaN if skipped, and metrics, maybe tensors."""
         if self._good is None:
             self._good = self.state_dict()
-        stage = self.schedule.at(self.step_count)
+        with held_interrupt() as interrupts:
+            try:
+                metrics = self._take_turns(self.schedule.at(self.step_count))
+            except BaseException as error:
+                self._undo(error)
+                raise
+        if interrupts:
+            raise KeyboardInterrupt
+        return metrics
+
+    def _take_turns(self, stage: Stage) -> Metrics:
         metrics: Metrics = {"beta": stage.beta}
         with self.stream:
             self.prepare()
             for player in self.players:
+                self._turn = player.name
                 for loss, extra in player.losses(stage):
                     metrics |= extra | {player.name: self._descend(player, *self._gradients(player, loss), stage)}
         self.history.append(**metrics)
@@ -125,24 +146,42 @@ class Trainer:
                 self._good = self.state_dict()
         return metrics
 
+    def _undo(self, error: BaseException) -> None:
+        """Restore the last good state; raise `NonFiniteError` where numbers that are not finite made the error."""
+        weights = (weight for player in self.players for weight in player.parameters())
+        other = isinstance(error, ImplicitVIError) or not isinstance(error, Exception)
+        found: NonFiniteError | None = None
+        if isinstance(error, LIN_ALG_ERROR) or not (other or all(w.isfinite().all() for w in weights)):
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            found = self._non_finite(
+                f"The turn of the {self._turn} failed at step {self.step_count}: {reason}", self._turn
+            )
+        assert self._good is not None
+        self.load_state_dict(self._good)
+        if found is not None:
+            raise found from error
+
     def run(self, num_steps: int, callbacks: Iterable[Callback] = ()) -> str:
-        """Take ``num_steps`` steps; returns the reason for stopping. An interrupt keeps the state."""
+        """Take ``num_steps`` steps; returns the reason for stopping. An interrupt keeps the state of a whole step."""
         callbacks, reason = tuple(callbacks), None
-        for left in reversed(range(num_steps)):
-            try:
-                self.step()
-                for callback in callbacks:
-                    callback(self)
-            except KeyboardInterrupt:
-                reason = reason or "interrupted"
-            except StopTraining as stop:
-                reason = reason or str(stop) or "stopped by a callback"
-            if self.agree is not None:
-                if left and self.step_count % self._look_every:
-                    continue
-                reason = self.agree(reason)
-            if reason is not None:
-                return reason
+        with held_interrupt() as interrupts:
+            for left in reversed(range(num_steps)):
+                try:
+                    self.step()
+                    for callback in callbacks:
+                        callback(self)
+                except KeyboardInterrupt:
+                    interrupts.append(self.step_count)
+                except StopTraining as stop:
+                    reason = reason or str(stop) or "stopped by a callback"
+                if interrupts:
+                    reason = reason or "interrupted"
+                if self.agree is not None:
+                    if left and self.step_count % self._look_every:
+                        continue
+                    reason = self.agree(reason)
+                if reason is not None:
+                    return reason
         return "finished"
 
     def save(self, folder: str | Path, **notes: Any) -> None:
@@ -199,19 +238,21 @@ class Trainer:
         return torch.where(finite, loss, nan)
 
     def _raise_if_stuck(self) -> None:
-        """Restore the last good state and raise `NonFiniteError` if a player has skipped too many turns in a row."""
+        """Raise `NonFiniteError` if a player has skipped too many turns in a row."""
         for name, skips in self._skips.items():
-            if skips.in_a_row < self.max_skips:
-                continue
-            step, why, in_a_row = self.step_count, self.explain(), int(skips.in_a_row)
-            if self._good is not None:
-                self.load_state_dict(self._good)
-            message = (
-                f"The loss or gradient of the {name} was not finite {in_a_row} times in a row, up to step {step}"
-                f"{': ' + why if why else ''}. The state of step {self.step_count} has been restored. "
-                "Lower the rates, or check where the model's log density is not finite."
-            )
-            raise NonFiniteError(message, player=name, step=step)
+            if skips.in_a_row >= self.max_skips:
+                why, in_a_row = self.explain(), int(skips.in_a_row)
+                wrong = f"was not finite {in_a_row} times in a row, up to step {self.step_count}"
+                raise self._non_finite(f"The loss or gradient of the {name} {wrong}{': ' + why if why else ''}", name)
+
+    def _non_finite(self, wrong: str, player: str) -> NonFiniteError:
+        """Return the error of a step that is about to be undone."""
+        assert self._good is not None
+        message = (
+            f"{wrong.rstrip('.')}. The state of step {self._good['step']} has been restored. "
+            "Lower the rates, or check where the model's log density is not finite."
+        )
+        return NonFiniteError(message, player=player, step=self.step_count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that the next step depends on."""
@@ -226,7 +267,21 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that `state_dict` returned."""
+        """Take over a state that `state_dict` returned.
+
+        Raises:
+            CheckpointError: The state is not one of these players; then nothing has changed.
+        """
+        before = self.state_dict()
+        try:
+            with well_formed(f"one of this fit, with players {', '.join(p.name for p in self.players)}"):
+                self._load(state)
+        except BaseException:
+            self._load(before)
+            raise
+
+    def _load(self, state: dict[str, Any]) -> None:
+        check_step(state)
         self.step_count = state["step"]
         self._earlier_skips = state["skipped"]
         self._skips = {player.name: _Skips() for player in self.players}
@@ -237,6 +292,37 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.history.load_state_dict(state["history"])
         self._good = None
+
+
+def check_step(state: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the step of a trainer's state is the number of steps in its history."""
+    step, taken = state["step"], max((len(values) for values in state["history"].values()), default=0)
+    if type(step) is not int or step != taken:
+        raise ValueError(f"step {step!r} with a history of {taken} steps")
+
+
+@contextmanager
+def held_interrupt() -> Iterator[list[int]]:
+    """Append a first Ctrl-C to a list instead of raising it; a second one is raised at once.
+
+    Only where Ctrl-C raises a `KeyboardInterrupt` in this thread: another handler stays as it is.
+    """
+    held: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield held
+        return
+
+    def hold(number: int, _: Any) -> None:
+        held.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield held
+    finally:
+        if signal.getsignal(signal.SIGINT) is hold:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
