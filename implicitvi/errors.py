@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from math import inf, nextafter
 from typing import Any, Self
 
 SHAPES = "\nTrace Shapes:"  # what Pyro adds to an error that a model or guide raises
@@ -86,13 +87,25 @@ class NonFiniteError(ImplicitVIError, FloatingPointError):
         self.step = step
 
 
+class FitWarning(UserWarning):
+    """A fit has ended, but some of its draws are not those of the posterior."""
+
+
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """Raise `OptionError` unless ``value`` is one of ``choices``; suggest the nearest one."""
     names = sorted(choices)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise OptionError.must_be(
             option, f"one of {', '.join(map(repr, names))}", repr(value), did_you_mean(value, names)
         )
+
+
+def check_flag(option: str, value: Any) -> bool:
+    """Return True or False of any kind as Python's own; raise `OptionError` for any other value."""
+    flag = plain_number(value)
+    if not isinstance(flag, bool):
+        raise OptionError.must_be(option, "True or False", repr(value))
+    return flag
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -101,19 +114,73 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"Did you mean {near[0]!r}?" if near else ""
 
 
-def check_at_least(option: str, value: float, least: float) -> None:
-    """Raise `OptionError` unless ``value`` is a number and ``value >= least``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise OptionError.must_be(option, f"a number >= {least}", repr(value))
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy or a tensor without axes as Python's own, also in a pair; anything else unchanged.
+
+    >>> import torch
+    >>> plain_number((torch.tensor(3), 0.5))
+    (3, 0.5)
+    """
+    if type(value) in (tuple, list):
+        return type(value)(map(plain_number, value))
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
-def check_whole(option: str, value: float, least: int = 1) -> None:
-    """Raise `OptionError` unless ``value`` is a whole number and ``value >= least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not value >= least:
-        raise OptionError.must_be(option, f"an int >= {least}", repr(value))
+def check_number(option: str, value: Any, expected: str, least: float = -inf, most: float = inf) -> float:
+    """Return a number of any kind as Python's own; raise `OptionError` unless it is finite and from least to most."""
+    number: int | float = plain_number(value)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < inf
+    if not is_number or not least <= number <= most:
+        raise OptionError.must_be(option, expected, repr(value))
+    return number
 
 
-def check_positive(option: str, value: float) -> None:
-    """Raise `OptionError` unless ``value`` is a number and ``value > 0``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise OptionError.must_be(option, "a number > 0", repr(value))
+def check_at_least(option: str, value: Any, least: float) -> float:
+    """Return a number of any kind as Python's own; raise `OptionError` unless it is finite and ``value >= least``."""
+    return check_number(option, value, f"a number >= {least}", least)
+
+
+def check_positive(option: str, value: Any) -> float:
+    """Return a number of any kind as Python's own; raise `OptionError` unless it is finite and ``value > 0``."""
+    return check_number(option, value, "a finite number > 0", nextafter(0.0, 1.0))
+
+
+def check_whole(option: str, value: Any, least: int = 1, most: float = inf) -> int:
+    """Return a whole number of any kind as Python's own; raise `OptionError` unless it is from least to most."""
+    number = plain_number(value)
+    if type(number) is not int or not least <= number <= most:
+        expected = f"an int >= {least}" + (f" and <= {most}" if type(number) is int and number > most else "")
+        raise OptionError.must_be(option, expected, repr(value))
+    return number
+
+
+def check_size(option: str, value: Any) -> int:
+    """Return a number of entries as Python's own int; raise `OptionError` unless a tensor can have so many."""
+    return check_whole(option, value, 1, 2**31 - 1)
+
+
+def check_sizes(option: str, values: Any) -> tuple[int, ...]:
+    """Return a sequence of numbers of entries, such as a shape; raise `OptionError` unless a tensor can have them."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise OptionError.must_be(option, "a sequence of whole numbers, such as (300, 300)", repr(values))
+    return tuple(check_size(option, value) for value in values)
+
+
+def check_seed(option: str, value: Any) -> int:
+    """Return a seed as Python's own int; raise `OptionError` unless torch takes it."""
+    return check_whole(option, value, 0, 2**64 - 1)
+
+
+def as_float(what: str, value: Any) -> float:
+    """Return a number that a user's function has returned; raise `OptionError` unless it is one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        advice = "Return a float, or a tensor of one entry."
+        raise OptionError.must_be(what, "a number", repr(value), advice) from error
+
+
+def check_function(option: str, value: object, expected: str) -> None:
+    """Raise `OptionError` unless a value can be called."""
+    if not callable(value):
+        raise OptionError.must_be(option, expected, repr(value))

@@ -384,7 +384,7 @@ def test_what_is_estimated_is_not_tempered_unless_asked_for() -> None:
         guide = ImplicitGuide(effects, amortize="groups")
         svi = AVBSVI(effects, guide, tempering=tempering, **SMALL, seed=0)
         assert svi.run(Y).history["beta"][0] == pytest.approx(beta)
-    with pytest.raises(OptionError, match="tempering must be a share of the log joint, or None, got 'off'"):
+    with pytest.raises(OptionError, match="tempering must be a share of the log joint above 0, or None, got 'off'"):
         AVBSVI(effects, guide, tempering="off", **SMALL)
 
 
@@ -533,3 +533,17 @@ def test_data_that_change_in_place_are_read_again() -> None:
     assert source.batch(Arguments.of()).rows.sum() == 0
     held.fill_(7.0)
     assert source.batch(Arguments.of()).rows.min() > 0
+
+
+def far_away(y: Tensor) -> None:
+    """Effects around a mean that lies hundreds of the data's scales from the median of its vague prior."""
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 500.0))
+    with pyro.plate("groups", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+
+def test_a_start_that_does_not_arrive_says_so() -> None:
+    guide = ImplicitGuide(far_away, amortize={"groups": lambda y: y[:, None]})
+    with pytest.warns(UserWarning, match="has not arrived: the mean of the shared latents"):
+        AVBSVI(far_away, guide, **SMALL | {"num_steps": 1, "warm_start": 100}, seed=0).run(290 + Y)

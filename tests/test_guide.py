@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer import (
+    JitTrace_ELBO,
+    Predictive,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from torch import Tensor
 
 import models
-from implicitvi import ImplicitGuide
+from implicitvi import AVBSVI, ImplicitGuide
+from implicitvi.avb import samplers
 from implicitvi.avb.samplers import DenseSampler
-from implicitvi.errors import ModelError, OptionError, SetupError
+from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
+from implicitvi.inference.guide import quantiles_of
 
 Y = torch.tensor([0.5, -0.3, 1.0])
 
@@ -117,6 +132,39 @@ def test_models_that_cannot_be_fitted_are_refused(model: Callable[..., Any], mes
         ImplicitGuide(model).setup(Y)
 
 
+FLAT = {
+    "as it is": lambda: dist.ImproperUniform(dist.constraints.real, (3,), ()),
+    "one event": lambda: dist.ImproperUniform(dist.constraints.positive, (), ()).expand([3]).to_event(1),
+    "expanded": lambda: dist.ExpandedDistribution(dist.ImproperUniform(dist.constraints.real, (), ()), [3]),
+    "masked": lambda: dist.ImproperUniform(dist.constraints.real, (3,), ()).mask(Y > 0),
+    "transformed": lambda: dist.TransformedDistribution(
+        dist.ImproperUniform(dist.constraints.real, (3,), ()), [dist.transforms.ExpTransform()]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_an_improper_prior_is_fitted_in_every_wrapping(kind: str) -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", FLAT[kind]())
+        pyro.sample("obs", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+    draws = ImplicitGuide(model).setup(Y).sample(2)["mu"]
+    assert draws.shape == (2, 3)
+    assert kind not in ("one event", "transformed") or (draws > 0).all()
+
+
+def test_a_plate_of_improper_priors_is_amortized() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
+
+    guide = ImplicitGuide(model, amortize="data")
+    AVBSVI(model, guide, num_steps=2, num_particles=4, warm_start=2, progress=False).run(Y)
+    assert guide.sample(2, Y)["mu"].shape == (2, 3)
+
+
 def test_global_latents_may_meet_minibatches() -> None:
     assert ImplicitGuide(models.global_latents_in_minibatches).setup(Y).layout.names == ("mu",)
 
@@ -202,3 +250,164 @@ def test_data_outside_the_support_are_refused(distribution: Callable[..., Any], 
     with pytest.raises(ModelError, match="data of site 'obs' lie outside.*got 1 of 2"):
         ImplicitGuide(model).setup(y)
     ImplicitGuide(model).setup(y, torch.tensor([True, False]))
+
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "Trace_ELBO": Trace_ELBO,
+    "many particles": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True),
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceGraph_ELBO": TraceGraph_ELBO,
+    "TraceEnum_ELBO": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+    "RenyiELBO": RenyiELBO,
+    "JitTrace_ELBO": JitTrace_ELBO,
+    "ReweightedWakeSleep": ReweightedWakeSleep,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.uses_param_store
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_pyro_cannot_ruin_a_trained_guide(loss: str) -> None:
+    """They would move the sampler along the learned density of the sampler before."""
+    guide = ImplicitGuide(models.normal_normal).setup(Y)
+    guide.set_log_density(lambda u: -0.5 * u.square().sum(-1) + 0 * guide.sampler.net.skip.weight.sum())
+    before = [weight.detach().clone() for weight in guide.sampler.parameters()]
+    svi = pyro.infer.SVI(models.normal_normal, guide, pyro.optim.Adam({"lr": 1.0}), loss=LOSSES[loss]())
+    with pytest.raises(SetupError, match=r"does not follow its sampler.*AVB_ELBO.*Trace_ELBO cannot"):
+        svi.step(Y)
+    for weight, old in zip(guide.sampler.parameters(), before, strict=True):
+        assert torch.equal(weight, old) and weight.grad is None
+
+
+@pytest.mark.uses_param_store
+def test_a_trained_guide_can_be_evaluated_and_called() -> None:
+    """Without gradients its density counts, and so it does where its weights are fixed."""
+    guide = ImplicitGuide(models.normal_normal).setup(Y)
+    guide.set_log_density(lambda u: -0.5 * u.square().sum(-1))
+    svi = pyro.infer.SVI(models.normal_normal, guide, pyro.optim.Adam({}), loss=Trace_ELBO())
+    assert isinstance(svi.evaluate_loss(Y), float)
+    assert guide(Y)["mu"].requires_grad
+    assert Predictive(models.normal_normal, guide=guide, num_samples=2)(Y)["obs"].shape == (2, 3)
+    u = torch.zeros(4, 1, requires_grad=True)
+    guide.get_posterior().log_prob(u).sum().backward()
+    assert u.grad is not None
+    guide.requires_grad_(False).train(False)
+    assert torch.isfinite(Trace_ELBO().differentiable_loss(models.normal_normal, guide, Y))
+
+
+@pytest.mark.uses_param_store
+def test_a_guide_of_a_plate_has_no_density_for_a_loss() -> None:
+    guide = ImplicitGuide(local, amortize="rows").setup(Y)
+    svi = pyro.infer.SVI(local, guide, pyro.optim.Adam({}), loss=Trace_ELBO())
+    for call in (svi.step, svi.evaluate_loss):
+        with pytest.raises(SetupError, match="have draws, but not a density.*Trace_ELBO cannot"):
+            call(Y)
+
+
+def local(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+
+def column(y: Tensor) -> Tensor:
+    return y[:, None]
+
+
+def pickled(guide: Any) -> Any:
+    return pickle.loads(pickle.dumps(guide))  # noqa: S301
+
+
+def saved(guide: Any) -> Any:
+    torch.save(guide, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickled, saved])
+def test_copies_of_a_guide_have_its_model_and_leave_it_alone(copied: Callable[[Any], Any]) -> None:
+    guide = ImplicitGuide(local, amortize={"rows": column})
+    twin = copied(guide)
+    for each in (twin, guide):
+        each.setup(Y)
+        assert each.sample(2, Y)["z"].shape == (2, 3)
+    again = copied(guide)
+    torch.manual_seed(0)
+    expected = guide.sample(2, Y)["z"]
+    torch.manual_seed(0)
+    assert torch.equal(again.sample(2, Y)["z"], expected)
+    shared = {id(weight) for weight in guide.parameters()} & {id(weight) for weight in again.parameters()}
+    assert bool(shared) == (copied is copy.copy)
+
+
+def test_a_guide_of_a_local_model_is_copied_but_not_pickled() -> None:
+    def model(y: Tensor) -> None:
+        models.normal_normal(y)
+
+    guide = ImplicitGuide(model)
+    assert copy.deepcopy(guide).setup(Y).sample(3)["mu"].shape == (3,)
+    for store in (pickled, saved):
+        with pytest.raises(SetupError, match="ImplicitGuide cannot be pickled.*top level of a module.*state_dict"):
+            store(guide)
+
+
+OWN: dict[str, tuple[dict[str, Any], str]] = {
+    "a number": ({"sampler": 3}, "sampler must be the name of a sampler.*, got 3"),
+    "returns nothing": ({"sampler": lambda dim: None}, "returns a Sampler of draws .*, got NoneType"),
+    "a layer": ({"sampler": lambda dim: torch.nn.Linear(dim, dim)}, "returns a Sampler.*, got Linear"),
+    "of another dimension": ({"sampler": lambda dim: DenseSampler(dim + 1)}, r"draws \[S, 1\], got draws \(2, 2\)"),
+    "takes no dimension": ({"sampler": lambda: None}, "sampler must be .*, got TypeError"),
+    "a word for a start": ({"init_loc_fn": "median"}, "init_loc_fn must be a function .*, got 'median'"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_functions_of_ones_own_are_tried_at_set_up(case: str) -> None:
+    options, message = OWN[case]
+    with pytest.raises(OptionError, match=message):
+        ImplicitGuide(models.normal_normal, **options).setup(Y)
+
+
+def test_no_model_is_refused() -> None:
+    with pytest.raises(OptionError, match="model must be a function, the Pyro model, got None"):
+        ImplicitGuide(None)  # type: ignore[arg-type]
+
+
+def test_many_draws_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is that of all at once, so the draws are the same to rounding."""
+    guide, plated = ImplicitGuide(models.normal_normal).setup(Y), ImplicitGuide(local, amortize="rows").setup(Y)
+    found = []
+    for at_once in (1000, 7):
+        monkeypatch.setattr(samplers, "AT_ONCE", at_once)
+        torch.manual_seed(0)
+        found.append([*guide.sample(100).values(), *plated.sample(100, Y).values(), torch.rand(1)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    sizes: list[int] = []
+    guide.sampler.net.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    assert guide.sample(100)["mu"].shape == (100,) and max(sizes) == 7 and sum(sizes) == 100
+
+
+def test_numbers_of_numpy_and_tensors_are_numbers(guide: ImplicitGuide) -> None:
+    for five in (np.int64(5), torch.tensor(5), np.array(5)):
+        assert len(guide.sample(five)["scale"]) == 5  # type: ignore[arg-type]
+    for wrong in (True, 5.0, "5", [5], np.float32(5.0), torch.tensor([5])):
+        with pytest.raises(OptionError, match="num_samples must be an int >= 1, got "):
+            guide.sample(wrong)  # type: ignore[arg-type]
+
+
+def test_quantiles_and_points_of_a_wrong_kind_are_refused(guide: ImplicitGuide) -> None:
+    for wrong in ([2.0], "0.5", [float("nan")], None, torch.ones(2, 1)):
+        with pytest.raises(OptionError, match="quantiles must be numbers from 0 to 1, got "):
+            guide.quantiles(wrong)  # type: ignore[arg-type]
+    one = ImplicitGuide(models.normal_normal).setup(Y)
+    one.set_log_density(lambda u: u.sum(-1))
+    assert one.get_posterior().log_prob(np.ones((2, 1))).tolist() == [1.0, 1.0]  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"of shape \[..., 1\], got \(3, 5\)"):
+        one.get_posterior().log_prob(torch.zeros(3, 5))
+
+
+def test_more_draws_than_torch_takes_have_quantiles() -> None:
+    value = torch.arange(2**24 + 1.0)
+    assert quantiles_of(value, torch.tensor([0.25, 0.5])).tolist() == [2.0**22, 2.0**23]

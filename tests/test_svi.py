@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from implicitvi import AVB_ELBO, AVBSVI, ImplicitGuide, StopTraining
 from implicitvi.avb.contrasts import GaussianContrast
 from implicitvi.avb.ratios import FGanKL
 from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, SetupError
+from implicitvi.inference import setup
 from implicitvi.inference.fit import COLUMNS
 
 Y = torch.tensor([0.5, -0.3, 1.0])
@@ -63,7 +68,7 @@ def test_a_contrast_of_ones_own() -> None:
         return GaussianContrast()
 
     small(contrast=make).run(Y)
-    assert seen == [1]
+    assert set(seen) == {1}  # made once on trial
 
 
 def test_the_conjugate_posterior_is_found() -> None:
@@ -217,13 +222,19 @@ def test_particles_without_density_are_dropped_and_counted() -> None:
 
 def test_a_model_that_becomes_impossible_ends_with_a_named_error() -> None:
     """Every draw without density: turns are skipped, counted, and end in an error that names the player."""
-    svi = small(max_skips=5)
-    svi.step(Y)
+
+    def model(y: Tensor, scale: float) -> None:
+        mu = pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", pyro.distributions.Normal(mu, scale), obs=y)
+
+    svi = small(model, max_skips=5)
+    svi.step(Y, 1.0)
     with pytest.raises(NonFiniteError, match="obs: log density nan.*restored") as caught:
         for _ in range(20):
-            svi.step(Y * torch.nan)
+            svi.step(Y, torch.nan)
     assert caught.value.player == "sampler"
-    assert np.isfinite(svi.step(Y))
+    assert np.isfinite(svi.step(Y, 1.0))
 
 
 def test_arguments_need_not_be_tensors() -> None:
@@ -437,3 +448,250 @@ def test_a_model_whose_sites_change_between_calls_is_refused() -> None:
     changes.append(1)
     with pytest.raises(ModelError, match="did not have before: 'extra'"):
         svi.step(Y)
+
+
+def test_a_copy_of_a_fit_trains_its_own_networks() -> None:
+    """Copied half-way by deepcopy or pickle, both go on as if alone, bit for bit."""
+    expected = [p.detach() for p in small(num_steps=8).run(Y).guide.sampler.parameters()]
+    svi = small(num_steps=8, callbacks=[])
+    for _ in range(4):
+        svi.step(Y)
+    before = [p.detach().clone() for p in svi.guide.sampler.parameters()]
+    twins = [copy.deepcopy(svi), pickle.loads(pickle.dumps(svi))]  # noqa: S301
+    for twin in twins:
+        fit = twin.run(Y)
+        assert fit.num_steps == 8 and fit.guide is twin.guide
+        assert all(map(torch.equal, fit.guide.sampler.parameters(), expected))
+        assert fit.guide.get_posterior().log_prob(torch.zeros(3, 1)).isfinite().all()
+    assert all(map(torch.equal, svi.guide.sampler.parameters(), before))
+    assert svi.trainer.step_count == 4
+    assert all(map(torch.equal, svi.run(Y).guide.sampler.parameters(), expected))
+
+
+def test_a_fit_is_copied_and_pickled_with_all_it_can_do(tmp_path: Path) -> None:
+    fit = small(restarts=2).run(Y)
+    assert len({fit, *fit.restarts}) == 2
+    for twin in (pickle.loads(pickle.dumps(fit)), copy.deepcopy(fit)):  # noqa: S301
+        assert np.array_equal(twin.losses, fit.losses) and str(twin.agreement) == str(fit.agreement)
+        assert "mu" in twin.summary(50) and twin.guide is not fit.guide
+        twin.save(tmp_path / "twin")
+        again = AVBSVI.load(tmp_path / "twin", models.normal_normal, progress=False).setup(Y)
+        torch.manual_seed(0)
+        draws = again.guide.sample(5)["mu"]
+        torch.manual_seed(0)
+        assert torch.equal(draws, fit.guide.sample(5)["mu"])
+
+
+def test_a_fit_of_a_local_model_is_not_pickled() -> None:
+    fit = small(lambda y: models.normal_normal(y)).run(Y)
+    assert copy.deepcopy(fit).guide.sample(3)["mu"].shape == (3,)
+    with pytest.raises(SetupError, match=r"This Fit cannot be pickled.*top level of a module.*fit\.save\(folder\)"):
+        pickle.dumps(fit)
+
+
+@pytest.mark.uses_param_store
+def test_a_fit_with_parameters_is_not_copied() -> None:
+    """Pyro keeps the parameters, so the copy's model would not see those that the copy trains."""
+
+    def model(y: Tensor) -> None:
+        models.normal_normal(y + pyro.param("shift", torch.tensor(0.0)))
+
+    svi = small(model)
+    svi.step(Y)
+    with pytest.raises(ModelError, match=r"must be without parameters, got 'shift'.*AVBSVI\.save"):
+        copy.deepcopy(svi)
+
+
+def counts(y: Tensor, scale: Any = 1.0) -> None:
+    rate = pyro.sample("rate", pyro.distributions.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", pyro.distributions.Poisson(scale * rate), obs=y)
+
+
+CALLS: dict[str, tuple[Callable[[AVBSVI], Any], str]] = {
+    "a column": (lambda svi: svi.step(torch.ones(3, 1)), r"shape of its plates, \(3,\), got \(3, 1\)"),
+    "a row": (lambda svi: svi.run(torch.ones(1, 3)), r"shape of its plates, \(1,\), got \(1, 3\)"),
+    "NaN": (lambda svi: svi.run(torch.tensor([1.0, torch.nan, 0.0])), "outside the support.*first of them nan"),
+    "below the support": (lambda svi: svi.step(torch.tensor([1.0, -1.0, 0.0])), "outside the support.*got 1 of 3"),
+    "between whole numbers": (lambda svi: svi.step(torch.tensor([1.0, 1.5, 0.0])), "outside the support.*got 1 of 3"),
+    "no arguments": (lambda svi: svi.run(), r"like those of the first call, \(Tensor \[3\]\), got \(\).*TypeError"),
+    "an array": (lambda svi: svi.run(np.ones(3)), "data of site 'obs' must be a tensor, got ndarray"),
+    "a list": (lambda svi: svi.evaluate_loss([1.0]), "data of site 'obs' must be a tensor, got list"),
+    "a word": (
+        lambda svi: svi.step(torch.ones(3), scale="wide"),
+        r"got \(Tensor \[3\], scale=str\), at which it raised",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_arguments_of_every_call_are_checked(call: str) -> None:
+    svi = small(counts)
+    svi.step(torch.tensor([1.0, 2.0, 0.0]))
+    wrong, message = CALLS[call]
+    for _ in range(2):  # one refusal does not make them known
+        with pytest.raises(ModelError, match=message):
+            wrong(svi)
+    assert np.isfinite(svi.step(torch.tensor([1.0, 2.0, 0.0])))
+
+
+def test_sparse_data_are_taken_in_every_call() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(torch.sparse.mm(x, b[:, None])[:, 0], 1.0), obs=y)
+
+    svi = AVBSVI(model, ImplicitGuide(model), num_steps=2, num_particles=4, warm_start=0, progress=False)
+    assert all(np.isfinite(svi.step(torch.eye(3).to_sparse() * scale, Y)) for scale in (1.0, 2.0))
+
+
+def test_a_call_with_other_data_of_the_model_is_taken() -> None:
+    """Of other sizes and values; the model is read again where those are new, without the fit's random numbers."""
+    runs: list[int] = []
+
+    def model(y: Tensor) -> None:
+        runs.append(len(y))
+        counts(y)
+
+    svi, alone = small(model), small(counts)
+    data = [torch.tensor([1.0, 2.0, 0.0]), torch.tensor([2.0, 1.0, 0.0]), torch.tensor([9.0, 4.0])]
+    losses = []
+    for y in [*data, *data]:
+        runs.clear()
+        losses.append(svi.step(y))
+        looks = len(runs)
+    assert losses == [alone.step(y) for y in [*data, *data]]
+    runs.clear()
+    svi.step(data[2].clone())
+    assert len(runs) == looks  # of known form and range: not another look
+    data[2][0] = -1
+    with pytest.raises(ModelError, match="outside the support"):
+        svi.step(data[2])  # changed in place
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.uses_param_store
+def test_gradients_are_switched_on(context: Callable[[], Any]) -> None:
+    """The data may be made inside of ``inference_mode`` too."""
+    expected = small().run(Y).losses
+    with context():
+        y = torch.tensor([0.5, -0.3, 1.0])
+        svi = small()
+        assert np.array_equal(svi.run(y).losses, expected)
+        assert np.isfinite(svi.step(y)) and np.isfinite(svi.evaluate_loss(y))
+        guide = ImplicitGuide(models.normal_normal).setup(y)
+        assert AVBSVI(models.normal_normal, guide, **SMALL).run(y).num_steps == 6
+    assert np.isfinite(AVBSVI(models.normal_normal, guide, **SMALL).run(Y).losses).all()
+
+
+def test_tensors_without_values_are_refused() -> None:
+    with torch.device("meta"), pytest.raises(SetupError, match="default device must be .*, got meta"):
+        small().run(Y)
+
+
+def test_threads_take_turns() -> None:
+    """Fits in two threads are those of one after the other; the process's argument checks stay as they were."""
+    expected = [small(seed=seed).run(Y).losses for seed in range(4)]
+    checks = torch.distributions.Distribution._validate_args
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda seed: small(seed=seed).run(Y).losses, range(4)))
+    assert all(map(np.array_equal, found, expected))
+    assert torch.distributions.Distribution._validate_args == checks
+
+
+FAR = torch.tensor(36.0)
+
+
+def two_modes(y: Tensor) -> None:
+    x = pyro.sample("x", pyro.distributions.Normal(0.0, 5.0))
+    pyro.sample("obs", pyro.distributions.Normal(x.square(), 0.6), obs=y)
+
+
+INTERRUPTS = {"starting_point": True, "gaussian_fit": False, "search_modes": True, "PosteriorObjective": False}
+
+
+@pytest.mark.parametrize(("where", "by_hand"), INTERRUPTS.items())
+def test_a_set_up_that_was_interrupted_starts_again(where: str, by_hand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit as if it had not been, whether or not the guide had its networks before."""
+
+    def fresh() -> AVBSVI:
+        torch.manual_seed(0)
+        svi = small(two_modes, warm_start=50)
+        return svi if not by_hand else AVBSVI(two_modes, svi.guide.setup(FAR), settings=svi.settings, progress=False)
+
+    def ctrl_c(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    expected, svi = fresh().run(FAR), fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, where, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            svi.run(FAR)
+    assert svi.guide.is_set_up == by_hand and not svi.guide.has_log_density and svi.guide.num_modes == 1
+    assert np.array_equal(svi.run(FAR).losses, expected.losses)
+    assert svi.guide.num_modes == expected.guide.num_modes == 2
+
+
+OWN: dict[str, tuple[dict[str, Any], str]] = {
+    "contrast is none": ({"contrast": None}, "contrast must be the name of a contrast, or a function"),
+    "contrast returns nothing": ({"contrast": lambda dim: None}, "that returns a Contrast, got NoneType"),
+    "adversary is none": ({"adversary": None}, "adversary must be a function of the latent dimension, got None"),
+    "adversary of two outputs": ({"adversary": lambda dim: nn.Linear(dim, 2)}, r"got scores \[8, 2\] for \[8, 10\]"),
+    "adversary of a wrong width": (
+        {"adversary": lambda dim: nn.Linear(dim + 7, 1)},
+        "adversary.*got RuntimeError: mat1",
+    ),
+    "adversary without weights": ({"adversary": lambda dim: nn.Identity()}, "adversary.*Identity without weights"),
+    "adversary is a function": ({"adversary": lambda dim: lambda z: z.sum(-1)}, "adversary.*function without weights"),
+    "ratio is an object": ({"ratio": object()}, "ratio must be .* or a RatioLoss with the methods loss and log_ratio"),
+    "ratio is a class": ({"ratio": FGanKL}, "ratio must be .* or a RatioLoss with the methods loss and log_ratio"),
+    "informed by a word": ({"informed": "no"}, "informed must be True or False, got 'no'"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_functions_of_ones_own_are_tried_before_the_warm_start(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, message = OWN[case]
+    monkeypatch.setattr(setup, "gaussian_fit", lambda *args, **kwargs: pytest.fail("the warm start has begun"))
+    with pytest.raises(OptionError, match=message):
+        small(**options).run(Y)
+
+
+def test_no_model_is_refused() -> None:
+    with pytest.raises(OptionError, match="model must be a function, the Pyro model, got None"):
+        AVBSVI(None, ImplicitGuide(models.normal_normal))  # type: ignore[arg-type]
+
+
+@pytest.mark.uses_param_store
+def test_one_avb_elbo_is_for_one_model() -> None:
+    guide, loss = ImplicitGuide(models.normal_normal), AVB_ELBO(num_steps=5, num_particles=16, warm_start=0, seed=0)
+    pyro.infer.SVI(models.normal_normal, guide, pyro.optim.Adam({}), loss=loss).step(Y)
+    with pytest.raises(OptionError, match="one model, got another"):
+        pyro.infer.SVI(models.every_support, guide, pyro.optim.Adam({}), loss=loss).step(Y)
+
+
+def test_a_rate_that_is_too_high_ends_with_the_last_good_state() -> None:
+    svi = small(num_steps=40, lr=1e12, max_skips=5)
+    with pytest.raises(NonFiniteError, match="has been restored"):
+        svi.run(Y)
+    assert all(p.isfinite().all() for p in svi.guide.sampler.parameters())
+
+
+def test_a_summary_of_an_amortized_guide_is_that_of_its_data() -> None:
+    """Of the elements of the run's plate, and of the first of the run's datasets."""
+
+    def local(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", pyro.distributions.Normal(0.0, 1.0))
+            pyro.sample("obs", pyro.distributions.Normal(z, 1.0), obs=y)
+
+    plated = AVBSVI(local, ImplicitGuide(local, amortize="rows"), **SMALL, seed=0).run(Y)
+    assert plated.summary(50).count("z[") == 3 and "z[2]" in plated._repr_html_()
+    guide = ImplicitGuide(models.normal_normal, amortize=lambda y: y)
+    fit = AVBSVI(models.normal_normal, guide, **SMALL, seed=0).run(torch.stack([Y, 3 + Y]))
+    assert fit.summary(50).count("mu") == 1 and "mu" in fit._repr_html_()
+
+
+def test_the_loss_is_not_a_criterion() -> None:
+    with pytest.raises(OptionError, match="criterion must be a function of a fit.*not a bound, got 'elbo'"):
+        small().run(Y).best("elbo")  # type: ignore[arg-type]

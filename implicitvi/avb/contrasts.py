@@ -198,7 +198,8 @@ class MixtureContrast(Contrast):
         off = self.locs - loc
         cov = (self.weights[:, None] * off).mT @ off + torch.einsum("k,kde", self.weights, self.covs)
         floor = torch.diag_embed(self.ridge * cov.diagonal() + 1e-12)
-        factors = torch.linalg.cholesky(torch.cat([self.covs + floor, (cov + floor)[None]]))
+        # of draws that are not finite the factors are not either, and the trainer skips the turn
+        factors = torch.linalg.cholesky_ex(torch.cat([self.covs + floor, (cov + floor)[None]])).L
         self.scale_trils.copy_(factors[:-1])
         self.loc.copy_(loc)
         self.scale_tril.copy_(factors[-1])
@@ -241,7 +242,7 @@ def _spread(z: Tensor, count: int) -> Tensor:
     chosen = torch.randint(len(z), (1,), device=z.device)
     for _ in range(count - 1):
         nearest = torch.cdist(z, z[chosen]).min(1).values
-        chosen = torch.cat([chosen, torch.multinomial(nearest.square() + 1e-12, 1)])
+        chosen = torch.cat([chosen, torch.multinomial((nearest.square() + 1e-12).nan_to_num(1.0), 1)])
     return chosen
 
 

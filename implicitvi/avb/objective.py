@@ -87,8 +87,11 @@ class AVBObjective:
         self.averaging, self.num_importance, self.context_dims = averaging, num_importance, context_dims
         self.average = deepcopy(adversary) if averaging else None
         self._slope: _Slope | None = None
-        # listed once: walking through a network takes longer than updating its average
-        both = [] if self.average is None else [self.average, adversary]
+        self.list_weights()
+
+    def list_weights(self) -> None:
+        """List the weights of average and adversary once: to walk through a network takes longer than to update it."""
+        both = [] if self.average is None else [self.average, self.adversary]
         self._weights: list[list[Tensor]] = [list(module.parameters()) for module in both]
         self._buffers = [list(module.buffers()) for module in both]
 

@@ -24,6 +24,8 @@ from implicitvi import distributed
 from implicitvi.errors import OptionError, ShapeError, check_at_least
 from implicitvi.nn import Ensemble, ResidualBlock, SkipNet, gated_net, mlp
 
+AT_ONCE = 2**17  # draws without gradients that a network makes at once, in about 1 kB each
+
 
 class Sampler(nn.Module, ABC):
     """A distribution with reparameterised draws whose density is never computed.
@@ -79,6 +81,22 @@ class Sampler(nn.Module, ABC):
     def forward(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Draw ``z [S, (B,) D]``, differentiable in the sampler's parameters."""
         return self.to_latent(self.transform(self.noise(num_samples, x), x), x)
+
+    def draws(self, num_samples: int, x: Tensor | None = None) -> Tensor:
+        """Draw ``z [S, (B,) D]`` as a call does; many without gradients are made in parts, of the same noise."""
+        each = max(1, AT_ONCE // (1 if x is None else x.shape[-2]))
+        if torch.is_grad_enabled() or num_samples <= each:
+            draws: Tensor = self(num_samples, x)
+            return draws
+        if type(self).forward is not Sampler.forward:  # it makes its own noise
+            counts = [each] * (num_samples // each) + [num_samples % each] * (num_samples % each > 0)
+            return torch.cat([self(n, x) for n in counts])
+        eps, parts = self.noise(num_samples, x), []
+        for start in range(0, num_samples, each):
+            part = slice(start, start + each)
+            context = x[part] if x is not None and x.dim() > 2 else x
+            parts.append(self.to_latent(self.transform(eps[part], context), context))
+        return torch.cat(parts)
 
     def to_latent(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         """Map ``h [..., D]`` from the frame's coordinates to ``z [..., D]``."""

@@ -12,9 +12,11 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from implicitvi.errors import OptionError
+from implicitvi.inference.copies import Copyable
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.inference.settings import ElboOptions, ElboSettings
 from implicitvi.inference.setup import Training, set_up
+from implicitvi.numerics.doors import exclusive, with_gradients
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.parameters import show_parameters
@@ -23,7 +25,7 @@ from implicitvi.training.options import from_options, with_options
 
 
 @with_options(ElboSettings)
-class AVB_ELBO(ELBO):
+class AVB_ELBO(Copyable, ELBO):
     """A loss for `pyro.infer.SVI` that trains an `ImplicitGuide` by adversarial variational Bayes.
 
     The Pyro optimiser moves the sampler, at its own rate. Before each gradient the loss lets its adversary take its
@@ -50,6 +52,7 @@ class AVB_ELBO(ELBO):
         super().__init__(num_particles=self.settings.schedule.at(0).num_particles)
         self._stream = RandomStream(self.settings.seed)
         self._guide: ImplicitGuide | None = None
+        self._model: Model | None = None
         self._training: Training | None = None
 
     def loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
@@ -58,6 +61,7 @@ class AVB_ELBO(ELBO):
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         return loss.item()
 
+    @with_gradients()
     def loss_and_grads(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> float:
         """Let the adversary take its steps, then back-propagate the sampler's loss; return it in nats.
 
@@ -69,6 +73,7 @@ class AVB_ELBO(ELBO):
             loss.backward()
         return loss.item()
 
+    @exclusive()
     def differentiable_loss(self, model: Model, guide: ImplicitGuide, *args: Any, **kwargs: Any) -> Tensor:
         """Return the sampler's loss at the current stage, a scalar with gradients for the sampler only."""
         training = self._bound(model, guide, Arguments(args, kwargs))
@@ -87,10 +92,12 @@ class AVB_ELBO(ELBO):
         """Return the training at these arguments, set up at the first call."""
         if self._guide is not guide and self._guide is not None:
             raise OptionError("An AVB_ELBO must be used with one guide, got another. Make one for each guide.")
+        if self._model is not None and self._model != model:
+            raise OptionError("An AVB_ELBO must be used with one model, got another. Make one for each model.")
         if self._training is None:
-            with poutine.block():
+            with poutine.block(), with_gradients():
                 self._training = set_up(model, guide, self.settings, arguments, self._stream, moves_sampler=False)
-            self._guide = guide
+            self._guide, self._model = guide, model
         else:
             self._training.bind(arguments)
         return self._training

@@ -20,8 +20,11 @@ from implicitvi.diagnostics.agreement import Agreement
 from implicitvi.diagnostics.diagnose import diagnose, stein_error
 from implicitvi.diagnostics.refine import Polished, Resampled, polish, resample
 from implicitvi.diagnostics.report import Report
-from implicitvi.errors import OptionError, SetupError
-from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.errors import OptionError, SetupError, as_float, check_function
+from implicitvi.inference.copies import Copyable
+from implicitvi.inference.guide import ImplicitGuide, quantiles_of
+from implicitvi.inference.minibatches import dataset
+from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
 from implicitvi.training.html import table
@@ -30,8 +33,8 @@ COLUMNS = ("", "mean", "sd", "5%", "50%", "95%")  # of a summary
 SHOWN = 20  # rows of it in a notebook
 
 
-@dataclass(frozen=True)
-class Fit:
+@dataclass(frozen=True, eq=False)
+class Fit(Copyable):
     """A trained guide with the record of its training.
 
     Attributes:
@@ -51,6 +54,8 @@ class Fit:
         restarts: The other fits of a run with ``restarts``, each with a guide of its own.
         agreement: Comparison of all of them; ``None`` without restarts, and for amortized guides.
         seed: Seed of the fit, ``None`` if it was drawn.
+        lost_modes: For an amortized guide, the number of data that lost a mode of their posterior, and the number
+            looked at when the run ended; ``None`` where none was looked at.
         write: Function that writes the fit into a folder; see `save`.
     """
 
@@ -69,6 +74,7 @@ class Fit:
     restarts: tuple[Fit, ...] = ()
     agreement: Agreement | None = None
     seed: int | None = None
+    lost_modes: tuple[int, int] | None = None
     write: Callable[[str | Path], None] | None = field(default=None, repr=False, compare=False)
 
     def save(self, folder: str | Path) -> None:
@@ -111,10 +117,13 @@ class Fit:
                 discrepancy does not see missing modes: `agreement` compares those.
 
         Raises:
-            OptionError: The criterion is not finite for any of the fits.
+            OptionError: The criterion is not a function of a fit to a number that is finite for one of them.
         """
+        if criterion is not None:
+            expected = "a function of a fit, lower is better, and not the loss, which is not a bound"
+            check_function("the criterion", criterion, expected)
         judge = criterion or (lambda fit: stein_error(fit.guide, self.model, *self.args, **self.kwargs))
-        values = [float(judge(fit)) for fit in self.fits]
+        values = [as_float("the value of the criterion", judge(fit)) for fit in self.fits]
         if not any(map(isfinite, values)):
             raise OptionError.must_be("the criterion", "finite for one of the fits, not finite for all", values)
         return self.fits[min(range(len(values)), key=lambda i: (not isfinite(values[i]), values[i]))]
@@ -137,8 +146,11 @@ class Fit:
         return guide
 
     def summary(self, num_samples: int = 4000) -> str:
-        """Return the record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws."""
-        rows = [COLUMNS, *_rows(self.guide.sample(num_samples))]
+        """Return the record, then mean, sd and quantiles of every latent entry over ``num_samples`` draws.
+
+        The draws are those of the run's data; of the first dataset where the guide is amortized over datasets.
+        """
+        rows = [COLUMNS, *_rows(self._draws(num_samples))]
         widths = [max(10, 1 + max(map(len, column))) for column in list(zip(*rows, strict=True))[1:]]
         lines = [
             f"{name:16}" + "".join(f"{cell:>{n}}" for n, cell in zip(widths, cells, strict=True))
@@ -150,12 +162,11 @@ class Fit:
         """Return the summary for a notebook: its first rows, from draws that leave the random numbers alone."""
         learned = {f"{name} (parameter)": value for name, value in self.parameters.items()}
         rows = [[*cells, "", "", "", ""] for cells in islice(_entries(learned), SHOWN)]
-        if self.guide.amortization is None:  # an amortized guide has a posterior for each dataset
-            with RandomStream(0):
-                draws = self.guide.sample(1000)
-            rows += islice(_rows(draws), SHOWN)
-            left = sum(value[0].numel() for value in draws.values()) - SHOWN
-            rows += [[f"and {left} more", *[""] * 5]] if left > 0 else []
+        with RandomStream(0):
+            draws = self._draws(1000)
+        rows += islice(_rows(draws), SHOWN)
+        left = sum(value[0].numel() for value in draws.values()) - SHOWN
+        rows += [[f"and {left} more", *[""] * 5]] if left > 0 else []
         return table(str(self), COLUMNS, rows)
 
     def diagnose(self, *, num_samples: int = 2000, seed: int = 0) -> Report:
@@ -166,7 +177,6 @@ class Fit:
             seed: Random seed.
 
         Raises:
-            SetupError: The guide is amortized.
             ModelError: The model saw minibatches of its data.
         """
         judge: Callable[..., Report] = diagnose
@@ -198,6 +208,15 @@ class Fit:
         """
         return polish(self.guide, self._as_run, *self.args, num_steps=num_steps, num_samples=num_samples, seed=seed)
 
+    def _draws(self, num_samples: int) -> dict[str, Tensor]:
+        """Draw the posterior of the run's data, or of the first of its datasets."""
+        data, amortization = Arguments(self.args, self.kwargs), self.guide.amortization
+        if amortization is None:
+            return self.guide.sample(num_samples)
+        if amortization.plate is None:
+            data = dataset(0, data)
+        return self.guide.sample(num_samples, *data.args, **data.kwargs)
+
     @property
     def _as_run(self) -> Callable[..., Any]:
         """The model with its keyword arguments, whose names may be those of options of this class."""
@@ -223,7 +242,7 @@ def _rows(draws: dict[str, Tensor]) -> Iterator[list[str]]:
     for name, value in draws.items():
         indices = np.ndindex(*value.shape[1:])
         for index, column in zip(indices, value.reshape(len(value), -1).T, strict=True):
-            marks = column.quantile(column.new_tensor([0.05, 0.5, 0.95]))
+            marks = quantiles_of(column, column.new_tensor([0.05, 0.5, 0.95]))
             numbers = torch.stack([column.mean(), column.std(), *marks]).tolist()
             yield [_label(name, index), *map(_number, numbers)]
 

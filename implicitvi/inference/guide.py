@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
@@ -17,22 +20,28 @@ from torch.distributions import constraints
 
 from implicitvi.avb.multimodal import MixtureSampler
 from implicitvi.avb.samplers import SAMPLERS, Sampler
-from implicitvi.errors import ModelError, SetupError, check_choice, check_whole
+from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError, check_choice, check_function, check_whole
 from implicitvi.inference.amortization import (
+    TRAIN,
     Amortization,
     Amortize,
     check_finite,
     dataset_sampler,
+    draw_plate,
     plate_sampler,
     require_data,
     rows_of_run,
     sample_in_plates,
 )
+from implicitvi.inference.copies import Copyable
 from implicitvi.inference.modes import Mode, split
+from implicitvi.inference.own_functions import OWN_SAMPLER, own_sampler
+from implicitvi.numerics.doors import exclusive, with_gradients
 from implicitvi.pyro_model.checks import PrepareForGuide, check_latents, is_hidden, latent_trace
 from implicitvi.pyro_model.plates import PlateRun, read_plate
 from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Target
+from implicitvi.rng import RandomStream
 
 _instances = itertools.count(1)
 
@@ -86,16 +95,37 @@ class ImplicitDistribution(TorchDistribution):
 
         Raises:
             SetupError: No density has been learned.
+            ShapeError: The values are not real numbers, or their last axis is not that of a draw.
         """
         if self.log_density is None:
-            advice = "Train the guide with AVBSVI, or with pyro.infer.SVI and loss=AVB_ELBO(); Trace_ELBO cannot."
-            message = f"The density of an implicit posterior must be learned first. {advice}"
-            raise SetupError(message, faq="the-density-of-the-posterior-is-not-known")
-        flat = value.reshape(-1, *self.event_shape)
-        return self.log_density(flat).reshape(value.shape[:-1])
+            raise SetupError(
+                f"The density of an implicit posterior must be learned first. {TRAIN}",
+                faq="the-density-of-the-posterior-is-not-known",
+            )
+        points, size = _real(value), self.event_shape[0]
+        if points is None:
+            raise ShapeError.must_be("the points to score", f"real numbers [..., {size}]", repr(value))
+        if points.shape[-1:] != self.event_shape:
+            raise ShapeError.must_be("the points to score", f"of shape [..., {size}]", tuple(points.shape))
+        flat = points.reshape(-1, *self.event_shape)
+        return self.log_density(flat).reshape(points.shape[:-1])
 
 
-class ImplicitGuide(AutoContinuous):
+def _maker_of(sampler: str | Callable[..., Sampler]) -> Callable[..., Sampler]:
+    if isinstance(sampler, str):
+        check_choice("sampler", sampler, SAMPLERS)
+        return SAMPLERS[sampler]
+    check_function("sampler", sampler, OWN_SAMPLER)
+    return sampler
+
+
+def _checked(name: object) -> str | None:
+    if isinstance(name, str | None):
+        return name
+    raise OptionError.must_be("name", "a str, or None", repr(name))
+
+
+class ImplicitGuide(Copyable, AutoContinuous):
     """An automatic guide with an implicit posterior: draws of a network, without a density.
 
     Discrete latent sites marked ``infer={"enumerate": "parallel"}`` are summed out of the model; the guide does not
@@ -141,18 +171,20 @@ class ImplicitGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         name: str | None = None,
     ):
+        check_function("model", model, "a function, the Pyro model")
+        check_function("init_loc_fn", init_loc_fn, "a function such as pyro.infer.autoguide.init_to_median")
         self._make = partial(type(self), model, amortize=amortize, sampler=sampler, init_loc_fn=init_loc_fn)
         super().__init__(PrepareForGuide()(model), init_loc_fn=init_loc_fn)
-        if isinstance(sampler, str):
-            check_choice("sampler", sampler, SAMPLERS)
-        self._pyro_name = name or f"{type(self).__name__}_{next(_instances)}"
-        self._make_sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+        self._make_sampler = _maker_of(sampler)
+        self._pyro_name = _checked(name) or f"{type(self).__name__}_{next(_instances)}"
         self.amortization = None if amortize is None else Amortization.parse(amortize)
         self._log_density: Callable[[Tensor], Tensor] | None = None
         self._log_ratio: Callable[[Tensor], Tensor] | None = None
         self._restore: Callable[[ImplicitGuide], None] | None = None
+        self._stored: SiteLayout | None = None  # of a guide that has been loaded and can draw
 
     _prototype_hide_fn = staticmethod(is_hidden)
+    sampler: Any  # once the guide has its networks
 
     @property
     def is_set_up(self) -> bool:
@@ -162,10 +194,11 @@ class ImplicitGuide(AutoContinuous):
     @property
     def layout(self) -> SiteLayout:
         """The latent sites on the flat vector ``u``."""
-        self._require_setup()
+        _require_setup(self)
         layout: SiteLayout = self._layout
         return layout
 
+    @with_gradients()
     def setup(self, *args: Any, **kwargs: Any) -> ImplicitGuide:
         """Run the model with its arguments and build the networks, the first time only.
 
@@ -195,11 +228,13 @@ class ImplicitGuide(AutoContinuous):
             what = "the latent sites of the model"
             raise ModelError.must_be(what, f"the guide's, {expected}", got, advice, faq="sites-or-shapes-have-changed")
 
-    def restore_with(self, restore: Callable[[ImplicitGuide], None]) -> None:
-        """Call a function with this guide as soon as it has its networks; now, if it has them."""
-        self._restore = restore
+    def restore_with(self, restore: Callable[[ImplicitGuide], None], layout: SiteLayout | None = None) -> None:
+        """Call a function with this guide as soon as it has its networks; with a layout, it has them at once."""
+        self._restore, self._stored = restore, layout
         if self.is_set_up:
             self._restore_now()
+        else:
+            _build_stored(self)
 
     def _restore_now(self) -> None:
         if self._restore is not None:
@@ -207,32 +242,34 @@ class ImplicitGuide(AutoContinuous):
             self._restore = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        try:
+        with restored_on_error(self):
             self._build(*args, **kwargs)
             self._restore_now()
-        except Exception:
-            # a guide without its networks, or without those to restore, is not set up
-            self.prototype_trace = None
-            raise
 
+    @torch.no_grad()
     def _build(self, *args: Any, **kwargs: Any) -> None:
-        with torch.no_grad():
-            trace = latent_trace(self.model, *args, **kwargs)
+        trace = latent_trace(self.model, *args, **kwargs)
         plate = None if self.plate is None else self._read_plate(*args, **kwargs)
         check_latents(trace, amortized=self.plate)
         if plate is not None:
-            self.sampler: Any = plate_sampler(*plate, self._make_sampler)
+            self.sampler = plate_sampler(*plate, self._new_sampler)
             self._layout, self.prototype_trace = plate[0].layout.all, trace
             return
         super()._setup_prototype(*args, **kwargs)
         self._layout = SiteLayout.from_trace(self.prototype_trace)
         start = self._init_loc()
         if self.amortization is None:
-            single: Sampler = self._make_sampler(self.latent_dim).to(start)
+            single: Sampler = self._new_sampler(self.latent_dim).to(start)
             single.loc.copy_(start)
             self.sampler = single
             return
-        self.sampler = dataset_sampler(self.amortization.row(*args, **kwargs), start, self._make_sampler)
+        self.sampler = dataset_sampler(self.amortization.row(*args, **kwargs), start, self._new_sampler)
+
+    def _new_sampler(self, latent_dim: int, **context: int) -> Sampler:
+        return own_sampler(self._make_sampler, latent_dim, **context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"master": None}
 
     def fresh_copy(self) -> ImplicitGuide:
         """Return another guide of the same model with the same options, not set up and with networks of its own."""
@@ -244,7 +281,7 @@ class ImplicitGuide(AutoContinuous):
         Returns:
             The sampler, a `MixtureSampler` of several modes.
         """
-        self.sampler = split(self.sampler, modes, self._make_sampler)
+        self.sampler = split(self.sampler, modes, self._new_sampler)
         sampler: Sampler = self.sampler
         return sampler
 
@@ -281,18 +318,26 @@ class ImplicitGuide(AutoContinuous):
         if self.plate is not None:
             advice = "Draw them with guide.sample(num_samples, ...) and the model's arguments."
             raise SetupError(f"The latents of a plate must be drawn: they have no single distribution. {advice}")
-        self._require_setup(*args, **kwargs)
+        _require_setup(self, *args, **kwargs)
         if self.amortization is None:
-            return ImplicitDistribution(self.sampler, self.sampler.latent_dim, log_density=self._log_density)
+            return ImplicitDistribution(self.sampler.draws, self.sampler.latent_dim, log_density=self._log_density)
         require_data(*args, **kwargs)
         local = self.sampler.local
         row = self.amortization.row(*args, **kwargs)
         check_finite(row)
         x = self.sampler.context(row, None)
         return ImplicitDistribution(
-            lambda count: local(count, x)[:, 0], local.latent_dim, log_density=_unknown_of_dataset
+            lambda count: local.draws(count, x)[:, 0], local.latent_dim, log_density=_unknown_of_dataset
         )
 
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draw ``u [D]`` as the auxiliary site of a guide, scored by the learned density, but without gradients."""
+        posterior = self.get_posterior(*args, **kwargs)
+        posterior.log_density = posterior.log_density and partial(_score_fixed, self, posterior.log_density)
+        u: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        return u
+
+    @exclusive()
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site once as a Pyro guide does, inside its plates: ``{site: [*site shape]}``."""
         if self.plate is None:
@@ -321,12 +366,10 @@ class ImplicitGuide(AutoContinuous):
         """Return the learned ``log q - log r`` to the contrast at draws ``u [S, D]``, ``None`` without one."""
         return None if self._log_ratio is None else self._log_ratio(u)
 
-    @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the unconstrained vector: ``u [S, D]``. Arguments as for `sample`."""
         return self.draw(num_samples, *args, **kwargs)[0]
 
-    @torch.no_grad()
     def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the posterior.
 
@@ -345,49 +388,112 @@ class ImplicitGuide(AutoContinuous):
         u, layout = self.draw(num_samples, *args, **kwargs)
         return layout.unpack(u)[0]
 
+    @exclusive()
     @torch.no_grad()
     def draw(self, num_samples: int, *args: Any, **kwargs: Any) -> tuple[Tensor, SiteLayout]:
         """Draw ``u [S, D]``; return it with the layout of its sites. Arguments as for `sample`."""
-        check_whole("num_samples", num_samples)
-        self._require_setup(*args, **kwargs)
+        num_samples = check_whole("num_samples", num_samples)
+        _require_setup(self, *args, **kwargs)
         if self.amortization is None:
-            return self.sampler(num_samples), self.layout
+            return self.sampler.draws(num_samples), self.layout
         require_data(*args, **kwargs)
         if self.plate is None:
             return self.get_posterior(*args, **kwargs).rsample((num_samples,)), self.layout
         run, rows = self._read_plate(*args, **kwargs)
-        check_finite(rows)
-        g, z = self.sampler(num_samples, rows)
-        layout = run.layout if len(rows) == run.layout.size else run.layout.resized(len(rows))
-        return layout.join(g, z), layout.all
+        return draw_plate(run, self.sampler, rows, num_samples)
 
-    @torch.no_grad()
     def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
         """Return the posterior median of each entry of each site: ``{site: [*site shape]}``."""
         draws = self.sample(num_samples, *args, **kwargs)
         return {name: value.median(0).values for name, value in draws.items()}
 
-    @torch.no_grad()
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, num_samples: int = 10_000, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return posterior quantiles, from ``num_samples`` draws: ``{site: [len(quantiles), *site shape]}``."""
+        """Return posterior quantiles, from ``num_samples`` draws: ``{site: [len(quantiles), *site shape]}``.
+
+        Raises:
+            OptionError: The quantiles are not numbers from 0 to 1.
+        """
+        shares = _shares(quantiles)
         draws = self.sample(num_samples, *args, **kwargs)
-        return {name: value.quantile(torch.as_tensor(quantiles).to(value), 0) for name, value in draws.items()}
+        return {name: quantiles_of(value, shares) for name, value in draws.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the sampler's state into a guide that has been set up."""
-        self._require_setup()
+        _require_setup(self)
         self.split_as(state_dict.get("sampler.weights"))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _require_setup(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_set_up:
-            return
-        try:
-            if not args and not kwargs:
-                raise TypeError("no arguments")
-            self.setup(*args, **kwargs)
-        except TypeError as error:
-            advice = "Train it, or call guide.setup(...) with the model's arguments, first."
-            raise SetupError.must_be("the guide", "set up with its model's arguments", error, advice) from error
+
+def quantiles_of(value: Tensor, shares: Tensor) -> Tensor:
+    """Return the quantiles of draws ``value [S, ...]``: ``[*shares shape, ...]``, of any number of draws."""
+    if len(value) <= 2**24:  # as many as torch takes
+        return value.quantile(shares.to(value), 0)
+    found: Tensor = torch.as_tensor(np.quantile(value.cpu().numpy(), shares.cpu().numpy(), axis=0)).to(value)
+    return found
+
+
+def _real(value: Any) -> Tensor | None:
+    """Return a value as a dense tensor of real numbers, ``None`` for anything else."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    is_dense = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
+    return tensor if is_dense and not tensor.is_complex() else None
+
+
+def _shares(quantiles: Sequence[float] | Tensor) -> Tensor:
+    shares = _real(quantiles)
+    if shares is None or shares.dim() > 1 or not ((shares >= 0) & (shares <= 1)).all():
+        raise OptionError.must_be("quantiles", "numbers from 0 to 1", repr(quantiles), "Pass one, or a list.")
+    return shares
+
+
+def _score_fixed(guide: ImplicitGuide, log_density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """Return the learned log density in a loss; raise `SetupError` if the loss could move the sampler along it."""
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in guide.parameters()):
+        message = "The learned density of an implicit posterior does not follow its sampler, so a loss that takes "
+        message += f"its gradient would ruin the guide. {TRAIN} Evaluate other losses under torch.no_grad()."
+        raise SetupError(message, faq="the-density-of-the-posterior-is-not-known")
+    return log_density(u)
+
+
+def _require_setup(guide: ImplicitGuide, *args: Any, **kwargs: Any) -> None:
+    if guide.is_set_up or (guide._stored is not None and not args and not kwargs):
+        return
+    try:
+        if not args and not kwargs:
+            raise TypeError("no arguments")
+        guide.setup(*args, **kwargs)
+    except TypeError as error:
+        advice = "Train it, or call guide.setup(...) with the model's arguments, first."
+        raise SetupError.must_be("the guide", "set up with its model's arguments", error, advice) from error
+
+
+@contextmanager
+def restored_on_error(guide: ImplicitGuide) -> Iterator[None]:
+    """Leave a guide as it was, networks and all, where an error or an interrupt ends the ``with`` block."""
+    trace, restore = guide.prototype_trace, guide._restore
+    networks = guide._modules.get("sampler")
+    densities = guide._log_density, guide._log_ratio
+    weights = {} if networks is None else {k: v.detach().clone() for k, v in networks.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        guide.prototype_trace, guide._restore = trace, restore
+        guide.set_log_density(*densities)
+        guide._modules.pop("sampler", None)
+        if networks is not None:
+            guide.sampler = networks
+            networks.load_state_dict(weights)
+        raise
+
+
+def _build_stored(guide: ImplicitGuide) -> None:
+    """Build the networks of a stored layout: they can draw before the guide has seen the model's arguments."""
+    if guide._stored is not None and guide._restore is not None:
+        with RandomStream(0):  # leaves the random numbers of the process alone
+            guide._layout, guide.sampler = guide._stored, guide._new_sampler(guide._stored.dim)
+        guide._restore(guide)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, nan
 from typing import Any
 
@@ -81,12 +82,19 @@ class PosteriorObjective:
 
     def scorer(self, target: Target, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
         """Return ``β log p(x, u) + (1 - β) log base(u)`` as a function of particles ``u [S, D]``: ``[S]`` in nats."""
+        return partial(self._score, target, beta)
 
-        def score(u: Tensor) -> Tensor:
-            log_p = target(u)
-            return log_p if beta == 1 else beta * log_p + (1 - beta) * self.log_base(u)
+    def _score(self, target: Target, beta: float, u: Tensor) -> Tensor:
+        log_p = target(u)
+        return log_p if beta == 1 else beta * log_p + (1 - beta) * self.log_base(u)
 
-        return score
+    def log_q(self, target: Target, u: Tensor) -> Tensor:
+        """Return the learned log density ``[S]`` of a guide of one posterior at ``u [S, D]``, in nats."""
+        return self.avb.log_q(u.to(self.sampler.loc), self.scorer(target))
+
+    def log_ratio(self, target: Target, u: Tensor) -> Tensor:
+        """Return the learned ``log q - log r`` ``[S]`` of a guide of one posterior at ``u [S, D]``, in nats."""
+        return self.avb.log_r_and_ratio(u.to(self.sampler.loc), self.scorer(target))[1]
 
     def log_base(self, u: Tensor) -> Tensor:
         """Return the log density ``[S]`` that a tempered fit starts from: the warm start, `REACH` times as wide.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from math import nextafter
 from typing import Any, TypedDict
 
 from torch import nn
@@ -11,28 +12,50 @@ from torch import nn
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.contrasts import Contrast
 from implicitvi.avb.ratios import RATIOS, RatioLoss
-from implicitvi.errors import OptionError, check_choice, check_positive, check_whole
+from implicitvi.errors import (
+    OptionError,
+    check_choice,
+    check_flag,
+    check_function,
+    check_number,
+    check_positive,
+    check_seed,
+    check_whole,
+    plain_number,
+)
 from implicitvi.pyro_model.compiled import check_compile
 from implicitvi.pyro_model.log_joint import MODES
 from implicitvi.training import Schedule
 from implicitvi.training.options import check_options, documented, option, optional
 
+MOST_RESTARTS = 1000  # each is a guide
+TEMPERING = "a share of the log joint above 0, or None"
 CONTRASTS = ("mixture", "gaussian", "diagonal", "flow", "moments", "prior")
 Pair = tuple[int, int]
 Rate = float | tuple[float, float]
 
 
-def _at_least(least: int) -> Callable[[str, Any], None]:
+def _at_least(least: int) -> Callable[[str, Any], object]:
     return lambda name, value: check_whole(name, value, least)
 
 
-def _choice_or_own(choices: Any) -> Callable[[str, Any], None]:
-    return lambda name, value: check_choice(name, value, choices) if isinstance(value, str) else None
+def _contrast(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        check_choice(name, value, CONTRASTS)
+    else:
+        check_function(name, value, "the name of a contrast, or a function of the latent dimension that returns one")
 
 
-def _share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise OptionError.must_be(name, "at least 0 and below 1", value)
+def _ratio(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        check_choice(name, value, RATIOS)
+    elif isinstance(value, type) or not all(callable(getattr(value, part, None)) for part in ("loss", "log_ratio")):
+        expected = f"one of {', '.join(map(repr, RATIOS))}, or a RatioLoss with the methods loss and log_ratio"
+        raise OptionError.must_be(name, expected, repr(value))
+
+
+def _share(name: str, value: Any) -> None:
+    check_number(name, value, "at least 0 and below 1", 0.0, nextafter(1.0, 0.0))
 
 
 @documented
@@ -60,6 +83,7 @@ class ElboSettings:
         "Gaussian. ``None`` for none. It would mislead the parameters of a model, amortized guides, and modes that are "
         "known before the first step.",
         group="schedule",
+        check=optional(lambda name, value: check_number(name, value, TEMPERING, nextafter(0.0, 1.0), 1.0)),
     )
     contrast: str | Callable[[int], Contrast] = option(
         "mixture",
@@ -69,21 +93,25 @@ class ElboSettings:
         '``"prior"`` are moved and scaled for each datum by its encoder, and ``"moments"`` has the closed-form moments '
         'of ``sampler="noise_basis"``.',
         group="objective",
-        check=_choice_or_own(CONTRASTS),
+        check=_contrast,
     )
     adversary: Callable[..., nn.Module] = option(
         GatedAdversary,
         "Function of the latent dimension, and of ``context_dim`` for an amortized guide, that returns the adversary.",
         group="objective",
+        check=lambda name, value: check_function(name, value, "a function of the latent dimension"),
     )
     informed: bool = option(
-        False, "Whether the adversary sees ``log p - log r`` beside the draws (`InformedAdversary`).", group="objective"
+        False,
+        "Whether the adversary sees ``log p - log r`` beside the draws (`InformedAdversary`).",
+        group="objective",
+        check=check_flag,
     )
     ratio: str | RatioLoss = option(
         "logistic",
         '``"logistic"``, ``"fgan_kl"``, ``"least_squares"``, or a `RatioLoss`.',
         group="objective",
-        check=_choice_or_own(RATIOS),
+        check=_ratio,
     )
     averaging: float = option(
         0.9,
@@ -103,7 +131,7 @@ class ElboSettings:
         "auto",
         'Mode of scoring the model: ``"auto"``, ``"vmap"``, ``"plate"`` or ``"loop"`` (`LogJoint`).',
         group="objective",
-        check=_choice_or_own(MODES),
+        check=lambda name, value: check_choice(name, value, MODES),
         decisive=False,
     )
     compile: str | None = option(
@@ -118,7 +146,9 @@ class ElboSettings:
     )
     warm_start: int = option(
         600,
-        "Steps of the Gaussian fit that gives the sampler its location and scale; 0 for none.",
+        "Most steps of the Gaussian fit that gives the sampler its location and scale (`first_gaussian`): of Adam if "
+        "the model has parameters, minibatches, more than 200 dimensions or an amortized guide; each path uphill takes "
+        "at most 100. 0 for no such fit.",
         group="start",
         check=_at_least(0),
     )
@@ -145,9 +175,12 @@ class ElboSettings:
         "Seed of the fit's own random numbers; ``None`` takes one from torch's default generator, so that "
         "``pyro.set_rng_seed`` decides.",
         group="run",
+        check=optional(check_seed),
     )
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain_number(getattr(self, each.name)))
         check_options(self)
         schedule = self.schedule
         ends = [schedule.at(step) for step in (0, self.num_steps)]
@@ -184,7 +217,7 @@ class Settings(ElboSettings):
         "Independent fits that `AVBSVI.run` makes, to see whether they agree (`Fit.agreement`). The guide is the first "
         "one's; the others have fresh copies of it and seeds that follow from ``seed``.",
         group="run",
-        check=check_whole,
+        check=lambda name, value: check_whole(name, value, 1, MOST_RESTARTS),
         decisive=False,
     )
 

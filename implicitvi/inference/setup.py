@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import InformedAdversary
@@ -26,8 +31,9 @@ from implicitvi.avb.ratios import RATIOS
 from implicitvi.avb.samplers import Sampler
 from implicitvi.errors import ImplicitVIError, ModelError, OptionError, SetupError, ShapeError
 from implicitvi.inference.amortization import AmortizedSampler
-from implicitvi.inference.gaussian_fit import amortized_gaussian_fit, gaussian_fit, refine_gaussian, starting_point
-from implicitvi.inference.guide import ImplicitGuide
+from implicitvi.inference.calls import KnownArguments, forms, outside_inference
+from implicitvi.inference.gaussian_fit import amortized_gaussian_fit
+from implicitvi.inference.guide import ImplicitGuide, restored_on_error
 from implicitvi.inference.minibatches import (
     DatasetMinibatches,
     Minibatch,
@@ -36,9 +42,11 @@ from implicitvi.inference.minibatches import (
     count_datasets,
     dataset,
 )
-from implicitvi.inference.modes import search_modes
+from implicitvi.inference.modes import Mode, search_modes
 from implicitvi.inference.objective import PosteriorObjective
+from implicitvi.inference.own_functions import check_own_functions, own_contrast
 from implicitvi.inference.settings import ElboSettings, Settings
+from implicitvi.inference.start import first_gaussian, starting_point
 from implicitvi.numerics.gaussian import moments
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
@@ -70,6 +78,7 @@ class Training:
         self,
         target: Target,
         objective: PosteriorObjective,
+        guide: ImplicitGuide,
         settings: ElboSettings,
         stream: RandomStream,
         *,
@@ -77,7 +86,8 @@ class Training:
     ):
         self.target = target
         self.objective = objective
-        self._devices = target.arguments.devices()
+        self._known = KnownArguments(target.arguments)
+        self._parts = (guide, settings, moves_sampler)
         self.trainer = Trainer(
             objective.players(lambda: self.target, with_sampler=moves_sampler),
             schedule=settings.schedule,
@@ -91,13 +101,64 @@ class Training:
         """Use these arguments of the model from now on.
 
         Raises:
-            ModelError: They are on another device than those of the first call.
+            ModelError: They are on another device than those of the first call, or cannot be fitted by the guide.
         """
-        if arguments.devices() != self._devices:
-            expected, got = (", ".join(sorted(each)) for each in (self._devices, arguments.devices()))
+        if self._known.are_last(arguments):
+            return
+        arguments = outside_inference(arguments)
+        if not self._known.cover(arguments):
+            self._check(arguments)
+        self._known.add(arguments)
+        self.target = self.target.at(arguments)
+
+    def _check(self, arguments: Arguments) -> None:
+        """Read the model at other arguments, as before the first step, without the fit's random numbers."""
+        first, guide = self._known.first, self._parts[0]
+        if arguments.tensors() and arguments.devices() != first.devices():
+            expected, got = (", ".join(sorted(each.devices())) for each in (first, arguments))
             what, advice = "the model's arguments", "Move them back; a fit stays on the device of its first call."
             raise ModelError.must_be(what, f"on {expected}", got, advice, faq="tensors-on-different-devices")
-        self.target = self.target.at(arguments)
+        one, model = arguments, self.target.model
+        problem: Exception | None = None
+        if guide.amortization is not None and guide.plate is None:
+            count_datasets(arguments)
+            one = dataset(0, arguments)
+        near = InitMessenger(init_to_value(values=self.target.values))(model)
+        for each in (model, near):  # a draw of the prior may be one at which a model cannot run
+            try:
+                with poutine.block(), torch.no_grad(), RandomStream(0), _one_device(arguments):
+                    return guide.build(Target(each, one, plate=guide.plate))
+            except ImplicitVIError:
+                raise
+            except Exception as error:  # whatever a model does with arguments that it does not take
+                problem = problem or error
+        got = f"{forms(arguments)}, at which it raised {first_line(problem) if problem else None}"
+        advice = "Call it with these arguments to see the error, and pass those that it takes."
+        what, expected = "the model's arguments", f"like those of the first call, {forms(first)}"
+        raise ModelError.must_be(what, expected, got, advice, faq="sites-or-shapes-have-changed") from problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return the parts of a copy: its players are made again, of its own objective."""
+        if self.objective.parameters:
+            names, advice = ", ".join(map(repr, self.objective.parameters)), "Use AVBSVI.save and AVBSVI.load."
+            got = f"{names}, which Pyro keeps outside of it"
+            raise ModelError.must_be("the model of a fit that is copied", "without parameters", got, advice)
+        parts = (self.target, self.objective, *self._parts, self.trainer.stream, self.trainer.state_dict())
+        return _copied, parts
+
+
+def _copied(
+    target: Target,
+    objective: PosteriorObjective,
+    guide: ImplicitGuide,
+    settings: ElboSettings,
+    moves_sampler: bool,
+    stream: RandomStream,
+    state: dict[str, Any],
+) -> Training:
+    training = Training(target, objective, guide, settings, stream, moves_sampler=moves_sampler)
+    training.trainer.load_state_dict(state)
+    return training
 
 
 class TrainingHolder:
@@ -180,11 +241,33 @@ def set_up(
         ModelError: The model cannot be fitted, or is not the guide's.
     """
     check_guide(guide)
-    target = Target(model, arguments, mode=settings.mode, plate=guide.plate)
-    with stream, _one_device(arguments):
+    target = Target(model, outside_inference(arguments), mode=settings.mode, plate=guide.plate)
+    with all_or_nothing(guide, model, stream), stream, _one_device(arguments):
         build = _posterior_objective if guide.amortization is None else _amortized_objective
         target, objective = build(target, guide, settings)
-    return Training(target, objective, settings, stream, moves_sampler=moves_sampler)
+    if not list(guide.sampler.parameters()):
+        raise OptionError.must_be("the sampler", "one with weights to train", type(guide.sampler).__name__)
+    return Training(target, objective, guide, settings, stream, moves_sampler=moves_sampler)
+
+
+@contextmanager
+def all_or_nothing(guide: ImplicitGuide, model: Model, stream: RandomStream) -> Iterator[None]:
+    """Leave guide, parameters and random numbers as they were where an error or an interrupt ends the block."""
+    position, store = stream.state_dict(), pyro.get_param_store()
+    own = [*model.parameters()] if isinstance(model, nn.Module) else []
+    names, leaves = set(store), [*(leaf for _, leaf in store.named_parameters()), *own]
+    values = [leaf.detach().clone() for leaf in leaves]
+    try:
+        with restored_on_error(guide):
+            yield
+    except BaseException:
+        stream.load_state_dict(position)
+        for name in set(store) - names:
+            del store[name]
+        with torch.no_grad():
+            for leaf, value in zip(leaves, values, strict=True):
+                leaf.copy_(value)
+        raise
 
 
 def check_guide(guide: object) -> None:
@@ -200,7 +283,7 @@ def _one_device(arguments: Arguments) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, ImplicitVIError) or " device" not in str(error):
+        if isinstance(error, ImplicitVIError) or not re.search("(same|expected|different) device", str(error)):
             raise
         got = f"{first_line(error)}, with arguments on {', '.join(sorted(arguments.devices()))}"
         advice = "Make constants from the data, as in dist.Normal(y.new_tensor(0.0), 1.0), or move the data."
@@ -213,6 +296,7 @@ def _posterior_objective(
 ) -> tuple[Target, PosteriorObjective]:
     """Return the target and the objective of a guide of one posterior."""
     guide.build(target)
+    check_own_functions(settings, guide.sampler.loc)
     target = target.near(guide.layout.unpack(guide.sampler.loc)[0])
     parameters = target.parameters
     _check_prior(target, settings)
@@ -229,8 +313,7 @@ def _posterior_objective(
     network = settings.adversary(target.layout.dim + contrast.extra_dim)
     avb = _avb(sampler, contrast, network, settings, informed=settings.informed)
     objective = PosteriorObjective(sampler, avb, parameters=parameters)
-    scorer = objective.scorer(target)
-    guide.set_log_density(lambda u: avb.log_q(u, scorer), lambda u: avb.log_r_and_ratio(u, scorer)[1])
+    guide.set_log_density(partial(objective.log_q, target), partial(objective.log_ratio, target))
     _warn_of_noise(objective, target, settings.num_steps)
     return target, objective
 
@@ -239,21 +322,19 @@ def _place(
     target: Target, guide: ImplicitGuide, settings: ElboSettings, start: Tensor, prior: ModelPrior | None
 ) -> None:
     """Give the sampler the location and scale of a Gaussian fit, and each far mode a sampler of its own."""
-    guide.sampler.set_affine(start, torch.eye(len(start)).to(start))
+    modes = [Mode(1.0, start, torch.eye(len(start)).to(start))]
     if target.sites_without_density:  # without the density of its prior a posterior has no Gaussian fit
         assert prior is not None
-        guide.sampler.set_affine(*moments(prior.sample((PRIOR_DRAWS,))))
+        modes = [Mode(1.0, *moments(prior.sample((PRIOR_DRAWS,))))]
     elif settings.warm_start:
         leaves = list(target.parameters.values())
-        place = gaussian_fit(target, start, parameters=leaves, num_steps=settings.warm_start)
-        if not target.log_joint.minibatches:  # each look sees another posterior
-            with RandomStream(0):  # leaves the fit's own random numbers alone
-                place = refine_gaussian(target, *place)
-        guide.sampler.set_affine(*place)
+        loc, scale_tril, ends = first_gaussian(target, start, parameters=leaves, num_steps=settings.warm_start)
+        modes = [Mode(1.0, loc, scale_tril)]
         # a sampler that draws in its own way would be passed over by a mixture
         draws_itself = type(guide.sampler).forward is not Sampler.forward
         if not leaves and prior is None and not draws_itself:
-            guide.split(search_modes(target, *place, max_modes=settings.max_modes, num_steps=settings.warm_start // 2))
+            modes = search_modes(target, loc, scale_tril, ends, max_modes=settings.max_modes)
+    guide.split(modes)
 
 
 def _amortized_objective(
@@ -282,6 +363,7 @@ def _amortized_objective(
         _build_for_dataset(guide, target)
         source = DatasetMinibatches(target.model, amortization, guide.layout, mode=settings.mode)
     sampler: AmortizedSampler = guide.sampler
+    check_own_functions(settings, sampler.local.loc, sampler.local.context_dim)
     batch = source.batch(arguments)
     if amortization.plate is None and not sampler.local.initialised:
         sampler.set_units(batch.rows)
@@ -364,7 +446,7 @@ def _contrast_of(sampler: Sampler, settings: ElboSettings) -> Contrast:
 def _contrast(dim: int, settings: ElboSettings) -> Contrast:
     """Return the contrast beside ``dim`` latents."""
     if not isinstance(settings.contrast, str):
-        return settings.contrast(dim)
+        return own_contrast(settings.contrast, dim)
     made: dict[str, Callable[[], Contrast]] = {
         "diagonal": DiagonalGaussianContrast,
         "gaussian": GaussianContrast,

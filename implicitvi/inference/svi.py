@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 from copy import copy
 from dataclasses import replace
 from math import nan
@@ -15,27 +16,31 @@ from torch import nn
 
 from implicitvi.avb.contrasts import Contrast
 from implicitvi.avb.ratios import RatioLoss
-from implicitvi.errors import ModelError, OptionError
+from implicitvi.diagnostics.amortized_modes import count_lost_modes, warn_of_lost_modes
+from implicitvi.errors import ModelError, OptionError, check_flag, check_function
+from implicitvi.inference.copies import Copyable
 from implicitvi.inference.fit import Fit, restart_folder
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.inference.persistence import SavedFit, check_density, log_density, made_by, present_config, save
 from implicitvi.inference.restarts import together, warn_of_disagreement
 from implicitvi.inference.settings import Options, Settings
 from implicitvi.inference.setup import TrainingHolder, check_guide, set_up
+from implicitvi.numerics.doors import exclusive, with_gradients
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.arguments import Arguments
 from implicitvi.pyro_model.parameters import parameter_values
 from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Callback, Checkpoint, Progress
-from implicitvi.training.callbacks import as_callbacks
+from implicitvi.training.callbacks import as_callbacks, for_restart
 from implicitvi.training.checkpoint import as_folder, check_same, holds_checkpoint
 from implicitvi.training.options import from_options, with_options
+from implicitvi.training.trainer import held_interrupt
 
 UNFINISHED: dict[str, Any] = {"seconds": 0.0, "setup_seconds": 0.0, "stop_reason": "unfinished"}
 
 
 @with_options(Settings)
-class AVBSVI(TrainingHolder):
+class AVBSVI(Copyable, TrainingHolder):
     """An adversarial variational Bayes fit of a Pyro model, with the contract of `pyro.infer.SVI`.
 
     Two players take turns: the adversary learns ``log q - log r``, the guide's sampler raises the ELBO that follows
@@ -77,16 +82,18 @@ class AVBSVI(TrainingHolder):
         **options: Unpack[Options],
     ):
         check_guide(guide)
+        check_function("model", model, "a function, the Pyro model")
         self.model = model
         self.guide = guide
         self.settings = from_options(Settings, options, settings, of=AVBSVI)
-        self.progress = progress
+        self.progress = check_flag("progress", progress)
         self.callbacks = as_callbacks(callbacks)
         self._stream = RandomStream(self.settings.seed)
         self._saved: SavedFit | None = None  # a state to continue from
         self._record: dict[str, Any] = dict(UNFINISHED)
         self._restarts = [self._restart(key) for key in range(1, self.settings.restarts)]
 
+    @with_gradients()
     def setup(self, *args: Any, **kwargs: Any) -> AVBSVI:
         """Do everything that precedes the first step, the warm start included; later only take the arguments.
 
@@ -102,7 +109,7 @@ class AVBSVI(TrainingHolder):
         if self._restarts and self.objective.parameters:
             got = f"{', '.join(map(repr, self.objective.parameters))}. Use restarts=1, or fit copies of the model"
             raise ModelError.must_be("a model with restarts", "without parameters, which they would share", got)
-        self.trainer.write = self._write
+        self.trainer.write, self.trainer.guide = self._write, self.guide
         if self._saved is not None:
             check_same(self._saved.config, present_config(self.guide, self.trainer))
             self.trainer.load_state_dict(self._saved.state["fit"])
@@ -113,6 +120,7 @@ class AVBSVI(TrainingHolder):
                 other.setup(*args, **kwargs)
         return self
 
+    @with_gradients()
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step on the schedule with the model's arguments; return the loss in nats.
 
@@ -127,6 +135,7 @@ class AVBSVI(TrainingHolder):
         self.setup(*args, **kwargs)
         return float(self.trainer.step()["sampler"])
 
+    @with_gradients()
     def run(self, *args: Any, checkpoint: str | Path | None = None, every: int | None = None, **kwargs: Any) -> Fit:
         """Train to the horizon with the model's arguments; an interrupt keeps everything learned so far.
 
@@ -147,6 +156,7 @@ class AVBSVI(TrainingHolder):
             ModelError: The model cannot be fitted by this guide.
             CheckpointError: The checkpoint in the folder is damaged, or of another model or other options.
         """
+        checkpoint = None if checkpoint is None else as_folder(checkpoint, writable=True)
         fits = [self._run(args, kwargs, checkpoint, every)]
         for key, other in enumerate(self._restarts, 1):
             if fits[-1].stop_reason == "interrupted":
@@ -169,6 +179,7 @@ class AVBSVI(TrainingHolder):
         Raises:
             SetupError: The fit has not seen its model yet.
         """
+        self.trainer.write = self._write
         self.trainer.save(folder)
 
     @classmethod
@@ -186,8 +197,8 @@ class AVBSVI(TrainingHolder):
     ) -> AVBSVI:
         """Load a fit that `Fit.save` or `run` wrote; nothing in the folder is executed.
 
-        The guide draws as soon as it gets the model's arguments, ``svi.guide.sample(1000, *args)``. `setup` or `run`,
-        which take them too, continue the training.
+        The guide draws at once, ``svi.guide.sample(1000)``; it needs the model's arguments if it is amortized or a
+        latent site has an unusual support. `setup` or `run`, which take them, continue the training.
 
         Args:
             folder: Folder of the fit.
@@ -213,10 +224,10 @@ class AVBSVI(TrainingHolder):
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     svi.run(torch.ones(3)).save(folder)
             ...     again = AVBSVI.load(folder, model)
-            >>> again.guide.sample(5, torch.ones(3))["mu"].shape
+            >>> again.guide.sample(5)["mu"].shape
             torch.Size([5])
         """
-        saved = SavedFit.read(as_folder(folder))
+        saved = SavedFit.read(folder := as_folder(folder))
         options = saved.options_with({"contrast": contrast, "adversary": adversary, "ratio": ratio}, guide)
         guide = ImplicitGuide(model, **saved.guide_options) if guide is None else guide
         svi = cls(model, guide, **options, progress=progress, callbacks=callbacks)
@@ -227,6 +238,7 @@ class AVBSVI(TrainingHolder):
                 other._continue_from(SavedFit.read(own))
         return svi
 
+    @exclusive()
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss of fresh draws, untempered, in nats; only the stream of random numbers moves on."""
@@ -240,44 +252,39 @@ class AVBSVI(TrainingHolder):
         """Return the same options around another guide and other random numbers."""
         other, seed = copy(self), self.settings.seed
         other.guide = self.guide.fresh_copy()
+        other.callbacks = for_restart(self.callbacks, restart_folder("", key).name, self.guide)
         seed = None if seed is None else derived_seed(seed, key)
         other.settings = replace(self.settings, restarts=1, seed=seed)
         other._stream = RandomStream(seed)
         other._restarts = []
         return other
 
-    def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], checkpoint: str | Path | None, every: int | None
-    ) -> Fit:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], checkpoint: Path | None, every: int | None) -> Fit:
         """Run this fit without its restarts."""
         began = time.perf_counter()
-        keeper = self._keeper(checkpoint, every)
-        resumed = checkpoint is not None and self._continue_from_later(as_folder(checkpoint))
+        keeper = _keeper(checkpoint, every, self.schedule.num_steps)
+        resumed = checkpoint is not None and self._continue_from_later(checkpoint)
         then = nan if self._saved is None else self._saved.log_density
-        self.setup(*args, **kwargs)
-        if resumed:
-            check_density(then, log_density(self.guide, self.target))
-        setup_seconds = time.perf_counter() - began
-        if resumed and self.trainer.step_count >= self.schedule.num_steps:
-            return self._fit()
-        self._record = UNFINISHED | {"setup_seconds": setup_seconds}
-        stop_reason = self._train(*self.callbacks, *([] if keeper is None else [keeper]))
-        self._record |= {"seconds": time.perf_counter() - began, "stop_reason": stop_reason}
+        labels = {"sampler": "loss", "adversary": "adversary"}
+        with closing(Progress(0, labels)) if self.progress else nullcontext() as bar:
+            self.setup(*args, **kwargs)
+            if resumed:
+                check_density(then, log_density(self.guide, self.target))
+            if resumed and self.trainer.step_count >= self.schedule.num_steps:
+                return self._fit()
+            self._record = UNFINISHED | {"setup_seconds": time.perf_counter() - began}
+            # up to the horizon, after it as many steps again
+            num_steps, taken = self.schedule.num_steps, self.trainer.step_count
+            ahead = num_steps - taken if taken < num_steps else num_steps
+            if bar is not None:
+                bar.begin(ahead)
+            watchers = [*([] if bar is None else [bar]), *self.callbacks, *([] if keeper is None else [keeper])]
+            stop_reason = self.trainer.run(ahead, watchers)
+        self._record |= _lost_modes(self) | {"seconds": time.perf_counter() - began, "stop_reason": stop_reason}
         if checkpoint is not None:
-            self.save(checkpoint)
+            with held_interrupt():  # the run is over
+                self.save(checkpoint)
         return self._fit()
-
-    def _train(self, *callbacks: Callback) -> str:
-        """Step up to the horizon, after it as many steps again; return why the run stopped."""
-        num_steps, taken = self.schedule.num_steps, self.trainer.step_count
-        ahead = num_steps - taken if taken < num_steps else num_steps
-        if not self.progress:
-            return self.trainer.run(ahead, callbacks)
-        bar = Progress(ahead, {"sampler": "loss", "adversary": "adversary"})
-        try:
-            return self.trainer.run(ahead, (bar, *callbacks))
-        finally:
-            bar.close()
 
     def _fit(self) -> Fit:
         trainer, target = self.trainer, self.target
@@ -295,15 +302,6 @@ class AVBSVI(TrainingHolder):
             write=self.save,
             **self._record,
         )
-
-    def _keeper(self, checkpoint: str | Path | None, every: int | None) -> Checkpoint | None:
-        if checkpoint is not None:
-            default = max(1, self.schedule.num_steps // 20)
-            return Checkpoint(checkpoint, every=default if every is None else every)
-        if every is not None:
-            advice = "Pass checkpoint=folder too; pass an argument of the model with that name by position."
-            raise OptionError(f"every must be given with checkpoint, got every={every!r} alone. {advice}")
-        return None
 
     def _continue_from_later(self, folder: Path) -> bool:
         """Continue from the state in a folder if it is later than the present one; return whether it is."""
@@ -323,7 +321,7 @@ class AVBSVI(TrainingHolder):
         """Restore the guide from a state, and the trainer when it is set up."""
         saved.check_options(made_by(self.guide, self.settings))
         self._saved = saved
-        self.guide.restore_with(saved.restore)
+        self.guide.restore_with(saved.restore, saved.layout)
 
     def _write(self, folder: Path, notes: dict[str, Any]) -> None:
         save(
@@ -335,3 +333,22 @@ class AVBSVI(TrainingHolder):
             density=log_density(self.guide, self.target),
             notes=notes,
         )
+
+
+def _keeper(checkpoint: Path | None, every: int | None, num_steps: int) -> Checkpoint | None:
+    """Return the callback that writes the states of a run, ``None`` where they are not wanted."""
+    if checkpoint is not None:
+        return Checkpoint(checkpoint, every=max(1, num_steps // 20) if every is None else every)
+    if every is not None:
+        advice = "Pass checkpoint=folder too; pass an argument of the model with that name by position."
+        raise OptionError(f"every must be given with checkpoint, got every={every!r} alone. {advice}")
+    return None
+
+
+def _lost_modes(svi: AVBSVI) -> dict[str, Any]:
+    """Return the record of the data for which an amortized guide has lost a mode, and warn if there are some."""
+    if svi.guide.amortization is None:
+        return {}
+    found = count_lost_modes(svi.guide.sampler, svi.objective.source, svi.target.arguments)
+    warn_of_lost_modes(found)
+    return {"lost_modes": found}
