@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import fields
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -18,20 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from implicitvi import StopTraining
+from implicitvi import Checkpoint, StopTraining
 from implicitvi.avb.adversaries import PairwiseAdversary
 from implicitvi.avb.samplers import NoiseBasisSampler
-from implicitvi.errors import ImplicitVIError, ModelError, NonFiniteError, OptionError, ShapeError
+from implicitvi.errors import CheckpointError, ImplicitVIError, ModelError, NonFiniteError, OptionError, ShapeError
 from implicitvi.nn import mlp
 from implicitvi.training import Trainer
-from implicitvi.vae import AVB, VAE
+from implicitvi.training.trainer import LOOK_EVERY
+from implicitvi.vae import AAE, ASVAE, AVB, VAE
 from implicitvi.vae.data import batches_of
-from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, likelihood_of
+from implicitvi.vae.decoders import BernoulliLikelihood, Decoder, GaussianLikelihood, likelihood_of
 from implicitvi.vae.distributions import Implicit
 from implicitvi.vae.encoders import GaussianEncoder, ImplicitEncoder
-from implicitvi.vae.fitting import VAEFit
+from implicitvi.vae.fitting import VAEFit, _Look
 from implicitvi.vae.model import LatentModel
 from implicitvi.vae.settings import FitOptions, FitSettings
+from vae_contracts import SYSTEMS
 
 X, Z, H = 6, 2, 8
 
@@ -324,8 +330,8 @@ def test_the_guard_says_where_values_cease_to_be_finite() -> None:
     poisoned = data()
     poisoned[11:] = torch.nan
     loader = DataLoader(poisoned, 4)  # its first batch is fine
-    with pytest.raises(NonFiniteError, match="4 of the 4 rows of the batch are not finite"):
-        fit(vae(), loader, max_skips=2)
+    with pytest.raises(ModelError, match=r"Batch 3 of epoch 1 cannot be used\. Data must be finite, got 1 of 4 rows"):
+        fit(vae(), loader)
 
 
 def test_the_summary_says_it_all() -> None:
@@ -507,6 +513,552 @@ def test_encode_takes_what_fit_takes() -> None:
     assert model.encode(data().double().numpy()).shape == (20, Z)
     assert isinstance(model.prior(), torch.distributions.Distribution)
     assert not isinstance(model.encoder(data()), Implicit)
+
+
+# never silently wrong
+
+
+def fresh(network: nn.Module) -> VAE:
+    return VAE(GaussianEncoder(network), decoder(), Z)
+
+
+def halved_in_place(x: Tensor) -> Tensor:
+    return x.mul_(0.5)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "float32 array", "list of batches", "batches of tuples"])
+def test_the_users_data_are_never_written_to(kind: str) -> None:
+    """A transform may work in place: on data and on validation data, as rows or as batches that the user holds."""
+    rows, batches = data(), [data(8), data(8)]
+    given = {"tensor": rows, "float32 array": rows.numpy(), "list of batches": batches}.get(
+        kind, [(b,) for b in batches]
+    )
+    fit(vae(), given, validation=given, transform=halved_in_place)
+    assert torch.equal(rows, data()) and all(torch.equal(batch, data(8)) for batch in batches)
+
+
+def test_networks_that_change_their_input_are_refused() -> None:
+    with pytest.raises(ModelError, match="The encoder must not change its input in place"):
+        fresh(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(X, 2 * Z)))
+    with pytest.raises(ModelError, match="The decoder must not change its input in place"):
+        network = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(Z, X))
+        VAE(vae().encoder, Decoder(network, BernoulliLikelihood([X])), Z)
+
+
+def one_hot(x: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(x[:, 0].long(), X).float()
+
+
+LATER: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
+    "range": (lambda x: 255 * x, OptionError, r"from 0 to 255 in 8 of 8 rows \(first: 0\)"),
+    "negative": (lambda x: x.where(torch.arange(8)[:, None] < 5, -5.0), OptionError, r"in 3 of 8 rows \(first: 5\)"),
+    "NaN": (lambda x: x.where(torch.arange(8)[:, None] != 2, torch.nan), ModelError, r"1 of 8 rows \(first: 2\)"),
+    "infinite": (lambda x: x / 0, ModelError, "Data must be finite, got 8 of 8 rows"),
+    "shape": (lambda x: x[:, :5], ShapeError, r"of shape \[N, 6\], got \[8, 5\]"),
+    "no rows": (lambda x: x[:0], ShapeError, "at least one row"),
+    "no tensor": (lambda x: "words", OptionError, "must be numbers"),  # type: ignore[return-value, arg-type]
+}
+
+
+@pytest.mark.parametrize(("case", "door"), [*product(LATER, ["loader", "validation", "transform", "tuples"])])
+def test_every_batch_is_looked_at(case: str, door: str) -> None:
+    """Not only the first; the error names the batch and its first bad row, and the model is not left in training."""
+    spoil, error, words = LATER[case]
+    batches = [data(8), spoil(data(8))]
+    number, model = 0, vae()
+
+    def transform(x: Tensor) -> Tensor:
+        nonlocal number
+        number += 1
+        return spoil(x) if number == 3 else x  # the first is looked at before the first step
+
+    given: dict[str, Any] = {
+        "loader": {"train": batches},
+        "validation": {"validation": batches},
+        "transform": {"train": data(24), "transform": transform},
+        "tuples": {"train": [(b.double() if isinstance(b, Tensor) else b, 0) for b in batches]},
+    }[door]
+    with pytest.raises(error, match=f"(?s){words}"):
+        fit(model, **given)
+    assert not model.training
+
+
+def test_of_the_batch_and_of_one_hot_data_the_place_is_named() -> None:
+    with pytest.raises(
+        OptionError, match=r"^Batch 2 of the validation data after epoch 1 cannot be used\. Data of a Ber"
+    ):
+        fit(vae(), validation=[data(8), 2 * data(8)])
+    torch.manual_seed(0)
+    model = VAE(GaussianEncoder(mlp([X, H, 2 * Z])), Decoder(mlp([Z, H, X]), likelihood_of("categorical", [X])), Z)
+    rows = one_hot(data())
+    rows[5] = 0.5
+    with pytest.raises(
+        OptionError, match=r"Batch 2 of epoch 1 .* one-hot along the last axis, got others in 1 of 8 rows"
+    ):
+        fit(model, [one_hot(data(8)), rows[:8]])
+
+
+def test_on_an_accelerator_verdicts_are_read_later_and_the_batch_is_named() -> None:
+    look = _Look(vae(), "of epoch 3", at_once=False)
+    for _ in range(LOOK_EVERY - 1):
+        look(data(8))
+    with pytest.raises(ModelError, match="Batch 10 of epoch 3 must have finite values, within the limits"):
+        look(2 * data(8))
+    look(data(8))
+    look(data(8) / 0)
+    with pytest.raises(ModelError, match="Batch 12 of epoch 3"):
+        look.read()
+    look.read()
+
+
+def test_a_likelihood_of_ones_own_is_asked_about_every_batch() -> None:
+    class Positive(GaussianLikelihood):
+        def check(self, x: Tensor) -> None:
+            if (x < 0).any():
+                raise OptionError("Data must be positive.")
+
+    model = VAE(GaussianEncoder(mlp([X, H, 2 * Z])), Decoder(mlp([Z, H, X]), Positive([X])), Z)
+    with pytest.raises(OptionError, match=r"Batch 2 of epoch 1 cannot be used\. Data must be positive"):
+        fit(model, [data(8), -data(8)])
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Any]] = {
+    "float64": lambda x: x.double(),
+    "whole numbers": lambda x: x.long(),
+    "list": lambda x: x.tolist(),
+    "array": lambda x: x.numpy(),
+    "gradients": lambda x: x.clone().requires_grad_(),
+    "inference": torch.inference_mode()(lambda x: 1 * x),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_what_a_transform_returns_is_brought_to_the_model(kind: str) -> None:
+    assert same(fit(vae(), transform=TRANSFORMS[kind]).model, fit(vae()).model)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float16", "uint64", "with gradients", "of inference mode"])
+def test_data_of_unusual_kinds_give_the_numbers_of_plain_ones(kind: str, tmp_path: Path) -> None:
+    given: Any = {
+        "uint16": lambda: data().numpy().astype("uint16"),
+        "float16": lambda: data().half(),
+        "uint64": lambda: data().to(torch.uint64),
+        "with gradients": lambda: data().requires_grad_(),
+        "of inference mode": torch.inference_mode()(lambda: data().clone()),
+    }[kind]()
+    assert same(fit(vae(), given, checkpoint=tmp_path).model, fit(vae()).model)
+
+
+class Unnumbered(Dataset[Any]):
+    def __getitem__(self, index: int) -> Tensor:
+        return data()[index]
+
+
+def closed_over(scale: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * scale
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"train": DataLoader(data(), 8)}, {"train": DataLoader(1 - data(), 8)}, "its data must be 20 items"),
+        ({"train": Rows(data())}, {"train": Rows(1 - data())}, "its data must be 20 items of a Rows"),
+        ({"train": DataLoader(data(), 8)}, {"train": DataLoader(data(), 8, shuffle=True)}, ""),
+        (
+            {"train": list(data().split(10))},
+            {"train": list((1 - data()).split(10))},
+            "its data must be 2 items of a li",
+        ),
+        (
+            {"train": DataLoader(data(), 10), "batch_size": 10},
+            {"train": data(), "batch_size": 10},
+            "its data must be 20 rows",
+        ),
+        ({"validation": data()}, {"validation": 1 - data()}, "its validation must be 20 rows"),
+        ({"validation": data()}, {}, ""),
+        ({}, {"transform": torch.bernoulli}, "its transform must be .*bernoulli.*, got none"),
+        ({"transform": torch.bernoulli}, {"transform": torch.abs}, "its transform must be .*abs"),
+        ({"transform": lambda x: x * 0.5}, {"transform": lambda x: x * 0.25}, "its transform"),
+        ({"transform": closed_over(0.5)}, {"transform": closed_over(0.25)}, "its transform"),
+        ({"transform": partial(torch.mul, other=0.5)}, {"transform": partial(torch.mul, other=0.1)}, "its transform"),
+        ({"transform": nn.Dropout(0.0)}, {"transform": nn.Threshold(0.0, 0.0)}, "its transform"),
+        ({"transform": closed_over(0.5)}, {"transform": closed_over(0.5)}, ""),
+        ({"lr": [1e-3, 1e-4]}, {"lr": (1e-3, 1e-4)}, ""),
+        ({"lr": np.float64(1e-3), "seed": np.int64(0)}, {"lr": 1e-3}, ""),
+        ({"ema": 0.5}, {"ema": 0.6}, "ema: 0.6"),
+    ],
+)
+def test_a_checkpoint_is_not_resumed_with_other_data_or_another_transform(
+    before: dict[str, Any], after: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Without words the second fit resumes."""
+    fit(vae(), checkpoint=tmp_path, **before)
+    if words:
+        with pytest.raises(CheckpointError, match=words):
+            fit(vae(), checkpoint=tmp_path, **after)
+    else:
+        assert fit(vae(), checkpoint=tmp_path, **after).resumed == 3
+
+
+def test_a_checkpoint_is_not_resumed_by_another_objective(tmp_path: Path) -> None:
+    """Of the same class, with the same weights."""
+    torch.manual_seed(0)
+    fit(VAE(vae().encoder, decoder(), Z), checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="its model must be num_importance: 3, got num_importance: 1"):
+        fit(VAE(vae().encoder, decoder(), Z, num_importance=3), checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="its model must be encoder.network.1: Tanh, got encoder.network.1: ELU"):
+        fit(VAE(GaussianEncoder(mlp([X, H, 2 * Z], nn.Tanh)), decoder(), Z), checkpoint=tmp_path)
+    (frozen := vae()).decoder.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="its frozen weights must be"):
+        fit(frozen, checkpoint=tmp_path)
+
+
+class Drawing(Rows):
+    """Rows augmented by numpy's global generator."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.rows[index] * float(np.random.rand()), index
+
+
+class Moving(Rows):
+    """Rows augmented by a generator of the dataset's own."""
+
+    generator = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.rows[index] * float(self.generator.random()), index
+
+
+@pytest.mark.parametrize("kind", [Drawing, Moving])
+def test_to_recognise_data_takes_no_random_numbers_and_no_augmentation_is_refused(
+    kind: Callable[[Tensor], Rows], tmp_path: Path
+) -> None:
+    outside = np.random.get_state()
+    try:
+        fit(vae(), DataLoader(kind(data()), 8))
+        after = np.random.rand()
+        np.random.set_state(outside)
+        fit(vae(), DataLoader(kind(data()), 8), checkpoint=tmp_path)
+        assert np.random.rand() == after
+        assert fit(vae(), DataLoader(kind(data()), 8), checkpoint=tmp_path).resumed == 3
+    finally:
+        np.random.set_state(outside)
+
+
+def test_folders_are_checked_before_the_first_step(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (3, b"abc", file, file / "x"):
+        with pytest.raises(OptionError, match="folder must be"):
+            fit(vae(), checkpoint=folder, callbacks=[lambda trainer: pytest.fail("a step was taken")])
+
+
+def test_one_folder_for_the_states_of_epochs_and_of_steps_is_refused(tmp_path: Path) -> None:
+    words = "checkpoint must not be the folder of a callback"
+    same_folder = tmp_path / ".." / tmp_path.name
+    for callback, folder in (
+        (Checkpoint(tmp_path), tmp_path),
+        (Checkpoint(same_folder), str(tmp_path)),
+        (Checkpoint(tmp_path, best=lambda trainer: 0.0), tmp_path / "best"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            FitSettings(checkpoint=folder, callbacks=[callback])
+    FitSettings(checkpoint=tmp_path / "best", callbacks=[Checkpoint(tmp_path)])
+    with pytest.raises(OptionError, match=words):
+        fit(vae(), checkpoint=tmp_path, callbacks=[lambda trainer: trainer.save(tmp_path)])
+    assert fit(vae(), checkpoint=tmp_path, callbacks=[Checkpoint(tmp_path / "steps", every=2)]).resumed == 0
+    assert fit(vae(), checkpoint=tmp_path).resumed == 3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("turn", [0, 3])
+def test_a_fit_interrupted_between_two_turns_resumes_as_if_it_had_not_been(
+    objective: str, turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same model: in the first epoch, whose start is stored, and later."""
+    whole = fit(OBJECTIVES[objective]())
+    model, turns = OBJECTIVES[objective](), iter(range(99))
+    loss = model._loss  # type: ignore[operator]
+
+    def interrupted(*args: Any) -> Any:
+        if next(turns) == turn:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(model, "_loss", interrupted)
+    assert fit(model, checkpoint=tmp_path).stop_reason == "interrupted"
+    again = fit(model, checkpoint=tmp_path)
+    assert again.stop_reason == "finished" and again.resumed == turn // 2
+    assert same(model, whole.model)
+    assert all(np.array_equal(whole.history[name], again.history[name]) for name in whole.history.names())
+
+
+def test_options_may_change_until_an_epoch_is_complete(tmp_path: Path) -> None:
+    def stop(trainer: Trainer) -> None:
+        raise StopTraining("at once")
+
+    fit(vae(), checkpoint=tmp_path, callbacks=[stop])
+    assert same(fit(vae(1), checkpoint=tmp_path, lr=1e-2).model, fit(vae(1), lr=1e-2).model)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_is_frozen_stays_and_the_rest_learns(name: str, part: str) -> None:
+    model = SYSTEMS[name]()
+    model.get_submodule(part).requires_grad_(False)
+    before = weights(model)
+    fit(model, data(20, 4), epochs=1)
+    moved = {key.split(".")[0] for key, value in weights(model).items() if not value.equal(before[key])}
+    assert part not in moved and moved
+
+
+def test_frozen_models_and_adversaries_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"The model must have weights to train, and all of them are frozen\. Call req"
+    ):
+        fit(vae().requires_grad_(False))
+    (model := avb()).adversary.requires_grad_(False)
+    with pytest.raises(ModelError, match="The adversary must have weights to train"):
+        fit(model)
+    (model := avb()).requires_grad_(False).adversary.requires_grad_(True)
+    with pytest.raises(ModelError, match="The model must have weights to train"):
+        fit(model)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_fit_needs_no_gradients_around_it(around: Any) -> None:
+    whole, model = fit(vae(), validation=data()), vae()
+    with around():
+        done = fit(model, validation=data())
+        evidence = model.log_evidence(data(2), num_steps=3)
+    assert same(model, whole.model) and done.validation == whole.validation
+    assert torch.equal(evidence, whole.model.log_evidence(data(2), num_steps=3))
+
+
+def test_weights_that_cannot_be_trained_are_refused() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ModelError, match=r"weights must be float32 or float64, got torch.*precision='bfloat16'"):
+            fit(vae().to(dtype))
+        with pytest.raises(ModelError, match="weights must be float32 or float64"):
+            vae().to(dtype).log_evidence(data(2))
+    with torch.inference_mode():
+        model = vae()
+    with pytest.raises(ModelError, match=r"ordinary tensors, got inference tensors\. Make the model outside"):
+        fit(model)
+
+
+def test_an_averaged_adversary_follows_its_model_to_another_dtype() -> None:
+    """It is not one of the model's modules, and its buffers are new tensors after the move."""
+    model = avb(averaging=0.5, informed=True).double()
+    done = fit(model)
+    (average, latest) = ([*network.buffers()] for network in (model._objective.average, model.adversary))  # type: ignore[union-attr]
+    assert done.skipped == 0 and len(average) > 0
+    assert all(a.dtype == torch.float64 and torch.equal(a, b) for a, b in zip(average, latest, strict=True))
+
+
+class Failing(Rows):
+    """A dataset with a file that cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 17:
+            raise ValueError("broken")
+        return self.rows[index], index
+
+
+@pytest.mark.parametrize("case", ["finished", "interrupted", "broken", "bad", "broken validation"])
+def test_worker_processes_of_a_loader_are_gone_after_the_fit(case: str) -> None:
+    def interrupt(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    before = set(multiprocessing.active_children())
+    rows = torch.cat([data(8), 2 * data(12)]) if case == "bad" else data()
+    loader = DataLoader(Failing(rows) if "broken" in case else TensorDataset(rows), 8, num_workers=1)
+    given = {"train": data(), "validation": loader} if case == "broken validation" else {"train": loader}
+    caught: list[BaseException] = []  # its traceback keeps the frames of the fit
+    try:
+        fit(vae(), epochs=1, callbacks=[interrupt] if case == "interrupted" else [], **given)
+    except (ValueError, OptionError) as error:
+        caught.append(error)
+    assert bool(caught) == (case not in ("finished", "interrupted"))
+    assert not set(multiprocessing.active_children()) - before
+
+
+MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "encode(x, -1)": (lambda: vae().encode(data(), -1), OptionError, "num_samples must be an int >= 1, got -1"),
+    "encode(x, 1.5)": (lambda: vae().encode(data(), 1.5), OptionError, "num_samples must be an int >= 1, got 1.5"),  # type: ignore[arg-type]
+    "encode(x, 0)": (lambda: vae().encode(data(), 0), OptionError, "num_samples must be an int >= 1, got 0"),
+    "encode(no rows)": (lambda: vae().encode(data(0)), ShapeError, "at least one row"),
+    "encode(None)": (lambda: vae().encode(None), OptionError, "Data must be numbers"),  # type: ignore[arg-type]
+    "encode(words)": (lambda: vae().encode("ab"), OptionError, "Data must be numbers"),  # type: ignore[arg-type]
+    "encode(sparse)": (lambda: vae().encode(data().to_sparse()), ShapeError, r"a dense tensor with values.*to_dense"),
+    "reconstruct(255 x)": (lambda: vae().reconstruct(255 * data()), OptionError, "by 255"),
+    "decode(None)": (lambda: vae().decode(None), OptionError, "Codes must be numbers"),  # type: ignore[arg-type]
+    "decode(NaN)": (
+        lambda: vae().decode(torch.full((3, Z), torch.nan)),
+        ModelError,
+        "Codes must be finite, got others in 3",
+    ),
+    "decode(5 dims)": (
+        lambda: vae().decode(torch.zeros(3, 5)),
+        ShapeError,
+        r"Codes must be of shape \[..., 2\], got \[3, 5\]",
+    ),
+    "sample('3')": (lambda: vae().sample("3"), OptionError, "num_samples must be an int"),  # type: ignore[arg-type]
+    "elbo of images without channel": (
+        lambda: VAE.dense((1, 2, 3), Z, hidden=(H,)).elbo(torch.rand(4, 2, 3)),
+        ShapeError,
+        r"of shape \[N, 1, 2, 3\], got \[4, 2, 3\]",
+    ),
+    "log_joint of rows": (lambda: vae().log_joint(torch.zeros(4, Z), data(4, 5)), ShapeError, r"got \[4, 5\]"),
+    "log_evidence(no rows)": (lambda: vae().log_evidence(data(0)), ShapeError, "at least one row"),
+    "log_evidence(num_step=5)": (
+        lambda: vae().log_evidence(data(), num_step=5),
+        TypeError,
+        "unexpected keyword argument 'num_step' for method 'ais'. Did you mean 'num_steps'?",
+    ),
+    "log_evidence(loc=1)": (lambda: vae().log_evidence(data(), loc=1), TypeError, "argument 'loc' for method 'ais'"),
+    "log_evidence('iwae', num_steps=5)": (
+        lambda: vae().log_evidence(data(), "iwae", num_steps=5),
+        TypeError,
+        "'num_steps' for method 'iwae'",
+    ),
+    "log_evidence(seed='a')": (lambda: vae().log_evidence(data(), seed="a"), OptionError, "seed must be an int"),  # type: ignore[arg-type]
+    "fit(seed=1.5)": (
+        lambda: fit(vae(), seed=1.5),
+        OptionError,
+        "seed must be an int of at most 64 bits, or None, got 1.5",
+    ),
+    "fit(seed=2**70)": (lambda: fit(vae(), seed=2**70), OptionError, "seed must be an int of at most 64 bits"),
+    "fit(ema='0.9')": (lambda: fit(vae(), ema="0.9"), OptionError, "ema must be between 0 and 1, got '0.9'"),
+    "fit(sparse)": (
+        lambda: fit(vae(), data().to_sparse()),
+        ShapeError,
+        "a dense tensor with values, got torch.sparse_coo",
+    ),
+    "fit(meta)": (lambda: fit(vae(), data().to("meta")), ShapeError, "a dense tensor with values, got a meta tensor"),
+    "fit(masked)": (lambda: fit(vae(), np.ma.array(data().numpy())), OptionError, "an array without a mask"),
+    "fit(Dataset without a length)": (lambda: fit(vae(), Unnumbered()), OptionError, "must have a length.*__len__"),
+    "VAE(None, None, None)": (
+        lambda: VAE(None, None, None),
+        ModelError,
+        "The encoder must be a torch.nn.Module, got NoneType",
+    ),  # type: ignore[arg-type]
+    "VAE(a class)": (
+        lambda: VAE(GaussianEncoder, decoder(), Z),  # type: ignore[arg-type]
+        ModelError,
+        "got the class GaussianEncoder",
+    ),
+    "VAE(prior=None)": (
+        lambda: VAE(vae().encoder, decoder(), None),
+        OptionError,
+        "prior must be a number of dimensions",
+    ),
+    "VAE(prior=2.0)": (
+        lambda: VAE(vae().encoder, decoder(), 2.0),
+        OptionError,
+        "prior must be a number of dim.*got 2.0",
+    ),
+    "VAE(draws that are lists)": (
+        lambda: VAE(vae().encoder, decoder(), lambda n: [[0.0] * Z] * n),
+        ShapeError,
+        r"must be a tensor of shape \(2, D\), got list",
+    ),
+    "AVB(adversary=None)": (
+        lambda: AVB(avb().encoder, decoder(), Z, None),  # type: ignore[arg-type]
+        ModelError,
+        "The adversary must be a torch.nn.Module, got NoneType",
+    ),
+    "AVB(adversary of the wrong size)": (
+        lambda: AVB(avb().encoder, decoder(), Z, PairwiseAdversary(mlp([5, H]), mlp([Z, H]))),
+        ShapeError,
+        r"The adversary does not accept pairs \(2, 3, 2\) and \(3, 6\): mat1 and mat2",
+    ),
+    "AVB(scores with an axis too many)": (
+        lambda: AVB(avb().encoder, decoder(), Z, Trailing(avb().adversary)),
+        ShapeError,
+        r"Scores of the adversary .* must be of shape \(2, 3\), got \(2, 3, 1\)\. Leave out the last axis",
+    ),
+    "AAE(an adversary of pairs)": (
+        lambda: AAE(vae().encoder, decoder(), Z, avb().adversary),
+        ShapeError,
+        r"The adversary does not accept codes \(2, 3, 2\)",
+    ),
+    "ASVAE(scores with an axis too many)": (
+        lambda: ASVAE(*asvae_parts(), Trailing(avb().adversary), avb().adversary),
+        ShapeError,
+        "Scores of the encoder_adversary",
+    ),
+    "VAE.dense(6, 1.5)": (lambda: VAE.dense(X, 1.5), OptionError, "z_dim must be an int >= 1, got 1.5"),  # type: ignore[arg-type]
+    "VAE.dense(None, 2)": (lambda: VAE.dense(None, Z), OptionError, "x_shape must be an int >= 1, got None"),  # type: ignore[arg-type]
+    "VAE.dense(hidden=8)": (
+        lambda: VAE.dense(X, Z, hidden=8),
+        OptionError,
+        "hidden must be a sequence of whole numbers",
+    ),  # type: ignore[arg-type]
+    "VAE.dense(hidden=(8.5,))": (
+        lambda: VAE.dense(X, Z, hidden=(8.5,)),
+        OptionError,
+        "hidden must be an int >= 1, got 8.5",
+    ),  # type: ignore[arg-type]
+    "VAE.convolutional(channels=8)": (
+        lambda: VAE.convolutional((1, 4, 4), Z, channels=8),  # type: ignore[arg-type]
+        OptionError,
+        "channels must be a sequence",
+    ),
+    "VAE.build(None, 2)": (lambda: VAE.build(None, Z), OptionError, r"networks must be an Architecture, such as Dense"),  # type: ignore[arg-type]
+}
+
+
+class Trailing(nn.Module):
+    """An adversary whose scores have an axis of length 1 at their end."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        scores: Tensor = self.inner(*inputs)
+        return scores[..., None]
+
+
+def asvae_parts() -> tuple[nn.Module, nn.Module, int]:
+    return vae().encoder, Decoder(mlp([Z, H, X]), likelihood_of("straight_through", [X])), Z
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_misuse_is_refused_by_name(case: str) -> None:
+    call, error, words = MISUSES[case]
+    with pytest.raises(error, match=f"(?s){words}"):
+        call()
+
+
+@pytest.mark.parametrize("kind", ["float64", "whole numbers", "array", "list"])
+def test_codes_of_every_kind_are_decoded(kind: str) -> None:
+    codes, model = torch.tensor([[1.0, -2.0], [0.0, 3.0]]), vae()
+    given: Any = {"float64": codes.double(), "whole numbers": codes.long(), "array": codes.numpy()}.get(
+        kind, codes.tolist()
+    )
+    assert torch.equal(model.decode(given), model.decode(codes))
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
+@pytest.mark.parametrize("copied", [deepcopy, pickled])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_copy_trains_by_itself_and_to_the_same_numbers(name: str, copied: Callable[[Any], Any]) -> None:
+    """Of a model before it is trained, and of the whole result of a fit."""
+    torch.manual_seed(0)
+    rows, model = data(20, 4), SYSTEMS[name]()
+    copy = copied(model)
+    done, other = (fit(each, rows, epochs=1) for each in (model, copy))
+    assert same(done.model, other.model)
+    again, before = copied(done), weights(model)
+    assert str(again) == str(done)
+    fit(again.model, rows, epochs=1)
+    assert same_weights(before, weights(model)) and not same(again.model, model)
+    assert same(fit(model, rows, epochs=1).model, again.model)
 
 
 def test_the_benchmark_shows_what_was_measured() -> None:

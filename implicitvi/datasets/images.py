@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from implicitvi.errors import DataError, OptionError, check_at_least, check_choice
+from implicitvi.errors import DataError, OptionError, check_at_least, check_choice, check_seed
 
 # a mirror of the published files, and their sha256
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -51,7 +51,7 @@ class Labelled(NamedTuple):
             raise OptionError.must_be("sizes", f"non-negative with a sum up to {count}", sizes)
         order = torch.arange(count)
         if seed is not None:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(check_seed("seed", seed)))
         parts = order.split([*sizes, count - sum(sizes)])
         return tuple(Labelled(self.images[part], self.labels[part]) for part in parts)
 
@@ -109,7 +109,8 @@ def binarise(images: Tensor, method: str = "threshold", *, seed: int = 0) -> Ten
         raise OptionError.must_be("images", "values from 0 to 1", f"{low.item():g} to {high.item():g}")
     if method == "threshold":
         return (images >= 0.5).to(images.dtype)
-    return torch.bernoulli(images, generator=torch.Generator(images.device).manual_seed(seed))
+    generator = torch.Generator(images.device).manual_seed(check_seed("seed", seed))
+    return torch.bernoulli(images, generator=generator)
 
 
 def mnist(path: str | Path | None = None, *, validation: int = 5000, as_bytes: bool = False) -> Split:

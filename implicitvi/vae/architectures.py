@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from implicitvi.avb.adversaries import GatedAdversary, InjectedAdversary, JointAdversary, PairwiseAdversary
 from implicitvi.avb.samplers import GatedSampler, NoiseBasisSampler
-from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
+from implicitvi.errors import OptionError, ShapeError, check_choice, check_size, check_sizes, check_whole
 from implicitvi.nn import mlp
 from implicitvi.vae.decoders import Decoder, Likelihood, likelihood_of
 from implicitvi.vae.encoders import (
@@ -44,10 +44,10 @@ class Architecture(ABC):
     """
 
     def __init__(self, x_shape: int | Sequence[int], *, basis: Sequence[int] = (64, 64), noise: str = "implicit"):
-        self.x_shape = (x_shape,) if isinstance(x_shape, int) else tuple(x_shape)
-        for size in self.x_shape:
-            check_at_least("x_shape", size, 1)
-        self.basis, self.noise = tuple(basis), noise
+        self.x_shape = check_sizes("x_shape", x_shape if isinstance(x_shape, Sequence) else [x_shape])
+        if not self.x_shape:
+            raise OptionError.must_be("x_shape", "at least one size", x_shape)
+        self.basis, self.noise = check_sizes("basis", basis), noise
 
     @abstractmethod
     def layers(self) -> list[nn.Module]:
@@ -87,12 +87,12 @@ class Architecture(ABC):
             noise_dim: Dimension of the noise, that of each network in a basis; ``None`` for ``2 D``, and at least 8.
             num_basis: Networks of a noise basis; ``None`` for ``D``, and at least 8.
         """
-        check_at_least("z_dim", z_dim, 1)
+        check_size("z_dim", z_dim)
         check_choice("posterior", posterior, POSTERIORS)
         noisy = ("implicit", "injected", "noise_basis")
         for option, value, kinds in (("noise_dim", noise_dim, noisy), ("num_basis", num_basis, noisy[2:])):
             if value is not None:
-                check_at_least(option, value, 1)
+                check_whole(option, value)
                 if posterior not in kinds:
                     raise OptionError.must_be(f"posterior with {option}", f"one of {kinds}", repr(posterior))
         return POSTERIORS[posterior](self, z_dim, noise_dim or max(8, 2 * z_dim), num_basis or max(8, z_dim))
@@ -104,7 +104,7 @@ class Architecture(ABC):
 
     def decoder(self, z_dim: int, likelihood: str | Likelihood = "bernoulli") -> Decoder:
         """Return ``p(x | z)`` for codes ``[..., z_dim]``, by a key of `LIKELIHOODS` or a `Likelihood` of such data."""
-        check_at_least("z_dim", z_dim, 1)
+        check_size("z_dim", z_dim)
         made = likelihood_of(likelihood, self.x_shape)
         if made.x_shape != self.x_shape:
             raise ShapeError.must_be("x_shape of the likelihood", self.x_shape, tuple(made.x_shape))
@@ -136,14 +136,12 @@ class Dense(Architecture):
         basis: Sequence[int] = (64, 64),
     ):
         super().__init__(x_shape, basis=basis)
-        if not hidden:
-            raise OptionError.must_be("hidden", "at least one width", hidden)
-        for width in hidden:
-            check_at_least("hidden", width, 1)
         check_choice("pairing", pairing, ["joint", "product"])
-        self.hidden, self.pairing = tuple(hidden), pairing
-        self.product_dim = hidden[-1] if product_dim is None else product_dim
-        check_at_least("product_dim", self.product_dim, 1)
+        self.hidden, self.pairing = check_sizes("hidden", hidden), pairing
+        if not self.hidden:
+            raise OptionError.must_be("hidden", "at least one width", hidden)
+        self.product_dim = self.hidden[-1] if product_dim is None else product_dim
+        check_whole("product_dim", self.product_dim)
 
     def layers(self) -> list[nn.Module]:
         first, *rest = (nn.Linear(i, o) for i, o in pairwise([prod(self.x_shape), *self.hidden]))
@@ -153,7 +151,7 @@ class Dense(Architecture):
         return mlp([z_dim, *reversed(self.hidden), size])
 
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
-        check_at_least("z_dim", z_dim, 1)
+        check_size("z_dim", z_dim)
         trunk = [*_activated(self.layers(), LEAKY)]
         if self.pairing == "joint":
             return JointAdversary(nn.Sequential(*trunk[:-1]), z_dim, width=self.hidden[-1], square=square)
@@ -190,8 +188,8 @@ class Convolutional(Architecture):
         basis: Sequence[int] = (64, 64),
     ):
         super().__init__(x_shape, basis=basis, noise="injected")
-        self.channels = tuple(channels)
-        self.strides = (2,) * len(self.channels) if strides is None else tuple(strides)
+        self.channels = check_sizes("channels", channels)
+        self.strides = (2,) * len(self.channels) if strides is None else check_sizes("strides", strides)
         self.kernel, self.blocks, self.critic = kernel, blocks, critic
         if len(self.x_shape) != 3:
             do = "Grey images have one channel; use Dense for rows."
@@ -199,11 +197,9 @@ class Convolutional(Architecture):
         if not self.channels or len(self.strides) != len(self.channels):
             got = f"{len(self.channels)} and {len(self.strides)}"
             raise OptionError.must_be("channels and strides", "equally many, one for each convolution", got)
-        for after, stride in zip(self.channels, self.strides, strict=True):
-            check_at_least("channels", after, 1)
-            check_at_least("strides", stride, 1)
-        check_at_least("blocks", blocks, 0)
-        if kernel < 1 or kernel % 2 == 0:
+        check_whole("blocks", blocks, 0)
+        check_whole("kernel", kernel)
+        if kernel % 2 == 0:
             raise OptionError.must_be("kernel size", "odd", kernel)
         if critic is not None and critic.x_shape != self.x_shape:
             raise ShapeError.must_be("x_shape of the critic", self.x_shape, critic.x_shape)
@@ -230,7 +226,7 @@ class Convolutional(Architecture):
         return Upward(z_dim, [channels[0], *steps[0]], nn.Sequential(*net))
 
     def adversary(self, z_dim: int, *, square: bool = False) -> nn.Module:
-        check_at_least("z_dim", z_dim, 1)
+        check_size("z_dim", z_dim)
         if self.critic is not None:
             return self.critic.adversary(z_dim, square=square)
         return InjectedAdversary(self.layers(), z_dim, x_shape=self.x_shape, square=square)
@@ -250,7 +246,7 @@ def mnist_networks(width: int = 64) -> Convolutional:
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, section 5.2 and code.
     """
-    check_at_least("width", width, 1)
+    check_whole("width", width)
     shape, channels = (1, 28, 28), [width, 2 * width, 4 * width, 8 * width]
     critic = Dense(shape, hidden=(16 * width,) * 3, product_dim=128 * width)
     basis = (2 * width,) * 3
@@ -267,7 +263,7 @@ def face_networks(width: int = 64, *, size: int = 64, blocks: int = 1) -> Convol
     References:
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, supplement and code.
     """
-    check_at_least("width", width, 1)
+    check_whole("width", width)
     shape, channels = (3, size, size), [width, 2 * width, 4 * width, 8 * width]
     critic = Convolutional(shape, channels=channels, kernel=5)
     return Convolutional(shape, channels=channels, kernel=5, blocks=blocks, critic=critic)
@@ -315,8 +311,12 @@ class ReadyMade(LatentModel):
             square: Where the scores of pairs start; see `Architecture.adversary`.
             options: Other options of the class.
         """
-        encoder = networks.encoder(z_dim, posterior or cls.posterior, noise_dim=noise_dim, num_basis=num_basis)
-        decoder = networks.decoder(z_dim, likelihood or cls.likelihood)
+        if not isinstance(networks, Architecture):
+            raise OptionError.must_be("networks", "an Architecture, such as Dense(784)", repr(networks))
+        encoder = networks.encoder(
+            z_dim, cls.posterior if posterior is None else posterior, noise_dim=noise_dim, num_basis=num_basis
+        )
+        decoder = networks.decoder(z_dim, cls.likelihood if likelihood is None else likelihood)
         kinds = {"codes": lambda: GatedAdversary(z_dim), "pairs": lambda: networks.adversary(z_dim, square=square)}
         adversaries = [kinds[inputs]() for inputs in cls.adversaries]
         return cls(encoder, decoder, z_dim if prior is None else prior, *adversaries, **options)

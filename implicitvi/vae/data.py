@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from implicitvi import distributed
-from implicitvi.errors import OptionError, ShapeError, check_at_least
+from implicitvi.errors import OptionError, ShapeError, check_whole
 from implicitvi.rng import RandomStream
+from implicitvi.vae.identity import digest_of
 
 Transform = Callable[[Tensor], Tensor]
+Stream = Generator[Tensor, None, None]
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+COMPUTABLE = (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 class Batches(ABC):
@@ -28,11 +32,11 @@ class Batches(ABC):
         self.like = like
 
     @abstractmethod
-    def epoch(self, seed: int) -> Iterator[Tensor]:
+    def epoch(self, seed: int) -> Stream:
         """Yield the batches of an epoch in the order of ``seed``: of each the rows of this process."""
 
     @abstractmethod
-    def all(self) -> Iterator[Tensor]:
+    def all(self) -> Stream:
         """Yield all data once, in batches with all their rows."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,12 +52,13 @@ class Batches(ABC):
         """Return the user's generators that decide the order."""
         return []
 
-    def fingerprint(self) -> str | None:
-        """Return a text that identifies the data; ``None`` if that would take a pass through them."""
-        return None
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a text that identifies the data as far as a look at a few of them can."""
 
-    def _to_device(self, rows: Tensor) -> Tensor:
-        return rows.to(self.like, non_blocking=True)
+    def _to_device(self, rows: Tensor, *, copy: bool = True) -> Tensor:
+        """Return rows on the device; a copy, unless they are one already: a transform may change it in place."""
+        return rows.to(self.like, non_blocking=True, copy=copy)
 
 
 class TensorBatches(Batches):
@@ -69,19 +74,17 @@ class TensorBatches(Batches):
         self.batch_size = _per_process(min(batch_size, len(data))) * distributed.count()
         self.steps = len(data) // self.batch_size
 
-    def epoch(self, seed: int) -> Iterator[Tensor]:
+    def epoch(self, seed: int) -> Stream:
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
         batches = order[: self.steps * self.batch_size].view(self.steps, distributed.count(), -1)
         for rows in batches[:, distributed.rank()].to(self.data.device):
-            yield self._to_device(self.data[rows])
+            yield self._to_device(self.data[rows], copy=False)
 
-    def all(self) -> Iterator[Tensor]:
-        return map(self._to_device, self.data.split(self.batch_size))
+    def all(self) -> Stream:
+        yield from map(self._to_device, self.data.split(self.batch_size))
 
     def fingerprint(self) -> str:
-        some = self.data[:: max(1, len(self.data) // 1000)].contiguous().cpu()
-        seen = hashlib.sha256(some.reshape(-1).view(torch.uint8).numpy().data)
-        return f"{len(self.data)} rows, {seen.hexdigest()[:16]}"
+        return f"{len(self.data)} rows, {digest_of(self.data[:: max(1, len(self.data) // 1000)])}"
 
 
 class LoaderBatches(Batches):
@@ -108,24 +111,60 @@ class LoaderBatches(Batches):
             raise OptionError("The loader is empty. Lower its batch_size, or leave out drop_last.")
         self._sampler: Any = getattr(loader, "sampler", None)
 
-    def epoch(self, seed: int) -> Iterator[Tensor]:
+    def epoch(self, seed: int) -> Stream:
         divided = isinstance(self._sampler, DistributedSampler)
         if divided:
             self._sampler.set_epoch(seed % 2**32)
         stream = RandomStream(seed)
         with stream:
             batches = iter(self.loader)
-        for step in range(self.steps):
-            with stream:
-                batch = next(batches, None)
-            if batch is None:
-                given = f"{self.steps} batches, its length, in every epoch, got {step}"
-                raise OptionError(f"The loader must give {given}. Is it an iterator?")
-            rows = first_of(batch)
-            yield self._to_device(rows if divided else _own(rows))
+        try:
+            for step in range(self.steps):
+                with stream:
+                    batch = next(batches, None)
+                if batch is None:
+                    given = f"{self.steps} batches, its length, in every epoch, got {step}"
+                    raise OptionError(f"The loader must give {given}. Is it an iterator?")
+                rows = first_of(batch)
+                yield self._to_device(rows if divided else _own(rows))
+        finally:
+            self._end_workers(batches)
 
-    def all(self) -> Iterator[Tensor]:
-        return (self._to_device(first_of(batch)) for batch in self.loader)
+    def all(self) -> Stream:
+        batches = iter(self.loader)
+        try:
+            for batch in batches:
+                yield self._to_device(first_of(batch))
+        finally:
+            self._end_workers(batches)
+
+    def fingerprint(self) -> str:
+        """Return a text about three items of a dataset or list, without a trace in torch's and numpy's generators."""
+        items = getattr(self.loader, "dataset", self.loader)
+        name = type(items).__name__
+        outside = np.random.get_state(), random.getstate()
+        try:
+            first, again = (self._glance(items) for _ in range(2))
+            seen = first if first == again else "different whenever they are looked at"
+        except Exception:  # a dataset without numbered rows, or whose batches are made by a function of its own
+            seen = "not looked at"
+        finally:
+            np.random.set_state(outside[0])
+            random.setstate(outside[1])
+        return f"{len(items) if isinstance(items, Sized) else 'unnumbered'} items of a {name}, {seen}"
+
+    @staticmethod
+    def _glance(items: Any) -> str:
+        np.random.seed(0)
+        random.seed(0)
+        with RandomStream(0):
+            return digest_of(*(first_of(items[i]) for i in (0, len(items) // 2, len(items) - 1)))
+
+    def _end_workers(self, batches: Any) -> None:
+        """End the processes of a loader's iterator now: a traceback may keep it alive, and them with it."""
+        end = getattr(batches, "_shutdown_workers", None)  # torch has no public way
+        if end is not None and not getattr(self.loader, "persistent_workers", False):
+            end()
 
     def generators(self) -> list[torch.Generator]:
         both = (getattr(owner, "generator", None) for owner in (self.loader, self._sampler))
@@ -134,7 +173,7 @@ class LoaderBatches(Batches):
 
 def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True) -> Batches:
     """Return batches of a tensor, an array, a dataset, or a loader, which has a ``batch_size`` of its own."""
-    check_at_least("batch_size", batch_size, 1)
+    check_whole("batch_size", batch_size)
     if isinstance(data, TensorDataset):
         data = data.tensors[0]
     if isinstance(data, Tensor | np.ndarray):
@@ -142,7 +181,7 @@ def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size)
     elif isinstance(data, Dataset):
-        size = min(batch_size, len(data))  # type: ignore[arg-type]
+        size = min(batch_size, len(data) if isinstance(data, Sized) else 0)
         data = DataLoader(data, max(size, 1), shuffle=shuffle and size > 0, drop_last=shuffle)
     if isinstance(data, tuple | dict | str) or not isinstance(data, Iterable):
         hint = "Labels are not needed: pass the data alone." if isinstance(data, tuple | dict) else ""
@@ -151,17 +190,26 @@ def batches_of(data: Any, batch_size: int, like: Tensor, *, shuffle: bool = True
     return LoaderBatches(data, like)
 
 
-def tensor_of(data: Any) -> Tensor:
-    """Return data ``[N, *x_shape]`` as a tensor."""
+def tensor_of(data: Any, what: str = "Data") -> Tensor:
+    """Return ``data [N, ...]``, named ``what`` in errors, as a tensor that torch can compute with."""
+    if isinstance(data, np.ma.MaskedArray):
+        raise OptionError.must_be(what, "an array without a mask", "a masked array", "Drop or impute masked entries.")
     try:
-        tensor = torch.as_tensor(data)
+        tensor = torch.as_tensor(data).detach()
+        if tensor.layout is torch.strided and tensor.dtype not in COMPUTABLE and not tensor.is_complex():
+            tensor = tensor.to(torch.float64)  # such as uint16, of which torch knows little more than the name
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"Data must be numbers. torch says: {str(error).splitlines()[0]}") from error
-    if not tensor.numel():
-        raise ShapeError.must_be("Data", "at least one row", f"shape {tuple(tensor.shape)}")
+        raise OptionError(f"{what} must be numbers. torch says: {str(error).splitlines()[0]}") from error
+    if tensor.is_inference():
+        tensor = tensor.clone()  # an ordinary one, from which gradients can start
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        got = "a meta tensor" if tensor.is_meta else "a nested tensor" if tensor.is_nested else f"{tensor.layout}"
+        raise ShapeError.must_be(what, "a dense tensor with values", got, "x.to_dense() makes one of a sparse tensor.")
     if tensor.is_complex() or not tensor.dim():
         got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise ShapeError.must_be("Data", "rows of real numbers [N, *x_shape]", got)
+        raise ShapeError.must_be(what, "rows of real numbers [N, *x_shape]", got)
+    if not tensor.numel():
+        raise ShapeError.must_be(what, "at least one row", f"shape {tuple(tensor.shape)}")
     return tensor
 
 

@@ -1,29 +1,38 @@
 """Decoders: a network of codes ``[..., D]``, then a likelihood that makes a distribution of data from its outputs.
 
 Implementing a likelihood: subclass `Likelihood`, give the number of outputs in ``size``, make the distribution in
-``forward``, refuse impossible data in ``check``; join `LIKELIHOODS`. Any module from codes to a distribution will do.
+``forward``, refuse impossible data by ``limits`` or in ``check``; join `LIKELIHOODS`. Any module from codes to a
+distribution will do.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import log
+from math import inf, log
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
 
-from implicitvi.errors import OptionError, check_choice, check_positive
+from implicitvi.errors import OptionError, check_choice, check_positive, check_sizes
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli
 
 
 class Likelihood(nn.Module, ABC):
-    """A map from a network's outputs to ``p(x | z)`` for data of one shape."""
+    """A map from a network's outputs to ``p(x | z)`` for data of one shape.
+
+    Attributes:
+        limits: The least and the largest value that data may have.
+        name: Its name in errors.
+    """
+
+    limits: tuple[float, float] = (-inf, inf)
+    name = "this likelihood"
 
     def __init__(self, x_shape: Sequence[int]):
         super().__init__()
-        self.x_shape = torch.Size(x_shape)
+        self.x_shape = torch.Size(check_sizes("x_shape", x_shape))
 
     @property
     def size(self) -> int:
@@ -36,6 +45,11 @@ class Likelihood(nn.Module, ABC):
 
     def check(self, x: Tensor) -> None:
         """Raise `OptionError` for data ``x [N, *x_shape]`` that are impossible under the likelihood."""
+        (low, high), (least, most) = (value.item() for value in x.aminmax()), self.limits
+        if low < least or high > most:
+            got = f"values from {low:g} to {high:g} in {rows_with((x < least) | (x > most))}"
+            do = "Divide pixels by 255, or use likelihood='gaussian'."
+            raise OptionError.must_be(f"Data of {self.name}", f"between {least:g} and {most:g}", got, do)
 
     def _independent(self, each: Distribution) -> Distribution:
         return Independent(each, len(self.x_shape) - len(each.event_shape), validate_args=False)
@@ -49,12 +63,11 @@ class BernoulliLikelihood(Likelihood):
     """
 
     bernoulli: type[Bernoulli] = Bernoulli
+    limits = (0.0, 1.0)
+    name = "a Bernoulli likelihood"
 
     def forward(self, outputs: Tensor) -> Distribution:
         return self._independent(self.bernoulli(logits=outputs.unflatten(-1, self.x_shape), validate_args=False))
-
-    def check(self, x: Tensor) -> None:
-        _check_unit_interval(x, "a Bernoulli likelihood")
 
 
 class StraightThroughLikelihood(BernoulliLikelihood):
@@ -112,15 +125,14 @@ class PixelLikelihood(GaussianLikelihood):
     """
 
     start = 0.25  # the standard deviation of natural pixels, roughly
+    limits = (0.0, 1.0)
+    name = "a likelihood of pixels"
 
     def __init__(self, x_shape: Sequence[int], *, scale: str | float = "each", least: float = 1e-3):
         super().__init__(x_shape, scale=scale, least=least)
 
     def _loc(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
-
-    def check(self, x: Tensor) -> None:
-        _check_unit_interval(x, "a likelihood of pixels")
 
 
 class CategoricalLikelihood(Likelihood):
@@ -130,9 +142,11 @@ class CategoricalLikelihood(Likelihood):
         return self._independent(OneHotCategorical(logits=outputs.unflatten(-1, self.x_shape), validate_args=False))
 
     def check(self, x: Tensor) -> None:
-        if not (((x == 0) | (x == 1)).all() and (x.sum(-1) == 1).all()):
+        bad = ((x != 0) & (x != 1)).any(-1) | (x.sum(-1) != 1)
+        if bad.any():
             do = "torch.nn.functional.one_hot(classes, K).float() makes them."
-            raise OptionError.must_be("Data of a categorical likelihood", "one-hot along the last axis", do=do)
+            what = "Data of a categorical likelihood"
+            raise OptionError.must_be(what, "one-hot along the last axis", f"others in {rows_with(bad)}", do)
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -144,11 +158,10 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 }
 
 
-def _check_unit_interval(x: Tensor, likelihood: str) -> None:
-    low, high = (value.item() for value in x.aminmax())
-    if low < 0 or high > 1:
-        do = "Divide pixels by 255, or use likelihood='gaussian'."
-        raise OptionError.must_be(f"Data of {likelihood}", "between 0 and 1", f"values from {low:g} to {high:g}", do)
+def rows_with(bad: Tensor) -> str:
+    """Return how many rows of a mask ``bad [N, ...]`` have a true entry, and the first of them, as words."""
+    rows = bad.reshape(len(bad), -1).any(1)
+    return f"{int(rows.sum())} of {len(rows)} rows (first: {int(rows.int().argmax())})"
 
 
 def likelihood_of(name: str | Likelihood, x_shape: Sequence[int]) -> Likelihood:
@@ -178,6 +191,11 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Distribution:
         p: Distribution = self.likelihood(self.network(z))
         return p
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The least and the largest value that data may have; ``None`` if the likelihood has a check of its own."""
+        return self.likelihood.limits if type(self.likelihood).check is Likelihood.check else None
 
     def check(self, x: Tensor) -> None:
         """Raise `OptionError` for data ``x [N, *x_shape]`` that are impossible under the likelihood."""

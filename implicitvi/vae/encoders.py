@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
 
 from implicitvi.avb.samplers import NoiseBasisSampler, Sampler
-from implicitvi.errors import OptionError, check_at_least
+from implicitvi.errors import OptionError, check_whole
 from implicitvi.nn import Injected, concat_context
 from implicitvi.vae.distributions import Implicit, StraightThroughBernoulli, diagonal_gaussian, full_precision
 
@@ -145,7 +145,7 @@ class InjectedEncoder(_Encoder):
         x_shape: Sequence[int],
         activation: Callable[[Tensor], Tensor] = nn.functional.elu,
     ):
-        check_at_least("noise_dim", noise_dim, latent_dim)
+        check_whole("noise_dim", noise_dim, latent_dim)
         super().__init__(Injected(layers, noise_dim, latent_dim, x_shape=x_shape, activation=activation))
         self.noise_dim, self.latent_dim = noise_dim, latent_dim
 

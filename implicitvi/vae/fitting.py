@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -19,14 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from implicitvi import distributed
-from implicitvi.errors import CheckpointError, ModelError, OptionError
+from implicitvi.errors import CheckpointError, ImplicitVIError, ModelError, OptionError
+from implicitvi.numerics.doors import exclusive
 from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Callback, History, Player, Progress, Trainer
-from implicitvi.training.checkpoint import holds_checkpoint, load_state, save_state
+from implicitvi.training.checkpoint import check_same, holds_checkpoint, read_state, save_state
 from implicitvi.training.html import table
 from implicitvi.training.options import values_of
+from implicitvi.training.trainer import LOOK_EVERY
 from implicitvi.vae.acceleration import compiled, in_precision
-from implicitvi.vae.data import Batches, TensorBatches, batches_of
+from implicitvi.vae.data import Batches, TensorBatches, batches_of, tensor_of
+from implicitvi.vae.identity import name_of, settings_of
 from implicitvi.vae.settings import FitSettings
 
 ORDER, NOISE = 0, 1  # the purposes of the two seeds of an epoch
@@ -49,6 +52,19 @@ class Trainable(nn.Module, ABC):
     @abstractmethod
     def check_data(self, x: Tensor) -> None:
         """Raise an error unless the model can take the data ``x [N, *x_shape]``."""
+
+    @abstractmethod
+    def suits(self, x: Tensor) -> Tensor:
+        """Return whether the model can take ``x [N, *x_shape]``: a scalar on its device, which is not waited for."""
+
+    def check_weights(self) -> None:
+        """Raise `ModelError` unless the weights are ordinary tensors of 32 or 64 bits."""
+        if (dtype := self.like.dtype) not in (torch.float32, torch.float64):
+            do = "Call model.float(); fit(precision='bfloat16') lets the networks alone compute in 16 bits."
+            raise ModelError.must_be("The model's weights", "float32 or float64", str(dtype), do)
+        if any(p.is_inference() for p in self.parameters()):
+            do = "Make the model outside of torch.inference_mode()."
+            raise ModelError(f"The model's weights must be ordinary tensors, got inference tensors. {do}")
 
     @property
     def like(self) -> Tensor:
@@ -116,7 +132,8 @@ class VAEFit(Generic[M]):
 def run_fit(model: M, data: Any, validation: Any, settings: FitSettings) -> VAEFit[M]:
     """Train a model on data, with all processes of a group; see `LatentModel.fit`."""
     device = device_of(settings.device)
-    with distributed.join(device), ExitStack() as stack:
+    model.check_weights()
+    with exclusive(), distributed.join(device), torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         run = _Run(model.to(device), data, validation, settings)
         if settings.precision == "bfloat16":
             stack.enter_context(in_precision(model, torch.bfloat16))
@@ -138,7 +155,7 @@ class _Run(Generic[M]):
         self.batches = self._checked(data)
         self.held_out = None if validation is None else self._checked(validation, shuffle=False)
         self.trainer = Trainer(
-            model.players(lambda: self.x),
+            _learning(model.players(lambda: self.x)),
             schedule=settings.schedule(self.batches.steps),
             stream=RandomStream(self.seed),
             clip_norm=settings.clip_norm,
@@ -157,6 +174,7 @@ class _Run(Generic[M]):
             warn(f"batch normalisation takes its statistics from each process's own rows; {do}", stacklevel=4)
         self.validation: dict[str, list[float]] = {}
         self.rows, self.seconds = 0, 0.0
+        self.settled = {} if settings.checkpoint is None else self._identity()
 
     def run(self) -> VAEFit[M]:
         """Take all epochs, or those that are left after a resume."""
@@ -170,13 +188,14 @@ class _Run(Generic[M]):
         reason = "finished"
         self.model.train()
         try:
+            if not epoch:
+                self._keep(epoch)
             while reason == "finished" and epoch < self.settings.epochs:
                 reason = self._epoch(epoch, callbacks)
                 if reason == "finished":
                     epoch += 1
                     self._validate(epoch)
-                    if self.settings.checkpoint is not None:
-                        self._write(Path(self.settings.checkpoint), {}, epoch)
+                    self._keep(epoch)
         except KeyboardInterrupt:  # between two epochs
             reason = "interrupted"
         finally:
@@ -198,12 +217,16 @@ class _Run(Generic[M]):
 
     def _epoch(self, epoch: int, callbacks: tuple[Callback, ...]) -> str:
         """Pass through the data once; the order and the noise depend on the seed and the epoch alone."""
+        at_once = self.model.device.type == "cpu" and distributed.count() == 1
+        self._look = _Look(self.model, f"of epoch {epoch + 1}", at_once=at_once)
         self.trainer.stream = RandomStream(derived_seed(self.seed, NOISE, epoch, distributed.rank()))
         self._batches = self.batches.epoch(derived_seed(self.seed, ORDER, epoch))
         began = time.perf_counter()
         try:
             reason = self.trainer.run(self.batches.steps, callbacks)
+            self._look.read()
         finally:
+            self._batches.close()
             self.seconds += time.perf_counter() - began
         statistics = [b for m in self.normalised for b in m.buffers() if b.is_floating_point()]
         for own, mean in zip(statistics, distributed.average(statistics), strict=True):
@@ -212,20 +235,28 @@ class _Run(Generic[M]):
 
     def _next(self) -> None:
         self.x = self._transformed(next(self._batches))
+        if not self._is_known(self.batches):
+            self._look(self.x)
         self.rows += len(self.x)
 
     def _transformed(self, x: Tensor) -> Tensor:
-        return x if self.settings.transform is None else self.settings.transform(x)
+        if self.settings.transform is None:
+            return x
+        return tensor_of(self.settings.transform(x), "The value of transform").to(self.model.like)
+
+    def _is_known(self, batches: Batches) -> bool:
+        """Return whether all rows have been checked before the first step."""
+        return isinstance(batches, TensorBatches) and self.settings.transform is None
 
     def _checked(self, data: Any, *, shuffle: bool = True) -> Batches:
         """Return batches of data that the model can take: all rows of a tensor are checked, else the first batch."""
         batches = batches_of(data, self.settings.batch_size, self.model.like, shuffle=shuffle)
-        if isinstance(batches, TensorBatches) and self.settings.transform is None:
-            self.model.check_data(batches.data)
+        if self._is_known(batches):
+            self.model.check_data(cast("TensorBatches", batches).data)
             return batches
         before = batches.state_dict()
-        with RandomStream(0):
-            x = self._transformed(next(batches.all()))
+        with RandomStream(0), closing(batches.all()) as every:
+            x = self._transformed(next(every))
         batches.load_state_dict(before)
         self.model.check_data(x)
         return batches
@@ -241,8 +272,11 @@ class _Run(Generic[M]):
             return
         totals: dict[str, Tensor] = {"rows": torch.zeros((), device=self.model.device)}
         self.model.eval()
-        with self.trainer.stream:
-            for x in map(self._transformed, self.held_out.all()):
+        look = _Look(self.model, f"of the validation data after epoch {epoch}", at_once=True)
+        with self.trainer.stream, closing(self.held_out.all()) as every:
+            for x in map(self._transformed, every):
+                if not self._is_known(self.held_out):
+                    look(x)
                 own = x.tensor_split(distributed.count())[distributed.rank()]
                 # a process without rows of its own still has to exchange with the others
                 figures = self.model.validate(own if len(own) else x[:1])
@@ -257,7 +291,11 @@ class _Run(Generic[M]):
         """Load the checkpoint if there is one, and return its epoch, else 0."""
         epoch, folder = 0, self.settings.checkpoint
         if folder is not None and holds_checkpoint(Path(folder)):
-            state = load_state(Path(folder), like=self._config())
+            config, state = read_state(Path(folder))
+            mine = {name: value for name, value in self._config().items() if config.get(name) is not None}
+            if state["epoch"] == 0 and any(config[name] != value for name, value in mine.items()):
+                return 0  # no epoch is lost
+            check_same(config, mine)
             if state["epoch"] is None:
                 do = "Resume from the folder of fit(checkpoint=...); this one holds weights only."
                 raise CheckpointError(f"A fit cannot resume from {folder}, written in the middle of an epoch. {do}")
@@ -270,8 +308,15 @@ class _Run(Generic[M]):
             raise CheckpointError(f"All processes must find the same checkpoint, got epochs {epochs}. {do}")
         return epoch
 
+    def _keep(self, epoch: int) -> None:
+        """Write the state after an epoch, or before the first, if a checkpoint is asked for."""
+        if self.settings.checkpoint is not None:
+            self._write(Path(self.settings.checkpoint), {}, epoch)
+
     def _write(self, folder: Path, notes: dict[str, Any], epoch: int | None = None) -> None:
         """Write the state after an epoch, or in the middle of one (``None``), from which a fit cannot resume."""
+        if epoch is None:
+            self.settings.check_folder(folder)
         if distributed.rank():
             return
         state = {name: part.state_dict() for name, part in self._parts().items()}
@@ -290,8 +335,18 @@ class _Run(Generic[M]):
             "weights": {name: list(tensor.shape) for name, tensor in self._tensors().items()},
             "options": values_of(self.settings, decisive=True),
             "steps of an epoch": self.batches.steps,
-            "data": self.batches.fingerprint(),
+            **self.settled,
         }
+
+    def _identity(self) -> dict[str, Any]:
+        """Return texts by which a checkpoint recognises data, transform and model, as they are at the start."""
+        identity = {
+            "data": self.batches.fingerprint(),
+            "transform": name_of(self.settings.transform),
+            "model": settings_of(self.model),
+            "frozen weights": [name for name, weight in self.model.named_parameters() if not weight.requires_grad],
+        }
+        return identity if self.held_out is None else identity | {"validation": self.held_out.fingerprint()}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a fit may change, by name: those of the model and of its players."""
@@ -314,6 +369,48 @@ class _Run(Generic[M]):
         except (NotImplementedError, ModelError):  # it has no density
             return ""
         return f"the decoder gives no finite log density to {bad} of {size} rows" if bad else ""
+
+
+def _learning(players: Sequence[Player]) -> list[Player]:
+    """Return the players with weights that are not frozen; raise `ModelError` if none but an adversary has any."""
+    frozen = [player.name for player in players if not player.parameters()]
+    learning = [player for player in players if player.name not in frozen]
+    if "adversary" in frozen or {player.name for player in learning} <= {"adversary", "contrast"}:
+        of = "adversary" if "adversary" in frozen else "model"
+        do = "Call requires_grad_(True) on the parts that should learn."
+        raise ModelError(f"The {of} must have weights to train, and all of them are frozen. {do}")
+    return learning
+
+
+class _Look:
+    """A check of every batch: at once, or after ten, so that no accelerator waits and all processes raise together."""
+
+    def __init__(self, model: Trainable, of: str, *, at_once: bool):
+        self.model, self.of, self.at_once = model, of, at_once
+        self.number = 0
+        self.verdicts: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        self.number += 1
+        try:
+            if self.at_once:
+                self.model.check_data(x)
+            else:
+                self.verdicts.append(self.model.suits(x))
+        except ImplicitVIError as error:
+            raise type(error)(f"Batch {self.number} {self.of} cannot be used. {error}", faq="") from error
+        if len(self.verdicts) == LOOK_EVERY:
+            self.read()
+
+    def read(self) -> None:
+        """Raise `ModelError` if one of the last batches does not suit the model."""
+        count = len(self.verdicts)
+        verdicts = distributed.gather(torch.stack(self.verdicts).float()).tolist() if count else []
+        self.verdicts = []
+        if not all(verdicts):
+            number = self.number - count + verdicts.index(0.0) % count + 1
+            rows = "must have finite values, within the limits of the likelihood, in all rows"
+            raise ModelError(f"Batch {number} {self.of} {rows}. Check the data, or what transform makes of them.")
 
 
 def infinite_rows(x: Tensor) -> int:

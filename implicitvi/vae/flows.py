@@ -14,7 +14,7 @@ from torch.distributions import Distribution, TransformedDistribution, constrain
 from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
-from implicitvi.errors import check_at_least
+from implicitvi.errors import check_whole
 from implicitvi.nn import zuko_imported
 from implicitvi.vae.distributions import diagonal_gaussian
 
@@ -103,8 +103,8 @@ class PlanarFlow(nn.Module):
 
     def __init__(self, latent_dim: int, context_dim: int, *, transforms: int = 8):
         super().__init__()
-        check_at_least("latent_dim", latent_dim, 1)
-        check_at_least("transforms", transforms, 1)
+        check_whole("latent_dim", latent_dim)
+        check_whole("transforms", transforms)
         self.base = nn.Linear(context_dim, 2 * latent_dim)
         self.maps = nn.Linear(context_dim, transforms * (2 * latent_dim + 1))
         self.sizes = (latent_dim, latent_dim, 1)
@@ -143,8 +143,8 @@ class InverseAutoregressiveFlow(nn.Module):
         steering: int = 32,
     ):
         super().__init__()
-        check_at_least("latent_dim", latent_dim, 1)
-        check_at_least("transforms", transforms, 1)
+        check_whole("latent_dim", latent_dim)
+        check_whole("transforms", transforms)
         self.base = nn.Linear(context_dim, 2 * latent_dim)
         self.steer = nn.Linear(context_dim, steering)
         order = torch.arange(latent_dim)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, constraints
 
-from implicitvi.errors import ShapeError, check_at_least
+from implicitvi.errors import ShapeError, check_whole
 from implicitvi.vae.distributions import StraightThroughBernoulli
 
 
@@ -76,7 +76,7 @@ class LadderPrior(nn.Module):
 
     def __init__(self, network: nn.Module, upper_dim: int):
         super().__init__()
-        check_at_least("upper_dim", upper_dim, 1)
+        check_whole("upper_dim", upper_dim)
         self.network = network
         self.register_buffer("upper", torch.zeros(upper_dim), persistent=False)
         with torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from operator import attrgetter
 from typing import Any, ClassVar, Self, Unpack
 
@@ -12,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from implicitvi.errors import ModelError, ShapeError, check_choice, check_whole
-from implicitvi.metrics.ais import ais
+from implicitvi.errors import ModelError, ShapeError, check_choice, check_seed, check_whole, did_you_mean
+from implicitvi.metrics.ais import Annealing, ais
 from implicitvi.metrics.evidence import importance_sampling, quadrature
 from implicitvi.rng import forked
 from implicitvi.training import Player, Stage
 from implicitvi.training.options import from_options, with_options
 from implicitvi.training.player import Metrics
+from implicitvi.vae.data import tensor_of
+from implicitvi.vae.decoders import rows_with
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.encoders import moments_of
-from implicitvi.vae.fitting import Trainable, VAEFit, infinite_rows, run_fit
+from implicitvi.vae.fitting import Trainable, VAEFit, run_fit
 from implicitvi.vae.priors import prior_of
 from implicitvi.vae.settings import FitOptions, FitSettings
 
@@ -54,7 +58,8 @@ class LatentModel(Trainable):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any):
         super().__init__()
-        self.encoder, self.decoder, self.prior = encoder, decoder, prior_of(prior)
+        self.encoder, self.decoder = as_network("encoder", encoder), as_network("decoder", decoder)
+        self.prior = prior_of(prior)
         self.x_shape, self.latent_dim = self._probe()
 
     @torch.no_grad()
@@ -92,15 +97,20 @@ class LatentModel(Trainable):
     @torch.no_grad()
     def encode(self, x: Tensor, num_samples: int | None = None) -> Tensor:
         """Draw codes of ``q(z | x)`` for ``x [B, *x_shape]``: ``[num_samples, B, D]``, or one each, ``[B, D]``."""
+        if num_samples is not None:
+            check_whole("num_samples", num_samples)
         z: Tensor = self.encoder(self._input(x)).sample(_shape(num_samples))
         return z
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Return the mean of ``p(x | z)`` for codes ``z [..., D]``: ``[..., *x_shape]``; a draw if it has no mean."""
+        z = tensor_of(z, "Codes").to(self.like)
         if z.shape[-1:] != (self.latent_dim,):
             do = "model.encode(x) and model.prior().sample([n]) give codes."
             raise ShapeError.must_be("Codes", f"of shape [..., {self.latent_dim}]", [*z.shape], do)
+        if not z.isfinite().all():
+            raise ModelError.must_be("Codes", "finite", f"others in {rows_with(~z.isfinite())}")
         p = self.decoder(z)
         try:
             mean: Tensor = p.mean
@@ -121,9 +131,11 @@ class LatentModel(Trainable):
 
     def log_joint(self, z: Tensor, x: Tensor) -> Tensor:
         """Return ``log p(x | z) + log p(z)`` in nats: ``z [..., B, D]`` and ``x [B, *x_shape]`` to ``[..., B]``."""
+        self.check_shape(x)
         log_p: Tensor = self.decoder(z).log_prob(x) + self.prior().log_prob(z)
         return log_p
 
+    @torch.inference_mode(False)
     def log_evidence(
         self,
         x: Tensor,
@@ -150,13 +162,21 @@ class LatentModel(Trainable):
         Raises:
             ModelError: The decoder or the prior has no density, or codes are discrete.
             OptionError: An option has a value that cannot work, or the encoder has no noise to start from.
+            TypeError: The method does not have such an option.
         """
         check_choice("method", method, EVIDENCE)
         check_choice("start", start, ("encoder", "prior"))
         check_whole("batch_size", batch_size)
+        if seed is not None:
+            check_seed("seed", seed)
+        estimate = EVIDENCE[method]
+        known = [*inspect.signature(Annealing if method == "ais" else estimate).parameters]
+        for name in options:
+            if name not in known or name in ("log_joint", "loc", "scale"):
+                of = f"log_evidence() got an unexpected keyword argument {name!r} for method {method!r}"
+                raise TypeError(f"{of}. {did_you_mean(name, known)}".rstrip())
         x = self._input(x)
         self._check_log_joint()
-        estimate = EVIDENCE[method]
         with self._as_is(), forked():
             if seed is not None:
                 torch.manual_seed(seed)
@@ -179,17 +199,30 @@ class LatentModel(Trainable):
         return Player(name, nn.ModuleList(modules), losses, lr)
 
     def check_data(self, x: Tensor) -> None:
+        if self.suits(x):
+            return
+        if not (finite := x.isfinite()).all():
+            bad = f"{rows_with(~finite)} that are not finite"
+            raise ModelError.must_be("Data", "finite", bad, "Drop or impute them.")
+        self.decoder.check(x)  # type: ignore[operator]
+
+    def suits(self, x: Tensor) -> Tensor:
+        self.check_shape(x)
+        limits, check = (getattr(self.decoder, name, None) for name in ("limits", "check"))
+        if limits is None and check is not None:
+            check(x)
+        (low, high), (least, most) = x.aminmax(), limits or (-inf, inf)
+        suits: Tensor = low.isfinite() & high.isfinite() & (low >= least) & (high <= most)
+        return suits
+
+    def check_shape(self, x: Tensor) -> None:
+        """Raise `ShapeError` unless ``x`` has the shape ``[N, *x_shape]``."""
         if x.shape[1:] != self.x_shape:
             do = "Images need their channel axis: x[:, None]; rows are x.flatten(1)."
             raise ShapeError.must_be("Data", f"of shape [N, {', '.join(map(str, self.x_shape))}]", [*x.shape], do)
-        if not x.isfinite().all():
-            bad = f"{infinite_rows(x)} of {len(x)} rows that are not finite"
-            raise ModelError.must_be("Data", "finite", bad, "Drop or impute them.")
-        if (check := getattr(self.decoder, "check", None)) is not None:
-            check(x)
 
     def _input(self, x: Tensor) -> Tensor:
-        x = torch.as_tensor(x).to(self.like)
+        x = tensor_of(x).to(self.like)
         self.check_data(x)
         return x
 
@@ -203,6 +236,7 @@ class LatentModel(Trainable):
 
     def _check_log_joint(self) -> None:
         """Raise `ModelError` unless ``log p(x, z)`` can be integrated over ``z``."""
+        self.check_weights()
         with torch.no_grad(), forked():
             prior = self.prior()
             for name, p in (("decoder", self.decoder(prior.sample([2]))), ("prior", prior)):
@@ -212,6 +246,24 @@ class LatentModel(Trainable):
         if prior.support.is_discrete:
             codes = "the codes of this model are discrete. Sum over the codes if they can be listed."
             raise ModelError(f"The evidence is an integral over codes, and {codes}")
+
+    def adversary_of(self, inputs: str, adversary: Any, name: str = "adversary") -> nn.Module:
+        """Return a network; raise an error unless it scores ``"codes"``, ``"data"`` or ``"pairs"`` of 2 x 3 codes."""
+        network = as_network(name, adversary)
+        with LatentModel._as_is(network), torch.no_grad(), forked():  # type: ignore[arg-type]
+            z = self.prior().sample(torch.Size([2, 3]))
+            x = z.new_zeros(3, *self.x_shape)
+            given = {"codes": (z,), "data": (x,), "pairs": (z, x)}[inputs]
+            shapes = " and ".join(str(tuple(each.shape)) for each in given)
+            try:
+                scores = network(*given)
+            except (RuntimeError, TypeError) as error:
+                raise ShapeError(f"The {name} does not accept {inputs} {shapes}: {_first_line(error)}.") from error
+        expected = given[0].shape[: given[0].dim() - (len(self.x_shape) if inputs == "data" else 1)]
+        if scores.shape != expected:
+            what, do = f"Scores of the {name} for {shapes}", "Leave out the last axis: scores.squeeze(-1)."
+            raise ShapeError.must_be(what, f"of shape {tuple(expected)}", tuple(scores.shape), do)
+        return network
 
     @contextmanager
     def _as_is(self) -> Iterator[None]:
@@ -256,18 +308,34 @@ class LatentModel(Trainable):
             raise ModelError(f"{of} docs/vae.md has the table of the needs of each objective.{more}")
 
 
+def as_network(name: str, module: Any) -> nn.Module:
+    """Return a module; raise `ModelError` for anything else."""
+    if isinstance(module, nn.Module):
+        return module
+    got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+    raise ModelError.must_be(f"The {name}", "a torch.nn.Module", got)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _shape(num_samples: int | None) -> torch.Size:
     return torch.Size([] if num_samples is None else [num_samples])
 
 
 def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
     """Return the distribution that the encoder, decoder or prior gives; raise an error if it gives none."""
+    versions = [0 if arg.is_inference() else arg._version for arg in args]
     try:
         value = part(*args)
     except RuntimeError as error:
-        got = (f" of shape {tuple(args[0].shape)}" if args else "") + f": {str(error).splitlines()[0]}"
+        got = (f" of shape {tuple(args[0].shape)}" if args else "") + f": {_first_line(error)}"
         do = "A decoder takes codes of the prior's dimension, an encoder data of the decoder's shape."
         raise ShapeError(f"The {name} does not accept its input{got}. {do}") from error
+    if versions != [0 if arg.is_inference() else arg._version for arg in args]:
+        do = "Leave out inplace=True in its first layer."
+        raise ModelError(f"The {name} must not change its input in place: others use it after it. {do}")
     if isinstance(value, Distribution):
         return value
     expected, got = "a torch.distributions.Distribution", type(value).__name__

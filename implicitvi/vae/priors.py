@@ -6,11 +6,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from implicitvi.errors import ShapeError, check_at_least
+from implicitvi.errors import OptionError, ShapeError, check_size
 from implicitvi.rng import forked
 from implicitvi.vae.distributions import Implicit
 
@@ -26,7 +27,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        check_at_least("latent_dim", latent_dim, 1)
+        check_size("latent_dim", latent_dim)
         self.register_buffer("unit", torch.ones(latent_dim), persistent=False)
 
     def forward(self) -> Distribution:
@@ -68,10 +69,12 @@ class SampledPrior(nn.Module):
         super().__init__()
         self.draw = draw
         with forked():
-            shape = draw(2).shape
-        if len(shape) != 2 or shape[0] != 2 or latent_dim not in (None, shape[1]):
-            raise ShapeError.must_be("Two draws of the prior", f"of shape (2, {latent_dim or 'D'})", tuple(shape))
-        self.latent_dim = shape[1]
+            draws = draw(2)
+        known = isinstance(draws, Tensor)
+        if not known or draws.dim() != 2 or len(draws) != 2 or latent_dim not in (None, draws.shape[1]):
+            got = tuple(draws.shape) if known else type(draws).__name__
+            raise ShapeError.must_be("Two draws of the prior", f"a tensor of shape (2, {latent_dim or 'D'})", got)
+        self.latent_dim = draws.shape[1]
         self.register_buffer("place", torch.zeros(()), persistent=False)
 
     def forward(self) -> Distribution:
@@ -83,10 +86,13 @@ class SampledPrior(nn.Module):
 
 def prior_of(prior: Any) -> nn.Module:
     """Return a prior from a dimension, a distribution, or a function of a number of draws; a module unchanged."""
-    if isinstance(prior, int) and not isinstance(prior, bool):
-        return StandardNormal(prior)
+    if isinstance(prior, int | np.integer) and not isinstance(prior, bool):
+        return StandardNormal(int(prior))
     if isinstance(prior, Distribution):
         return FixedPrior(prior)
+    if not callable(prior):
+        kinds = "a number of dimensions, a distribution, a function of a number of draws, or a torch.nn.Module"
+        raise OptionError.must_be("prior", kinds, repr(prior))
     return prior if isinstance(prior, nn.Module) else SampledPrior(prior)
 
 

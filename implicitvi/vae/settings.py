@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 
-from implicitvi.errors import OptionError, check_choice, check_positive, check_whole
-from implicitvi.training import Callback, Schedule
+from implicitvi.errors import OptionError, check_choice, check_positive, check_seed, check_whole
+from implicitvi.training import Callback, Checkpoint, Schedule
 from implicitvi.training.callbacks import as_callbacks
+from implicitvi.training.checkpoint import as_folder
 from implicitvi.training.options import check_options, documented, option, optional
 from implicitvi.vae.data import Transform
 
@@ -21,13 +23,20 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 def _check_ema(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise OptionError.must_be(name, "between 0 and 1", value)
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise OptionError.must_be(name, "between 0 and 1", repr(value))
 
 
 def _check_transform(name: str, value: object) -> None:
     if not callable(value):
         raise OptionError.must_be(name, "a function of a batch", repr(value))
+
+
+def _plain(value: Any) -> Any:
+    """Return a pair that came as a list as a tuple, and a number of numpy's as one of Python's."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_compile(name: str, value: Any) -> None:
@@ -77,20 +86,38 @@ class FitSettings:
     max_skips: int = option(20, "Non-finite turns in a row that end the fit.", check=check_whole, decisive=False)
     checkpoint: str | Path | None = option(
         None,
-        "Folder for the state after every epoch. If it holds a state already, the fit continues from there, with the "
-        "numbers of an uninterrupted fit; a loader must then draw its own randomness from torch's generators.",
+        "Folder for the state at the start and after every epoch. If it holds a state already, the fit continues from "
+        "there, with the numbers of an uninterrupted fit; a loader must then draw its own randomness from torch's "
+        "generators. Other data or another transform are refused (docs/vae.md).",
         decisive=False,
     )
-    seed: int | None = option(None, "Random seed of the fit; ``None`` takes one from torch's default generator.")
+    seed: int | None = option(
+        None, "Random seed of the fit; ``None`` takes one from torch's default generator.", check=optional(check_seed)
+    )
     progress: bool = option(True, "Whether to show a progress bar.", decisive=False)
     callbacks: Iterable[Callback] = option(
         (), "Called after every step with the trainer, in every process; may raise `StopTraining`.", decisive=False
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "callbacks", as_callbacks(self.callbacks))
+        values = {name: _plain(value) for name, value in vars(self).items()}
+        values["callbacks"] = as_callbacks(self.callbacks)
+        if self.checkpoint is not None:
+            values["checkpoint"] = as_folder(self.checkpoint, writable=True)
+        self.__dict__.update(values)
         check_options(self)
         self.schedule(1)
+        for callback in self.callbacks:
+            if isinstance(callback, Checkpoint):
+                self.check_folder(callback.folder)
+                if callback.best is not None:
+                    self.check_folder(callback.folder / "best")
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise `OptionError` if a folder, to which a callback saves, is the one of the states after every epoch."""
+        if self.checkpoint is not None and folder.resolve() == Path(self.checkpoint).resolve():
+            do = "Its states are of the middle of an epoch, from which no fit can resume: give them another folder."
+            raise OptionError(f"checkpoint must not be the folder of a callback, got {folder} for both. {do}")
 
     def schedule(self, steps: int) -> Schedule:
         """Return the schedule of all epochs, each of ``steps`` steps."""

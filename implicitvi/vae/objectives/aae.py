@@ -42,7 +42,7 @@ class AAE(ReadyMade):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, adversary: nn.Module):
         super().__init__(encoder, decoder, prior)
-        self.adversary, self.ratio = adversary, Logistic()
+        self.adversary, self.ratio = self.adversary_of("codes", adversary), Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
         return [

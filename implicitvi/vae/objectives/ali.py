@@ -59,7 +59,7 @@ class ALI(ReadyMade):
         check_at_least("cycle", cycle, 0)
         check_at_least("penalty", penalty, 0)
         super().__init__(encoder, decoder, prior)
-        self.adversary, self.ratio = adversary, Logistic()
+        self.adversary, self.ratio = self.adversary_of("pairs", adversary), Logistic()
         self.cycle, self.penalty = cycle, penalty
 
     def players(self, batch: Batch) -> list[Player]:

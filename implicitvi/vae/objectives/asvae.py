@@ -52,7 +52,8 @@ class ASVAE(ReadyMade):
         decoder_adversary: nn.Module,
     ):
         super().__init__(encoder, decoder, prior)
-        self.encoder_adversary, self.decoder_adversary = encoder_adversary, decoder_adversary
+        self.encoder_adversary = self.adversary_of("pairs", encoder_adversary, "encoder_adversary")
+        self.decoder_adversary = self.adversary_of("pairs", decoder_adversary, "decoder_adversary")
         self.ratio = Logistic()
 
     def players(self, batch: Batch) -> list[Player]:
@@ -62,6 +63,7 @@ class ASVAE(ReadyMade):
 
     def terms(self, x: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
         """Return the halves of the objective in nats, ``[S, B]`` and ``[S · B]``, with ``S`` codes for each datum."""
+        self.check_shape(x)
         z = self.encoder(x).rsample(torch.Size([num_samples]))
         of_data: Tensor = self.decoder(z).log_prob(x) - self.encoder_adversary(z, x)
         z_p, x_p = self._model_pairs(z)

@@ -84,6 +84,7 @@ class AuxiliaryVAE(ReadyMade):
 
     def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Return the bound of each datum ``x [B, *x_shape]`` at draws of its code: ``[num_samples, B]`` in nats."""
+        self.check_shape(x)
         a = (q_a := self.encoder.first(x)).rsample(torch.Size([num_samples]))
         z = (q_z := self.encoder.second(a, x)).rsample()
         log_q = q_a.log_prob(a) + q_z.log_prob(z)

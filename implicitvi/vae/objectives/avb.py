@@ -58,10 +58,13 @@ class AVB(ReadyMade):
     ):
         super().__init__(encoder, decoder, prior)
         self.relative = contrast == "prior"
-        self.adversary = InformedAdversary(adversary) if informed else adversary
         sampler: Any = EncoderSampler(self.encoder)
-        self.contrast = contrast_of(contrast, sampler, self.prior, self.like.new_zeros(1, *self.x_shape))
+        made = contrast_of(contrast, sampler, self.prior, self.like.new_zeros(1, *self.x_shape))
+        network = self.adversary_of("pairs", adversary)
+        self.adversary = InformedAdversary(network) if informed else network
+        self.contrast = made
         options: Any = {"averaging": averaging, "num_importance": num_importance, "context_dims": len(self.x_shape)}
+        self.ratio, self.averaging, self.num_importance = type(ratio_of(ratio)).__name__, averaging, num_importance
         self._objective = AVBObjective(sampler, self.contrast, self.adversary, ratio=ratio_of(ratio), **options)
 
     @classmethod
@@ -82,12 +85,20 @@ class AVB(ReadyMade):
 
     def learned_elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Estimate the bound of data ``x [B, *x_shape]`` in nats: ``[⌈num_samples / K⌉, B]``."""
+        self.check_shape(x)
         return self._objective.elbo(num_samples, self._log_joint(x), x)[0]
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:
         z = self.encode(x)
         return {"learned_elbo": self.learned_elbo(x).mean(), "log_likelihood": self.decoder(z).log_prob(x).mean()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._objective.average is not None:  # it is not a part of the model
+            self._objective.average._apply(fn, recurse)
+            self._objective.list_weights()
+        return self
 
     def _log_joint(self, x: Tensor) -> LogDensity:
         """Return ``log p(x, z)``, without ``log p(z)`` if the prior is the contrast and cancels."""

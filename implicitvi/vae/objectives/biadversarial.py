@@ -60,7 +60,10 @@ class BiadversarialVAE(ReadyMade):
         check_at_least("cycle", cycle, 0)
         check_positive("limit", limit)
         super().__init__(encoder, decoder, prior)
-        self.code_adversary, self.data_adversary = code_adversary, data_adversary
+        self.code_adversary: nn.Module | None = None
+        if code_adversary is not None:
+            self.code_adversary = self.adversary_of("pairs", code_adversary, "code_adversary")
+        self.data_adversary = self.adversary_of("pairs", data_adversary, "data_adversary")
         self.ratio, self.cycle, self.limit = ratio_of(ratio), cycle, limit
 
     def players(self, batch: Batch) -> list[Player]:

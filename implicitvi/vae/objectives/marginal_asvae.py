@@ -54,7 +54,7 @@ class MarginalASVAE(LatentModel):
     ):
         check_at_least("weight", weight, 0)
         super().__init__(encoder, decoder, prior)
-        self.adversary, self.weight, self.ratio = adversary, weight, Logistic()
+        self.adversary, self.weight, self.ratio = self.adversary_of("data", adversary), weight, Logistic()
         self.contrast = GaussianContrast() if contrast is None else contrast
 
     def players(self, batch: Batch) -> list[Player]:
@@ -63,6 +63,7 @@ class MarginalASVAE(LatentModel):
 
     def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Return the evidence lower bound of each datum ``x [B, *x_shape]``: ``[num_samples, B]`` in nats."""
+        self.check_shape(x)
         z = (q := self.encoder(x)).rsample(torch.Size([num_samples]))
         elbo: Tensor = self.decoder(z).log_prob(x) - divergence(q, self.prior(), z)
         return elbo

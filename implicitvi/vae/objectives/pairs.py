@@ -106,7 +106,7 @@ def labelled(pairs: Any, model: LatentModel, **utilities: Utility) -> Pairs:
     """
     if not isinstance(pairs, tuple | list) or len(pairs) != 2:
         raise OptionError.must_be("pairs", "(data [M, *x_shape], codes [M, D])", type(pairs).__name__)
-    x, z = (tensor_of(part).to(model.device) for part in pairs)
+    x, z = (tensor_of(part, "A part of pairs").to(model.like) for part in pairs)
     if z.shape != (len(x), model.latent_dim):
         got = f"{list(z.shape)} for {len(x)} data"
         raise ShapeError.must_be("Codes of pairs", f"of shape {[len(x), model.latent_dim]}", got)

@@ -13,6 +13,7 @@ from implicitvi.training import Player, Stage
 from implicitvi.vae.architectures import ReadyMade
 from implicitvi.vae.distributions import has_density
 from implicitvi.vae.fitting import VAEFit
+from implicitvi.vae.identity import digest_of
 from implicitvi.vae.model import Batch, Scored
 from implicitvi.vae.objectives.pairs import Pairs, labelled, loss_with_pairs, own_share
 
@@ -47,6 +48,7 @@ class SymmetricVAE(ReadyMade):
         if self.learns_prior and not has_density(self.prior()):
             raise ModelError("A prior with parameters must have a log_prob. Or freeze it: prior.requires_grad_(False).")
         self._pairs: Pairs | None = None
+        self.pairs = ""  # identifies those of the fit in its checkpoint
 
     def players(self, batch: Batch) -> list[Player]:
         pairs = None if self._pairs is None else own_share(self._pairs, self.device)
@@ -56,6 +58,7 @@ class SymmetricVAE(ReadyMade):
 
     def decoder_utility(self, z: Tensor, x: Tensor) -> Tensor:
         """Return ``log p(x | z)`` in nats, plus ``log p(z)`` of a learned prior: ``[..., B]`` for ``z [..., B, D]``."""
+        self.check_shape(x)
         utility: Tensor = self.decoder(z).log_prob(x)
         return utility + self.prior().log_prob(z) if self.learns_prior else utility
 
@@ -72,10 +75,11 @@ class SymmetricVAE(ReadyMade):
         """
         if pairs is not None:
             self._pairs = labelled(pairs, self, encoder=self.encoder_utility, decoder=self.decoder_utility)
+            self.pairs = digest_of(*self._pairs)
         try:
             return super().fit(train, **options)
         finally:
-            self._pairs = None
+            self._pairs, self.pairs = None, ""
 
     @torch.no_grad()
     def validate(self, x: Tensor) -> dict[str, Tensor]:

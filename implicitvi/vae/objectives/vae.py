@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from implicitvi.avb.objective import importance_weighted
-from implicitvi.errors import check_at_least
+from implicitvi.errors import check_whole
 from implicitvi.training import Player, Stage
 from implicitvi.vae.architectures import ReadyMade
 from implicitvi.vae.distributions import divergence
@@ -37,7 +37,7 @@ class VAE(ReadyMade):
     needs = {"encoder": {"draws", "gradients", "density"}} | dict.fromkeys(("prior", "decoder"), {"draws", "density"})
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, prior: Any, *, num_importance: int = 1):
-        check_at_least("num_importance", num_importance, 1)
+        check_whole("num_importance", num_importance)
         super().__init__(encoder, decoder, prior)
         self.num_importance = num_importance
 
@@ -46,6 +46,7 @@ class VAE(ReadyMade):
 
     def elbo(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Return the bound of each datum ``x [B, *x_shape]`` at draws of its code: ``[num_samples, B]`` in nats."""
+        self.check_shape(x)
         q, p = self.encoder(x), self.prior()
         shape = torch.Size([num_samples])
         # a flow is cheap in one direction: its draws come with their density
