@@ -16,14 +16,27 @@ from pyro.distributions import Unit
 from pyro.infer import Predictive
 from torch import Tensor, nn
 
-from implicitvi.diagnostics.posterior import TrainedGuide, is_guide
-from implicitvi.errors import ImplicitVIError, ModelError, OptionError, check_whole
+from implicitvi.diagnostics.posterior import TrainedGuide, as_array, check_model, is_guide
+from implicitvi.errors import (
+    ImplicitVIError,
+    ModelError,
+    OptionError,
+    ShapeError,
+    check_flag,
+    check_whole,
+    did_you_mean,
+)
 from implicitvi.pyro_model import enumeration, tracing
+from implicitvi.pyro_model.checks import CheckData, latent_trace
 from implicitvi.pyro_model.log_joint import LogJoint
 from implicitvi.pyro_model.sites import plate_names
-from implicitvi.pyro_model.subsampling import PinnedSubsample
+from implicitvi.pyro_model.subsampling import PinnedSubsample, own_minibatches
+from implicitvi.rng import RandomStream
 
 Groups = dict[str, dict[str, NDArray[Any]]]
+Shapes = dict[str, tuple[int, ...]]
+# dimensions of ArviZ and names of sample_stats, whose dimensions a site of the same name would change
+KEPT = ("chain", "draw", "lp", "log_ratio", "log_q_learned", "log_weight")
 
 
 class HasGuide(Protocol):
@@ -60,7 +73,9 @@ def to_arviz(
       ``log_weight`` (``log p - log q``).
 
     Draws are independent: pass ``reff=1.0`` to ``az.loo``. One guide is one chain, for which R-hat is meaningless.
-    Several guides, restarts of one fit, become one chain each, and R-hat measures their agreement.
+    Several guides, restarts of one fit, become one chain each, and R-hat measures their agreement. Sites and plates
+    with a name that ArviZ keeps for itself, such as ``chain`` or ``draw``, get a ``_`` at the end, with a warning; so
+    does, without one, an argument with the name of a site that has plates.
 
     Args:
         source: A trained `ImplicitGuide`, its `Fit`, or several of either.
@@ -77,10 +92,16 @@ def to_arviz(
         An ``InferenceData`` (ArviZ before 1.0) or a ``DataTree``.
 
     Raises:
-        ModelError: The model uses a minibatch of its data.
-        OptionError: ``source`` is empty or holds anything other than guides and fits.
+        ModelError: The model has other latent sites than the guide, uses a minibatch of its data, or observes data that
+            do not fit its plates and distributions.
+        OptionError: ``source`` is empty or holds anything other than guides and fits, or another argument has a value
+            that cannot work.
+        ShapeError: ``coords`` and ``dims`` do not fit the shapes of the sites.
     """
     check_whole("num_samples", num_samples)
+    check_flag("prior", prior)
+    check_model(model)
+    _check_labels(coords, dims, attrs)
     sources = list(source) if isinstance(source, Sequence) else [source]
     chains, named, run = [], {}, None
     for guide in _guides(sources):
@@ -103,14 +124,87 @@ def to_arviz(
     groups: Groups = {name: _chains([chain[name] for chain in chains]) for name in chains[0]}
     if prior:
         groups |= {name: _chains([drawn]) for name, drawn in run.prior(num_samples).items()}
-    groups["observed_data"] = {k: n["value"].numpy(force=True) for k, n in run.observed.items()}
-    groups["constant_data"] = {k: v.numpy(force=True) for k, v in run.constant().items()}
+    groups["observed_data"] = {k: as_array(n["value"]) for k, n in run.observed.items()}
+    groups["constant_data"] = {k: as_array(v) for k, v in run.constant().items()}
     named |= {name: plate_names(node) for name, node in (run.summed_out | run.observed).items()}
     named |= {name: _computed_dims(node) for name, node in run.computed.items()}
     given = {name: list(value) for name, value in (dims or {}).items()}
     all_dims = {name: list(d) for name, d in named.items() if d and None not in d} | given
+    _check_dims(_shapes(groups), dict(coords or {}), all_dims, given)
     about = _about(sources) | dict(attrs or {})
-    return _container({k: v for k, v in groups.items() if v}, coords, all_dims, about)
+    renamed = _renamed({*named, *run.draws, *run.computed}, all_dims)
+    if renamed:
+        what = "Sites and plates must have other names than those that ArviZ keeps for itself"
+        warnings.warn(f"{what}, got {', '.join(map(repr, renamed))}. They get a '_' at the end.", stacklevel=2)
+    return _container(*_with_names(renamed, groups, dict(coords or {}), all_dims), about)
+
+
+def _check_labels(coords: object, dims: object, attrs: object) -> None:
+    """Raise `OptionError` unless coordinates, dimensions and attributes are those of ArviZ."""
+    for option, value, kind in (
+        ("coords", coords, "values"),
+        ("dims", dims, "a list of names"),
+        ("attrs", attrs, "value"),
+    ):
+        expected = f"a dict {{name: {kind}}}"
+        if not isinstance(value, Mapping | None) or not all(isinstance(name, str) for name in value or ()):
+            raise OptionError.must_be(option, expected, repr(value))
+        for name, entry in (value or {}).items():
+            listed = isinstance(entry, Sequence | np.ndarray | Tensor) and not isinstance(entry, str)
+            named = listed and (option != "dims" or all(isinstance(each, str) for each in entry))
+            if option != "attrs" and not named:
+                raise OptionError.must_be(f"{option}[{name!r}]", kind, repr(entry), "Write a list, also for one.")
+
+
+def _shapes(groups: Groups) -> Shapes:
+    """Return the shape of each variable, without chains and draws."""
+    per_draw = {
+        name: value.shape[2:]
+        for group in ("posterior", "posterior_predictive")
+        for name, value in groups.get(group, {}).items()
+    }
+    return {name: value.shape for name, value in groups["constant_data"].items()} | per_draw
+
+
+def _check_dims(
+    shapes: Shapes, coords: dict[str, Any], dims: dict[str, list[str]], given: dict[str, list[str]]
+) -> None:
+    """Raise an error unless the dimensions ``given`` are of sites, and coordinates as long as their dimensions."""
+    for name, names in dims.items():
+        if name not in shapes:
+            raise OptionError.must_be("dims", f"of {', '.join(shapes)}", repr(name), did_you_mean(name, shapes))
+        clash = [each for each in names if each in shapes or each in KEPT[:2] or names.count(each) > 1]
+        if name in given and (clash or len(names) > len(shapes[name])):
+            expected = f"{len(shapes[name])} different names at most, none of them of a site"
+            raise ShapeError.must_be(f"dims[{name!r}]", expected, names)
+        for each, size in zip(names, shapes[name], strict=False):
+            if each in coords and len(coords[each]) != size:
+                raise ShapeError.must_be(
+                    f"coords[{each!r}]", f"{size} values, as {name!r} has there", len(coords[each])
+                )
+
+
+def _renamed(sites: set[str], dims: dict[str, list[str]]) -> dict[str, str]:
+    """Return new names of the sites and plates whose names ArviZ keeps for itself."""
+    names = sites | {each for own in dims.values() for each in own}
+    return {name: f"{name}_" for name in KEPT if name in names}
+
+
+def _with_names(
+    renamed: dict[str, str], groups: Groups, coords: dict[str, Any], dims: dict[str, list[str]]
+) -> tuple[Groups, dict[str, Any], dict[str, list[str]]]:
+    """Return groups that are not empty, coordinates and dimensions under new names; ``sample_stats`` keeps its own."""
+
+    def new(name: str) -> str:
+        return renamed.get(name, name)
+
+    sites = groups["posterior"] | groups["posterior_predictive"]
+    own: Groups = {group: {new(name): value for name, value in each.items()} for group, each in groups.items()}
+    own["sample_stats"] = groups["sample_stats"]
+    clashes = dims.keys() & sites.keys() & groups["constant_data"].keys()
+    own["constant_data"] = {k + "_" * (k in clashes): v for k, v in groups["constant_data"].items()}
+    filled = {group: each for group, each in own.items() if each}
+    return filled, {new(k): v for k, v in coords.items()}, {new(k): [new(d) for d in v] for k, v in dims.items()}
 
 
 def _guides(sources: Sequence[Any]) -> list[Any]:
@@ -177,13 +271,24 @@ class _Run:
     ):
         self.model, self.draws, self.args, self.kwargs = model, draws, args, kwargs
         minibatch = PinnedSubsample()
+        shapes = {name: tuple(value.shape[1:]) for name, value in draws.items()}
         try:
             with tracing.unvalidated(), minibatch.pinned():
-                trace = tracing.run_at(minibatch(model), _at(draws, 0), *args, **kwargs)
+                trace = tracing.run_at(CheckData()(minibatch(model)), _at(draws, 0), *args, **kwargs)
+                same = {name: node["value"] for name, node in tracing.latent_nodes(trace)} | _at(draws, 0)
+                with RandomStream(0):  # a model that draws its own minibatch shows other data
+                    again = tracing.run_at(minibatch(model), same, *args, **kwargs)
+        except (ValueError, RuntimeError, TypeError, AttributeError):
+            with RandomStream(0):  # a model of other sites, sizes or data may fail at the draws
+                tracing.check_sites(latent_trace(model, *args, **kwargs), shapes, wider=False)
+            raise
         finally:
-            _refuse_minibatches(minibatch)
+            _refuse_minibatches(minibatch.plates)
+        _refuse_minibatches(own_minibatches(trace, again))
         nodes = {name: n for name, n in trace.nodes.items() if n["type"] == "sample"}
         self.summed_out = {name: node for name, node in nodes.items() if enumeration.is_enumerated(node)}
+        discrete = {name: tuple(node["fn"].shape()) for name, node in self.summed_out.items()}
+        tracing.check_sites(trace, shapes | discrete, wider=False)
         self.computed = {name: node for name, node in nodes.items() if tracing.is_deterministic(node)}
         self.observed = {
             name: node
@@ -200,7 +305,9 @@ class _Run:
         # one by one: Pyro's sampling through contractions cannot run under vmap
         with torch.no_grad(), tracing.unvalidated():
             each = [
-                enumeration.discrete_draw(self.model, _at(self.draws, i), self._nesting, *self.args, **self.kwargs)
+                enumeration.discrete_draw(
+                    self.model, _at(self.draws, i), self._nesting, self.implicit, *self.args, **self.kwargs
+                )
                 for i in range(_size(self.draws))
             ]
         return {
@@ -307,16 +414,16 @@ def _size(draws: dict[str, Tensor]) -> int:
     return len(next(iter(draws.values())))
 
 
-def _refuse_minibatches(minibatch: PinnedSubsample) -> None:
+def _refuse_minibatches(plates: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise `ModelError` if the model used part of its data: each group would be of another part."""
-    for name, (size, subsample_size, _) in minibatch.plates.items():
-        seen = f"got {subsample_size} of {size} in plate {name!r}"
+    for name, (size, part, *_) in plates.items():
+        seen = f"got {part} of {size} in plate {name!r}" if size else f"got other data of {name!r} in each run"
         raise ModelError(f"The model must use all of its data, {seen}. Pass arguments with which it does.")
 
 
 def _chains(chains: Sequence[dict[str, Tensor]]) -> dict[str, NDArray[Any]]:
     """Stack draws ``[S, …]`` of each chain as ``[chains, S, …]``."""
-    return {name: np.stack([chain[name].numpy(force=True) for chain in chains]) for name in chains[0]}
+    return {name: np.stack([as_array(chain[name]) for chain in chains]) for name in chains[0]}
 
 
 def _container(groups: Groups, coords: Any, dims: Any, attrs: dict[str, Any]) -> Any:

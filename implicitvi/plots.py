@@ -11,7 +11,7 @@ labels both axes with units, and tells groups apart by more than colour. Then ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import ceil, isnan, log2, sqrt
+from math import ceil, inf, isnan, log2, sqrt
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,8 +19,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from implicitvi.diagnostics.posterior import as_array
 from implicitvi.diagnostics.report import Check
-from implicitvi.errors import OptionError, ShapeError, check_at_least, check_choice
+from implicitvi.errors import OptionError, ShapeError, check_choice, check_flag, check_whole
 from implicitvi.training import History
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def loss(fit: HasHistory, name: str = "sampler", *, unit: str = "nats", ax: Axes
         unit: Unit of a player's loss; nats except for least squares.
         ax: Axes to draw on; ``None`` for a new figure.
     """
-    history = fit.history
+    history = _history(fit)
     check_choice("name", name, history.names())
     values, steps = history[name], np.arange(1, len(history[name]) + 1)
     finite = np.isfinite(values)
@@ -105,14 +106,16 @@ def training(
         names: Metrics to show; ``None`` for all except counts.
         axes: Axes to draw on, one for each metric; ``None`` for a row in a new figure.
     """
-    metrics = [name for name in fit.history.names() if name not in NO_LOSSES]
-    shown = sorted(metrics, key=lambda name: name not in PLAYERS) if names is None else list(names)
+    metrics = [name for name in _history(fit).names() if name not in NO_LOSSES]
+    given = sorted(metrics, key=lambda name: name not in PLAYERS) if names is None else names
+    shown = _listed("names", given, "one metric of the history or more")
+    for name in shown:
+        check_choice("names", name, _history(fit).names())
     drawn = _several(axes, len(shown))
     for ax, name in zip(drawn, shown, strict=True):
         loss(fit, name, ax=ax)
-    if shown:
-        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
-        drawn[0].legend(**above, frameon=False, fontsize="x-small", columnspacing=1.0)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    drawn[0].legend(**above, frameon=False, fontsize="x-small", columnspacing=1.0)
     return drawn
 
 
@@ -150,9 +153,10 @@ def draws_on_density(
     ('$z_1$', '$z_2$')
     """
     points = _plane(draws, "draws")
-    check_at_least("grid", grid, 2)
-    if not masses or not all(0 < mass < 1 for mass in masses):
-        raise OptionError.must_be("masses", "numbers between 0 and 1", masses)
+    check_whole("grid", grid, 2)
+    check_whole("num_draws", num_draws)
+    check_flag("legend", legend)
+    _check_density(log_density, masses, extent, color)
     x, y, height = _window(points, log_density, extent, masses, grid)
     ax = _one(ax)
     shown = points[:num_draws]
@@ -168,14 +172,43 @@ def draws_on_density(
     return ax
 
 
+def _check_density(log_density: object, masses: Any, extent: Any, color: Any) -> None:
+    """Raise `OptionError` unless the options of `draws_on_density` can be drawn."""
+    from matplotlib.colors import is_color_like
+
+    if not callable(log_density):
+        raise OptionError.must_be("log_density", "a function of points", repr(log_density))
+    if not _are_numbers(masses) or not all(0 < mass < 1 for mass in masses):
+        raise OptionError.must_be("masses", "numbers between 0 and 1", masses)
+    ends = extent if _are_numbers(extent) and len(extent) == 4 else (0, 0, 0, 0)
+    if extent is not None and not (ends[0] < ends[1] and ends[2] < ends[3]):
+        raise OptionError.must_be("extent", "(left, right, bottom, top), finite and increasing", extent)
+    if not is_color_like(color):
+        raise OptionError.must_be("color", "a colour of matplotlib", repr(color))
+
+
+def _are_numbers(values: Any) -> bool:
+    """Return whether values are a sequence of finite numbers, one or more."""
+    if not isinstance(values, list | tuple | np.ndarray | Tensor) or getattr(values, "ndim", 1) != 1:
+        return False
+    numbers: Any = values if isinstance(values, list | tuple) else values.tolist()
+    return bool(numbers) and all(isinstance(v, int | float | np.number) and abs(float(v)) < inf for v in numbers)
+
+
+def _listed(option: str, values: Any, expected: str) -> list[Any]:
+    """Return values as a list; raise `OptionError` unless there are some."""
+    listed = [] if isinstance(values, str | Tensor) or not isinstance(values, Iterable) else list(values)
+    if not listed:
+        raise OptionError.must_be(option, expected, repr(values))
+    return listed
+
+
 def _window(
     points: Array, log_density: LogDensity, extent: Extent | None, masses: Sequence[float], grid: int
 ) -> tuple[Array, Array, Array]:
     """Return axes ``[grid]`` and log density ``[grid, grid]`` of the window, a row for each ``y``, its maximum 0."""
     if extent is not None:
         left, right, bottom, top = extent
-        if not (left < right and bottom < top):
-            raise OptionError.must_be("extent", "(left, right, bottom, top), increasing", extent)
         return _heights(log_density, np.array([left, bottom]), np.array([right, top]), grid)
     low, high = np.quantile(points, [0.002, 0.998], axis=0)
     margin = 0.15 * (high - low) + 1e-6
@@ -195,7 +228,7 @@ def _heights(log_density: LogDensity, low: Array, high: Array, grid: int) -> tup
     x, y = (np.linspace(a, b, grid) for a, b in zip(low, high, strict=True))
     where = torch.tensor(np.stack(np.meshgrid(x, y), -1), dtype=torch.get_default_dtype())
     with torch.no_grad():
-        height = _array(log_density(where)).astype(float)
+        height = as_array(log_density(where)).astype(float)
     if height.shape != (grid, grid):
         got, do = f"{height.shape} for points {tuple(where.shape)}", "Sum over the last axis only, as in z.sum(-1)."
         raise ShapeError.must_be("The log density's shape", (grid, grid), got, do)
@@ -223,7 +256,7 @@ def codes(z: ArrayLike | Tensor, labels: ArrayLike | Tensor | None = None, *, ax
         ax: Axes to draw on; ``None`` for a new figure.
     """
     points = _plane(z, "codes")
-    kinds = None if labels is None else _array(labels)
+    kinds = None if labels is None else as_array(labels)
     if kinds is not None and kinds.shape != (len(points),):
         raise ShapeError.must_be("The labels' shape", (len(points),), kinds.shape)
     ax = _one(ax)
@@ -271,12 +304,14 @@ def images(
         rows: Captions at the left, which divide the rows evenly: one for each row, or one for several.
         ax: Axes to draw on; ``None`` for a new figure.
     """
-    pictures = _array(x)
+    pictures = as_array(x)
     if pictures.ndim not in (3, 4) or (pictures.ndim == 4 and pictures.shape[1] not in (1, 3)):
         expected, do = "(N, H, W), (N, 1, H, W) or (N, 3, H, W)", "Reshape flat pixels: x.reshape(-1, H, W)."
         raise ShapeError.must_be("The images' shape", expected, pictures.shape, do)
     columns = ceil(sqrt(len(pictures))) if columns is None else columns
-    check_at_least("columns", columns, 1)
+    check_whole("columns", columns)
+    if isinstance(rows, str) or not isinstance(rows, Sequence):
+        raise OptionError.must_be("rows", "a list of captions", repr(rows))
     lines = ceil(len(pictures) / columns)
     if rows and lines % len(rows):
         raise ShapeError.must_be("The number of captions", f"a divisor of the {lines} rows", len(rows))
@@ -312,7 +347,7 @@ def diagnosis(checks: Iterable[Check], *, ax: Axes | None = None) -> Axes:
         checks: Such as the `Report` of ``fit.diagnose()``.
         ax: Axes to draw on; ``None`` for a new figure.
     """
-    found = list(checks)
+    found: list[Any] = list(checks) if isinstance(checks, Iterable) and not isinstance(checks, Tensor) else [checks]
     others = sorted({type(check).__name__ for check in found if not isinstance(check, Check)})
     if others or not found:
         do = "Pass the report of fit.diagnose()."
@@ -357,6 +392,13 @@ def _beyond(check: Check) -> float | None:
     return octaves if (octaves > 0) == (check.state == "failed") else None
 
 
+def _history(fit: HasHistory) -> History:
+    history = getattr(fit, "history", None)
+    if not isinstance(history, History):
+        raise OptionError.must_be("fit", "a fit or a trainer", type(fit).__name__, "Write fit = AVBSVI(...).run(...).")
+    return history
+
+
 def _one(ax: Axes | None, **figure: Any) -> Axes:
     """Return the Axes given, or those of a new figure, which the caller shows and closes."""
     if ax is None:
@@ -375,7 +417,7 @@ def _several(axes: Any, count: int) -> Array:
         import matplotlib.pyplot as plt
 
         axes = plt.subplots(1, count, figsize=(3.8 * count, 3.2), layout="constrained", squeeze=False)[1]
-    flat = np.array(axes, dtype=object).ravel()
+    flat = np.array([repr(axes)] if isinstance(axes, Tensor) else axes, dtype=object).ravel()
     if len(flat) != count:
         raise OptionError.must_be("axes", f"{count} Axes, one for each plot", len(flat))
     for ax in flat:
@@ -384,12 +426,8 @@ def _several(axes: Any, count: int) -> Array:
 
 
 def _plane(points: ArrayLike | Tensor, what: str) -> Array:
-    found = _array(points)
+    found = as_array(points)
     if found.ndim != 2 or found.shape[1] != 2 or not len(found):
         do = "Pick two columns: draws[:, [0, 1]]. For all pairs of many, use az.plot_pair of to_arviz."
         raise ShapeError.must_be(f"The {what}' shape", "(number, 2)", found.shape, do)
     return found
-
-
-def _array(value: Any) -> Array:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -15,7 +15,7 @@ from torch import Tensor
 import models
 from implicitvi import AVBSVI, ImplicitGuide, diagnose
 from implicitvi.diagnostics.report import Check, Report
-from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError
+from implicitvi.errors import FitWarning, ModelError, OptionError, SetupError, ShapeError
 from implicitvi.rng import RandomStream
 from planted import PLANTED, TARGETS, bare, draw_several, dressed, exact, planted, several_sites, short_fit
 
@@ -145,7 +145,7 @@ def test_other_misuse_is_refused() -> None:
     y = torch.ones(4)
     with pytest.raises(OptionError, match="num_samples must be"):
         diagnose({"mu": torch.randn(400)}, models.normal_normal, y, num_samples=10)
-    with pytest.raises(ModelError, match="plate 'data' must be whole.* got 2 of 4"):
+    with pytest.raises(ModelError, match="the data of 'data' must be whole.* got 2 of 4"):
         diagnose({"mu": torch.randn(400)}, models.global_latents_in_minibatches, y)
 
     def local(y: Tensor) -> None:
@@ -256,3 +256,83 @@ def test_double_precision_by_default_is_no_obstacle() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert report["fresh adversary"].state == "ok"
+
+
+def squares(y: Tensor) -> None:
+    """The posterior of each latent has two mirrored modes where its datum is above about 0.8."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.5))
+        pyro.sample("obs", dist.Normal(z**2, 0.3), obs=y)
+
+
+def square_of_dataset(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.5))
+    pyro.sample("obs", dist.Normal(mu**2, 0.3).expand([2]).to_event(1), obs=y)
+
+
+def shifts(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("obs", dist.Poisson(z.exp()), obs=y)
+
+
+def lines(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("obs", dist.Normal(z, 0.5), obs=y)
+
+
+def amortized(model: Any, amortize: Any, y: Tensor, seed: int = 0, num_steps: int = 20) -> Any:
+    guide = ImplicitGuide(model, amortize=amortize)
+    options: dict[str, Any] = {"num_steps": num_steps, "warm_start": 100, "num_particles": 64, "progress": False}
+    return AVBSVI(model, guide, **options, seed=seed).run(y)
+
+
+@pytest.mark.parametrize("case", ["plate", "datasets"])
+def test_an_amortized_fit_that_loses_modes_says_so(case: str) -> None:
+    """Of 40 data well above 0.8, all have two modes, of which the Gaussian start keeps one."""
+    y = torch.linspace(1.5, 4.0, 40)
+    model, amortize, y = (
+        (squares, "data", y) if case == "plate" else (square_of_dataset, lambda y: y, y.expand(2, -1).T)
+    )
+    with pytest.warns(
+        FitWarning, match=r"must have all modes of its posterior, got \d+ of 40 data that lose one. .*sign"
+    ):
+        fit = amortized(model, amortize, y)
+    assert fit.lost_modes is not None and fit.lost_modes[0] > 20
+    report = fit.diagnose()
+    assert report["modes of data"].state == "failed" and "of 40 data lose a mode" in str(report)
+    assert report["draws of one posterior"].state == "left out"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("model", [shifts, lines])
+def test_amortized_fits_of_one_mode_raise_no_alarm(model: Any, seed: int) -> None:
+    """Warnings are errors here."""
+    y = torch.poisson(torch.linspace(0.0, 5.0, 20), generator=torch.Generator().manual_seed(seed))
+    fit = amortized(model, "data", y, seed)
+    assert fit.lost_modes == (0, 20)
+    assert fit.diagnose()["modes of data"].state == "ok"
+
+
+def test_looking_for_lost_modes_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    amortized(lines, "data", torch.ones(5), num_steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_kinds_of_draws_and_arguments() -> None:
+    y = torch.ones(3)
+    assert diagnose({"mu": torch.arange(300)}, models.normal_normal, y)["spread"].state == "failed"  # whole numbers
+    draws = {"mu": torch.randn(300)}
+    for options in ({"seed": None}, {"seed": 1.5}, {"num_samples": 200.5}):
+        with pytest.raises(OptionError, match="must be an int >= "):
+            diagnose(draws, models.normal_normal, y, **options)
+    for value in (None, "a", torch.ones(0), torch.tensor(1.0), torch.ones(300, dtype=torch.complex64)):
+        with pytest.raises(ShapeError, match="draws of site 'mu' must be"):
+            diagnose({"mu": value}, models.normal_normal, y)
+    with pytest.raises(OptionError, match="model must be a Pyro model"):
+        diagnose(draws, None, y)  # type: ignore[arg-type]

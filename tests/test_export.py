@@ -18,7 +18,7 @@ from torch import Tensor
 import models
 from implicitvi import AVBSVI, ImplicitGuide, to_arviz
 from implicitvi.avb.contrasts import GaussianContrast
-from implicitvi.errors import ModelError, OptionError
+from implicitvi.errors import ModelError, OptionError, ShapeError
 from implicitvi.export import _container
 
 ARGS = (models.SIGMA, models.Y)
@@ -194,6 +194,40 @@ def test_assignments_are_drawn_from_their_exact_conditional() -> None:
     assert (abs(residual.mean(0)) < 5 * residual.std(0) / 600**0.5).all()
 
 
+def switched(labels: Tensor, flat: bool = False) -> None:
+    """A discrete site beside labels, with a deterministic site of it and, where it is flat, an improper prior."""
+    prior = (
+        dist.ImproperUniform(dist.constraints.real, (2,), ()).to_event(1)
+        if flat
+        else dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    )
+    logit = pyro.sample("logit", prior)
+    with pyro.plate("data", len(labels)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+        pyro.deterministic("chosen", logit[k])
+        pyro.sample("label", dist.Bernoulli(logits=logit[k]), obs=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_discrete_sites_are_drawn_beside_labels_of_any_dtype(dtype: torch.dtype) -> None:
+    """As beside the same labels as numbers."""
+    guide, labels = ImplicitGuide(switched).setup(torch.tensor([0.0, 1.0, 1.0])), torch.tensor([0, 1, 1])
+    found = []
+    for each in (labels.float(), labels.to(dtype)):
+        torch.manual_seed(0)
+        found.append(to_arviz(guide, switched, each, num_samples=20, prior=False).posterior)
+    for name in ("k", "chosen"):
+        assert (found[0][name].values == found[1][name].values).all()
+    logit, k = found[0]["logit"].values[0], found[0]["k"].values[0]
+    assert np.allclose(found[0]["chosen"].values[0], np.take_along_axis(logit, k, 1))
+
+
+def test_discrete_sites_are_drawn_under_an_improper_prior() -> None:
+    labels = torch.tensor([0.0, 1.0, 1.0])
+    guide = ImplicitGuide(switched).setup(labels, flat=True)
+    assert to_arviz(guide, switched, labels, flat=True, num_samples=3, prior=False).posterior["k"].shape == (1, 3, 3)
+
+
 @pytest.fixture
 def numpys_generator() -> Iterator[None]:
     """ArviZ draws from numpy's global generator."""
@@ -305,3 +339,90 @@ def test_each_generation_of_arviz_gets_its_call(release: str, monkeypatch: pytes
     else:
         assert args == (groups,) and "posterior" not in kwargs
         assert kwargs["attrs"] == {"/": {"seed": "1"}}
+
+
+NAMES = {
+    "a latent called chain": {"site": "chain"},
+    "a latent called draw": {"site": "draw"},
+    "data called chain": {"obs": "chain"},
+    "data called lp": {"obs": "lp"},
+    "a plate called chain": {"plate": "chain"},
+    "a plate called draw": {"plate": "draw"},
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_that_arviz_keeps_are_changed_with_a_warning_and_nothing_is_lost(case: str) -> None:
+    names = {"site": "mu", "obs": "obs", "plate": "data"} | NAMES[case]
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample(names["site"], dist.Normal(0.0, 1.0))
+        with pyro.plate(names["plate"], len(y)):
+            pyro.sample(names["obs"], dist.Normal(mu, 1.0), obs=y)
+
+    y = torch.tensor([0.5, -0.3, 1.0])
+    (old,) = NAMES[case].values()
+    with pytest.warns(UserWarning, match=f"ArviZ keeps for itself, got '{old}'"):
+        idata = to_arviz(ImplicitGuide(model).setup(y), model, y, num_samples=4, coords={names["plate"]: list("abc")})
+    site, obs, plate = (f"{name}_" if name == old else name for name in names.values())
+    assert idata.posterior[site].shape == (1, 4)
+    for group in ("posterior_predictive", "log_likelihood", "prior_predictive"):
+        assert idata[group][obs].dims == ("chain", "draw", plate)
+        assert list(idata[group][obs].coords[plate].values) == list("abc")
+    assert idata.observed_data[obs].dims == (plate,)
+    assert idata.sample_stats["lp"].shape == (1, 4)
+
+
+def test_an_argument_with_the_name_of_a_site_in_a_plate_is_kept_beside_it() -> None:
+    def model(mu: Tensor) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("mu", dist.Normal(mu.sum(), 1.0))
+
+    idata = to_arviz(ImplicitGuide(model).setup(torch.ones(2, 2)), model, torch.ones(2, 2), num_samples=4)
+    assert idata.constant_data["mu_"].shape == (2, 2)
+    assert idata.posterior["mu"].dims == ("chain", "draw", "data")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.complex64])
+def test_arguments_of_every_dtype_are_exported(dtype: torch.dtype) -> None:
+    def model(y: Tensor, x: Tensor) -> None:
+        models.normal_normal(y)
+
+    x = torch.tensor([1.0, 0.0]).to(dtype)
+    idata = to_arviz(ImplicitGuide(model).setup(models.Y, x), model, models.Y, x, num_samples=4)
+    assert idata.constant_data["x"].values.tolist() == x.tolist()
+
+
+LABELS: dict[str, tuple[dict[str, Any], str]] = {
+    "coordinates of a wrong length": ({"coords": {"data": [1, 2]}}, r"coords\['data'\] must be 8 values.*got 2"),
+    "coordinates in a list": ({"coords": [1]}, "coords must be a dict"),
+    "one coordinate": ({"coords": {"data": 3}}, r"coords\['data'\] must be values, got 3. Write a list"),
+    "a name in place of a list": ({"dims": {"obs": "data"}}, r"dims\['obs'\] must be a list of names, got 'data'"),
+    "dimensions that are a number": ({"dims": 3}, "dims must be a dict"),
+    "dimensions of no site": ({"dims": {"osb": ["data"]}}, "dims must be of .*, got 'osb'. Did you mean 'obs'"),
+    "too many dimensions": ({"dims": {"mu": ["a"]}}, r"dims\['mu'\] must be 0 different names"),
+    "a dimension called chain": ({"dims": {"obs": ["chain"]}}, r"dims\['obs'\] must be 1 different names"),
+    "a dimension called like a site": ({"dims": {"obs": ["mu"]}}, "none of them of a site"),
+    "attributes that are a number": ({"attrs": 3}, "attrs must be a dict"),
+    "half a draw": ({"num_samples": 1.5}, "num_samples must be an int"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels_that_do_not_fit_are_refused(case: str) -> None:
+    options, message = LABELS[case]
+    guide = ImplicitGuide(models.normal_normal).setup(models.Y)
+    with pytest.raises((OptionError, ShapeError), match=message):
+        to_arviz(guide, models.normal_normal, models.Y, **{"num_samples": 4} | options)
+
+
+def test_data_and_models_that_do_not_fit_are_refused_as_in_a_run(guide: ImplicitGuide) -> None:
+    single = ImplicitGuide(models.normal_normal).setup(models.Y)
+    with pytest.raises(ModelError, match="data of site 'obs' must be the shape of its plates"):
+        to_arviz(single, models.normal_normal, models.Y[:, None], num_samples=4)
+    with pytest.raises(ModelError, match="no longer visits its latent sites: 'mu'|did not have before: 'other'"):
+        to_arviz(single, lambda y: pyro.sample("other", dist.Normal(0.0, 1.0)), models.Y, num_samples=4)
+    with pytest.raises(ModelError, match="shape of site 'eta' has changed from \\(8,\\) to \\(5,\\)"):
+        to_arviz(guide, models.eight_schools, *(each[:5] for each in ARGS), num_samples=4)
+    with pytest.raises(OptionError, match="model must be a Pyro model, which is a function, got None"):
+        to_arviz(single, None, models.Y)  # type: ignore[arg-type]

@@ -161,7 +161,7 @@ def mmd_of_normals(shift: float) -> float:
     return 2 / 3 * (1 - math.exp(-2 * shift**2 / 6))
 
 
-@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan, 1e300, 1e-300])
 def test_mmd_refuses_a_bandwidth_that_cannot_work(bandwidth: float) -> None:
     with pytest.raises(OptionError, match="bandwidth"):
         mmd(*normals(2, 20, 2), bandwidth=bandwidth)
@@ -219,6 +219,11 @@ def test_c2st_is_a_function_of_draws_and_seed() -> None:
     assert c2st(x * units, y * units, folds=2) == once
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpys)
+
+
+def test_c2st_takes_every_seed_of_torch() -> None:
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    assert 0 <= c2st(x, x + 1, seed=2**64 - 1, folds=2) <= 1
 
 
 def test_c2st_refuses_too_few_folds_or_rows() -> None:

@@ -14,7 +14,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from implicitvi.errors import check_at_least
+from implicitvi.errors import check_seed, check_whole
 from implicitvi.numerics.gaussian import mean_and_cholesky, whiten
 from implicitvi.numerics.hmc import Evaluate, Point, transition
 from implicitvi.numerics.optimise import descend, gradients
@@ -101,8 +101,9 @@ def transitions(
     Returns:
         The last point of every chain ``[S, D]``, and the share of transitions that were accepted.
     """
-    check_at_least("num_steps", num_steps, 1)
-    check_at_least("num_leapfrog", num_leapfrog, 1)
+    check_whole("num_steps", num_steps)
+    check_whole("num_leapfrog", num_leapfrog)
+    seed = check_seed("seed", seed)
     chains = _Chains(log_joint, z if reference is None else reference, seed)
     w = chains.whiten(z)
     size, _, _ = chains.run(w, num_steps, num_leapfrog, 1.0 / w.shape[1] ** 0.25, adapt=True)
@@ -152,7 +153,9 @@ def find_missed_modes(
         num_steps: Half the number of transitions after the climb.
         seed: Random seed.
     """
-    check_at_least("num_chains", num_chains, 1)
+    check_whole("num_chains", num_chains)
+    check_whole("num_steps", num_steps)
+    seed = check_seed("seed", seed)
     chains = _Chains(log_joint, z, seed)
     w = chains.whiten(z)
     widths = torch.logspace(0.301, 1.301, num_chains, dtype=w.dtype, device=w.device)
@@ -162,7 +165,7 @@ def find_missed_modes(
     begin = begin[chains.log_p(begin).isfinite()]  # without density there is no gradient to follow
     log_p = chains.log_p(w)
     log_p = log_p[log_p.isfinite()]
-    top = _climb(chains.at, begin, log_p.median())
+    top = climb(chains.at, begin, log_p.median())
     _, ends, _ = chains.run(top, 2 * num_steps, 6, 0.3 / w.shape[1] ** 0.25, adapt=True)
     known = w.double().numpy(force=True)
     tree = cKDTree(known)
@@ -234,7 +237,7 @@ class _Chains:
 
 
 @torch.enable_grad()
-def _climb(at: Evaluate, start: Tensor, enough: Tensor, num_steps: int = 200) -> Tensor:
+def climb(at: Evaluate, start: Tensor, enough: Tensor, num_steps: int = 200) -> Tensor:
     """Climb from ``start [C, D]`` by Adam until ``log p`` is ``enough``; step sizes grow with the distance."""
     rate = (start.abs().amax(1, keepdim=True) / 20).clamp(min=0.1)
     steps = torch.zeros_like(start, requires_grad=True)  # in units of the rate

@@ -6,16 +6,25 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from implicitvi.diagnostics.amortized_modes import check_lost_modes
 from implicitvi.diagnostics.checks import check_chains, check_density, check_restarts, check_run, check_stein
 from implicitvi.diagnostics.density_checks import check_sampler
-from implicitvi.diagnostics.posterior import Trained, TrainedFit, TrainedGuide, is_guide, target_of, thin
+from implicitvi.diagnostics.posterior import (
+    ONE,
+    Trained,
+    TrainedFit,
+    TrainedGuide,
+    check_model,
+    is_guide,
+    target_of,
+    tensors_of,
+    thin,
+)
 from implicitvi.diagnostics.predictive import check_predictive
 from implicitvi.diagnostics.report import Check, Report
 from implicitvi.diagnostics.stein import DRAWS_PER_DIM, kernel_stein
-from implicitvi.errors import ImplicitVIError, OptionError, SetupError, ShapeError, check_at_least
+from implicitvi.errors import ImplicitVIError, OptionError, SetupError, ShapeError, check_whole
+from implicitvi.numerics.doors import with_gradients
 from implicitvi.numerics.types import Draws, Model
 from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream
@@ -25,13 +34,15 @@ STEIN_DRAWS = 1000  # with more, differences that do not matter are significant
 POOL_DRAWS = 8000  # from which the density is relearned
 
 
+@with_gradients()
 def diagnose(
     source: Trained | Draws, model: Model, *args: Any, num_samples: int = 2000, seed: int = 0, **kwargs: Any
 ) -> Report:
     """Check whether draws can be trusted as those of the posterior, and advise what to do where not.
 
     All checks but those of the adversary use only the draws and the score of the model, so they judge draws from any
-    source. ``docs/diagnose.md`` describes the reach of each check.
+    source. ``docs/diagnose.md`` describes the reach of each check. Of a fit of an amortized guide, which has many
+    posteriors, it reports the record: the run, the restarts, and the data that lose a mode.
 
     Args:
         source: A fit, a trained guide, or draws ``{site: [S, *site shape]}`` of every continuous latent site,
@@ -46,7 +57,7 @@ def diagnose(
         The report. Print it; ``report.ok`` is true if no check failed.
 
     Raises:
-        SetupError: The guide has not been trained, or is amortized.
+        SetupError: The guide has not been trained, or is amortized and comes without its fit.
         ShapeError: Sites are missing or unknown, have other shapes, or there are too few draws.
         ModelError: Draws lie outside their site's support; the model has other sites than the guide, uses minibatches,
             or has no log density.
@@ -59,17 +70,23 @@ def diagnose(
         >>> diagnose({"z": exact}, model).ok, diagnose({"z": 0.5 * exact}, model).ok
         (True, False)
     """
-    check_at_least("num_samples", num_samples, LEAST)
+    check_whole("num_samples", num_samples, LEAST)
+    check_model(model, seed)
     fit = source if isinstance(source, TrainedFit) else None
     guide = source.guide if isinstance(source, TrainedFit) else source
+    if fit is not None and fit.guide.amortization is not None:
+        others = Check.left_out("draws of one posterior", f"An amortized guide has many posteriors. {ONE}")
+        return Report((check_run(fit), check_restarts(fit), check_lost_modes(fit.lost_modes), others))
     if is_guide(guide):
         target = target_of(guide, model, args, kwargs, seed)
         with RandomStream(seed):
             u = guide.sample_unconstrained(max(num_samples, 2 * target.layout.dim))
             pool = guide.sample_unconstrained(max(POOL_DRAWS, 40 * target.layout.dim))
     elif isinstance(guide, Mapping):
-        target = Target.of(model, args, kwargs, _first(guide), seed)
-        u, pool = thin(target.unconstrain(guide), num_samples), None
+        draws = tensors_of(guide)
+        first = {name: value[0] for name, value in draws.items()}
+        target = Target.of(model, args, kwargs, first, seed)
+        u, pool = thin(target.unconstrain(draws), num_samples), None
         if len(u) < (least := max(LEAST, 2 * target.layout.dim)):
             raise ShapeError(f"There must be at least {least} draws, got {len(u)}.")
     else:
@@ -106,9 +123,3 @@ def stein_error(
         return kernel_stein(u, score, reference=pool, num_bootstrap=1, seed=seed).score_error
     except OptionError:  # a collapsed fit, or draws without a density
         return inf
-
-
-def _first(draws: Draws) -> dict[str, Tensor]:
-    """Return the first draw of every site."""
-    values = {name: torch.as_tensor(value) for name, value in draws.items()}
-    return {name: value[0] for name, value in values.items() if value.dim() and len(value)}

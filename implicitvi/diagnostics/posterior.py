@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitvi.diagnostics.agreement import Agreement
-from implicitvi.errors import ModelError, SetupError
-from implicitvi.numerics.types import Model
+from implicitvi.errors import ModelError, OptionError, SetupError, ShapeError, check_seed
+from implicitvi.numerics.types import Draws, Model
 from implicitvi.pyro_model.sites import SiteLayout
 from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream
 from implicitvi.training import History
+
+ONE = "Diagnose draws at the model's arguments: diagnose(guide.sample(2000, ...), model, ...)."
 
 
 class TrainedGuide(Protocol):
@@ -58,6 +62,7 @@ class TrainedFit(Protocol):
     skipped: int  # turns
     stop_reason: str
     agreement: Agreement | None  # of restarts
+    lost_modes: tuple[int, int] | None  # of an amortized guide
 
 
 Trained = TrainedGuide | TrainedFit
@@ -68,6 +73,13 @@ def is_guide(source: object) -> TypeGuard[TrainedGuide]:
     return hasattr(type(source), "sample_unconstrained")
 
 
+def check_model(model: object, seed: int = 0) -> None:
+    """Raise `OptionError` unless a model is a function, and a seed one that torch takes."""
+    if not callable(model):
+        raise OptionError.must_be("model", "a Pyro model, which is a function", repr(model))
+    check_seed("seed", seed)
+
+
 def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Target:
     """Return the posterior density that a guide approximates.
 
@@ -75,11 +87,11 @@ def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: 
         SetupError: The guide has not been trained, or is amortized.
         ModelError: The model has other latent sites.
     """
+    check_model(model, seed)
     if not guide.is_set_up:
         raise SetupError("The guide has not been trained. Train it with AVBSVI first.")
     if guide.amortization is not None:
-        do = "Diagnose draws at the model's arguments: diagnose(guide.sample(2000, ...), model, ...)."
-        raise SetupError(f"An amortized guide has many posteriors, and this needs one. {do}")
+        raise SetupError(f"An amortized guide has many posteriors, and this needs one. {ONE}")
     with RandomStream(seed):
         first = {name: value[0] for name, value in guide.sample(1).items()}
     target = Target.of(model, args, kwargs, first, seed)
@@ -88,6 +100,30 @@ def target_of(guide: TrainedGuide, model: Model, args: tuple[Any, ...], kwargs: 
         do = "Pass the model and the arguments with which the guide was trained."
         raise ModelError(f"The model does not have the guide's latent sites {mine}, got {theirs}. {do}")
     return target
+
+
+def tensors_of(draws: Draws) -> dict[str, Tensor]:
+    """Return draws as tensors of floats, ``{site: [S, *site shape]}``."""
+    tensors = {}
+    for name, value in draws.items():
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ShapeError.must_be(f"draws of site {name!r}", "a tensor or array", type(value).__name__) from error
+        if tensor.is_complex() or not tensor.numel() or not tensor.dim():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ShapeError.must_be(f"draws of site {name!r}", "real numbers [S, *site shape]", got)
+        tensors[name] = tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+    return tensors
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """Return a tensor or anything like it as an array; a dtype that numpy lacks, such as bfloat16, becomes float32."""
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    dense = value.detach().to_dense()
+    is_foreign = dense.is_floating_point() and dense.dtype not in (torch.float16, torch.float32, torch.float64)
+    return (dense.float() if is_foreign else dense).numpy(force=True)
 
 
 def thin(u: Tensor, count: int) -> Tensor:

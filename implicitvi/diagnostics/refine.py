@@ -12,7 +12,7 @@ from implicitvi.diagnostics.chains import transitions
 from implicitvi.diagnostics.posterior import Trained, is_guide, target_of
 from implicitvi.diagnostics.relearned_density import LEAST, psis, relearn_density
 from implicitvi.diagnostics.stein import DRAWS_PER_DIM
-from implicitvi.errors import ModelError, SetupError, check_at_least
+from implicitvi.errors import ModelError, SetupError, check_whole
 from implicitvi.numerics.types import Model
 from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream
@@ -84,7 +84,7 @@ def resample(
     References:
         Pareto smoothed importance sampling, Aki Vehtari, Daniel Simpson, Andrew Gelman, Yuling Yao, Jonah Gabry, 2024.
     """
-    check_at_least("num_samples", num_samples, 1)
+    check_whole("num_samples", num_samples)
     target, pool = _pool(guide, model, args, kwargs, seed, max(_POOL * num_samples, LEAST), 40)
     count, found = len(pool), relearn_density(pool, target, seed=seed)
     if not found.trusted:
@@ -128,7 +128,8 @@ def polish(
     Raises:
         SetupError: ``guide`` has not been trained, is amortized, or is not a guide.
     """
-    check_at_least("num_samples", num_samples, 1)
+    check_whole("num_samples", num_samples)
+    check_whole("num_steps", num_steps)
     target, pool = _pool(guide, model, args, kwargs, seed, num_samples, DRAWS_PER_DIM)
     u, acceptance = transitions(target, pool[:num_samples], num_steps=num_steps, reference=pool, seed=seed)
     return Polished(target.layout.unpack(u)[0], num_steps, acceptance)

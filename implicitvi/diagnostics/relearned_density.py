@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitvi.diagnostics.fresh_adversary import auc, train_adversary
-from implicitvi.errors import ShapeError
+from implicitvi.errors import ShapeError, check_seed
 from implicitvi.numerics.gaussian import mean_and_cholesky, whiten
 from implicitvi.numerics.types import LogDensity
 
@@ -119,6 +119,7 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
         Adversarial Variational Bayes, Lars Mescheder, Sebastian Nowozin, Andreas Geiger, 2017, eq. 3.3.
         Double/debiased machine learning, Victor Chernozhukov et al., 2018 (cross-fitting).
     """
+    seed = check_seed("seed", seed)
     least = max(LEAST, 20 * z.shape[-1])
     if z.dim() != 2 or len(z) < least:
         raise ShapeError.must_be("The draws", f"[S, D] with S >= {least} to learn their density", tuple(z.shape))
@@ -129,7 +130,8 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
     with torch.no_grad():
         log_p = log_joint(z.detach()).double().cpu()
     for i, (held, train) in enumerate([halves, halves[::-1]]):
-        mixture = _Mixture(here[train], seed + i)
+        own_seed = (seed + i) % 2**64
+        mixture = _Mixture(here[train], own_seed)
         new = mixture.sample(len(here))
         with torch.no_grad():
             log_p_new = log_joint(new.to(z)).double().cpu()
@@ -137,7 +139,7 @@ def relearn_density(z: Tensor, log_joint: LogDensity, *, seed: int = 0) -> Relea
         gap_q, gap_new = log_p - mixture.log_prob(here), log_p_new - log_r_new
         own, other = slice(len(train)), slice(len(train), None)
         q, r = (mixture.standardise(here[train]), gap_q[train]), (mixture.standardise(new[own]), gap_new[own])
-        adversary = train_adversary(q, r, seed + i)
+        adversary = train_adversary(q, r, own_seed)
         with torch.no_grad():
             again[train] = adversary(*q) + mixture.log_prob(here[train])
             ratio[held] = adversary(mixture.standardise(here[held]), gap_q[held])
@@ -190,7 +192,7 @@ class _Mixture:
         self.loc, self.scale_tril = mean_and_cholesky(z)
         w = self.standardise(z).numpy()
         fits = [
-            GaussianMixture(count, max_iter=40, reg_covar=1e-4, init_params="k-means++", random_state=seed)
+            GaussianMixture(count, max_iter=40, reg_covar=1e-4, init_params="k-means++", random_state=seed % 2**32)
             for count in _COMPONENTS
             if count == 1 or count * 20 * z.shape[1] <= len(z)
         ]

@@ -17,8 +17,9 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
-from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide
-from implicitvi.errors import ModelError, OptionError, check_whole
+from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide, check_model, tensors_of
+from implicitvi.errors import ModelError, OptionError, ShapeError, check_flag, check_whole
+from implicitvi.numerics.doors import with_gradients
 from implicitvi.numerics.types import Draws, Model
 from implicitvi.pyro_model.enumeration import Enumerate, batchable, is_enumerated, log_sum
 from implicitvi.pyro_model.tracing import is_scored, plate_nesting, run_at, score, unvalidated
@@ -92,6 +93,7 @@ class Calibration:
         return "draws too narrow" if width > 0 else "draws too wide"
 
 
+@with_gradients()
 def sbc(
     model: Model,
     make_guide: MakeGuide,
@@ -124,7 +126,8 @@ def sbc(
 
     Raises:
         ModelError: The model cannot be simulated, or the draws lack one of its latent sites.
-        OptionError: ``make_guide`` does not return a guide, a fit or draws.
+        OptionError: ``make_guide`` does not return a guide, a fit or draws, or an option has a value that cannot work.
+        ShapeError: ``quantities`` does not return a number for each draw, or names a quantity like an entry of a site.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration, Sean Talts, Michael Betancourt,
@@ -133,6 +136,11 @@ def sbc(
     """
     check_whole("num_datasets", num_datasets, 10)
     check_whole("num_draws", num_draws, 9)
+    check_model(model, seed)
+    check_flag("log_likelihood", log_likelihood)
+    for option, value in (("make_guide", make_guide), ("quantities", quantities)):
+        if not callable(value) and (option == "make_guide" or value is not None):
+            raise OptionError.must_be(option, "a function", repr(value))
     ranks: dict[str, list[Tensor]] = {}
     with forked():
         torch.manual_seed(seed)
@@ -146,7 +154,7 @@ def sbc(
             if log_likelihood:
                 ranked[LOG_LIKELIHOOD] = _log_likelihood(given, both, tuple(data), args, kwargs)
             if quantities is not None:
-                ranked |= quantities(both, data)
+                ranked |= _checked(quantities(both, data), ranked, 1 + num_draws)
             for name, values in ranked.items():
                 ranks.setdefault(name, []).append((values[1:] < values[0]).sum().cpu())
     return Calibration({name: torch.stack(each) for name, each in ranks.items()}, num_draws)
@@ -287,12 +295,25 @@ def _log_likelihood(
 def _draws(made: Any, num_draws: int) -> Values:
     """Return draws ``{site: [S, *site shape]}`` of the result of ``make_guide``."""
     if isinstance(made, Mapping):
-        return {name: torch.as_tensor(value) for name, value in made.items()}
+        return tensors_of(made)
     guide = getattr(made, "guide", made)
     if not callable(getattr(guide, "sample", None)):
         expected = "a function that returns a guide, a fit, or draws {site: [num_draws, *site shape]}"
         raise OptionError.must_be("make_guide", expected, type(made).__name__, "End it with return guide.")
     return dict(guide.sample(num_draws))
+
+
+def _checked(found: Any, ranked: Values, count: int) -> Values:
+    """Return the user's quantities; raise `ShapeError` unless each is ``[count]`` and has a name of its own."""
+    if not isinstance(found, Mapping):
+        raise ShapeError.must_be("The result of quantities", "a dict {name: [S]}", type(found).__name__)
+    for name, value in found.items():
+        if name in ranked:
+            raise ShapeError.must_be("The names of quantities", f"other than {', '.join(ranked)}", repr(name))
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != (count,):
+            raise ShapeError.must_be(f"The quantity {name!r}", f"of shape {(count,)}, one for each draw", shape)
+    return dict(found)
 
 
 def _check_draws(draws: Values, truth: Values, num_draws: int) -> None:

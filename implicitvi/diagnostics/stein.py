@@ -13,7 +13,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from implicitvi.errors import OptionError, ShapeError, check_at_least
+from implicitvi.errors import OptionError, ShapeError, check_seed, check_whole
 from implicitvi.numerics.gaussian import mean_and_cholesky, standard_deviations, whiten
 
 LEAST = 20  # draws
@@ -75,7 +75,8 @@ def kernel_stein(
         to 14. A Kernel Test of Goodness of Fit, Kacper Chwialkowski, Heiko Strathmann, Arthur Gretton, 2016.
         Measuring Sample Quality with Kernels, Jackson Gorham, Lester Mackey, 2017.
     """
-    check_at_least("num_bootstrap", num_bootstrap, 1)
+    check_whole("num_bootstrap", num_bootstrap)
+    seed = check_seed("seed", seed)
     z, score = _pair(z, score)
     loc, scale_tril = _location_scale(z if reference is None else reference.detach().to(z))
     w, s = whiten(z, loc, scale_tril), score @ scale_tril

@@ -22,14 +22,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import log, pi
+from math import isinf, log, pi
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicitvi.errors import ModelError, OptionError, ShapeError, check_at_least, check_choice, check_positive
-from implicitvi.metrics.evidence import check_start
+from implicitvi.errors import ModelError, OptionError, ShapeError, check_choice, check_flag, check_positive, check_whole
+from implicitvi.metrics.evidence import check_scores, check_start
 from implicitvi.numerics.hmc import Point, transition
 from implicitvi.numerics.types import LogDensity
 
@@ -95,10 +95,14 @@ class Annealing:
 
     def __post_init__(self) -> None:
         for option in ("num_steps", "num_chains", "num_leapfrog"):
-            check_at_least(option, getattr(self, option), 1)
-        check_positive("step_size", self.step_size)
+            check_whole(option, getattr(self, option))
+        for option in ("step_size", "acceptance"):
+            check_positive(option, getattr(self, option))
+        if isinf(self.step_size):
+            raise OptionError.must_be("step_size", "finite", self.step_size)
+        check_flag("adapt", self.adapt)
         check_choice("schedule", self.schedule, SCHEDULES)
-        if not 0 < self.acceptance < 1:
+        if not self.acceptance < 1:
             raise OptionError.must_be("acceptance", "between 0 and 1", self.acceptance)
 
     def betas(self) -> list[float]:
@@ -229,7 +233,7 @@ class _Path:
     """A view of ``log f_1`` in the coordinates ``u`` of the start."""
 
     def __init__(self, log_joint: LogDensity, loc: Tensor, scale: Tensor):
-        check_start(loc, scale)
+        check_start(log_joint, loc, scale)
         self.log_joint, self.loc, self.scale = log_joint, loc, scale
         self.log_volume = scale.log().sum(-1)
 
@@ -239,9 +243,7 @@ class _Path:
         near = u.where(inside[..., None], 0.0).requires_grad_()  # the model never sees a diverging trajectory
         with torch.enable_grad():
             log_p = self.log_joint(self.loc + self.scale * near)
-            if log_p.shape != u.shape[:-1]:
-                expected = f"of shape {tuple(u.shape[:-1])} for codes {tuple(u.shape)}"
-                raise ShapeError.must_be("The log joint", expected, tuple(log_p.shape))
+            check_scores(log_p, u)
             if not log_p.requires_grad:
                 do = "Leave out detach() and no_grad(), or use method='iwae'."
                 raise ModelError(f"The log joint has no gradient with respect to the codes. {do}")

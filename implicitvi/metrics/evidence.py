@@ -6,14 +6,14 @@ standard deviation ``scale [B, D]`` of each datum's posterior, which may be roug
 
 from __future__ import annotations
 
-from math import log
+from math import isfinite, log
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, StudentT
 
-from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
+from implicitvi.errors import OptionError, ShapeError, check_positive, check_seed, check_whole
 from implicitvi.numerics.types import LogDensity
 
 _RESOLVED = 0.05  # nats of change without every other point; the remaining error is at most about a fourth of it
@@ -44,15 +44,17 @@ def importance_sampling(
     References:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016.
     """
-    check_at_least("num_samples", num_samples, 1)
-    check_at_least("chunk", chunk, 1)
+    check_whole("num_samples", num_samples)
+    check_whole("chunk", chunk)
     check_positive("widen", widen)
-    check_start(loc, scale)
+    check_start(log_joint, loc, scale)
     q = Independent(StudentT(5.0, loc, widen * scale, validate_args=False), 1, validate_args=False)
     weights = []
     for size in [min(chunk, num_samples - done) for done in range(0, num_samples, chunk)]:
         z = q.sample(torch.Size([size]))
-        weights.append(log_joint(z) - q.log_prob(z))
+        log_p = log_joint(z)
+        check_scores(log_p, z)
+        weights.append(log_p - q.log_prob(z))
     return torch.cat(weights).logsumexp(0) - log(num_samples)
 
 
@@ -83,9 +85,12 @@ def quadrature(
     Raises:
         OptionError: There are more than two latent dimensions, or the grid is too coarse or too small.
     """
-    check_at_least("points", points, 2)
-    check_at_least("chunk", chunk, 1)
-    check_positive("high - low", high - low)
+    check_whole("points", points, 2)
+    check_whole("chunk", chunk)
+    if not all(isinstance(end, int | float) and isfinite(end) for end in (low, high)) or not low < high:
+        raise OptionError.must_be("low and high", "finite numbers, low below high", f"{low!r} and {high!r}")
+    moments = (torch.zeros(loc.shape), torch.ones(loc.shape)) if isinstance(loc, Tensor) else (loc, loc)
+    check_start(log_joint, *moments)
     batch, dim = loc.shape
     if dim > 2:
         raise OptionError(f"Quadrature is for one or two latent dimensions, got {dim}. Use method='ais' or 'iwae'.")
@@ -93,22 +98,45 @@ def quadrature(
     middle = (edges[1:] + edges[:-1]) / 2
     grid = torch.cartesian_prod(*[middle] * dim).reshape(-1, 1, dim)
     # the codes [S, 1, D] are the same for all data, so they are decoded once
-    parts = [log_joint(part).expand(-1, batch) for part in grid.split(max(1, chunk // batch))]
+    parts = []
+    for part in grid.split(max(1, min(chunk, len(grid) * batch) // batch)):
+        scores = log_joint(part)
+        check_scores(
+            scores.expand(-1, batch) if getattr(scores, "ndim", 0) == 2 else scores, part.expand(-1, batch, -1)
+        )
+        parts.append(scores.expand(-1, batch))
     log_p = torch.cat(parts).reshape(*[points] * dim, batch)
     total = log_p.flatten(0, -2).logsumexp(0)
     _check_grid(log_p, total)
     return total + dim * log((high - low) / points)
 
 
-def check_start(loc: Tensor, scale: Tensor) -> None:
-    """Raise `ShapeError` or `OptionError` unless ``loc`` and ``scale [B, D]`` are moments of a Gaussian."""
-    if loc.dim() != 2 or loc.shape != scale.shape:
-        shapes = f"shapes {tuple(loc.shape)} and {tuple(scale.shape)}"
+def check_start(log_joint: LogDensity, loc: Tensor, scale: Tensor) -> None:
+    """Raise an error unless ``log_joint`` is a function, and ``loc`` and ``scale [B, D]`` are moments of a Gaussian."""
+    if not callable(log_joint):
+        raise OptionError.must_be("log_joint", "a function of codes", repr(log_joint))
+    tensors = all(
+        isinstance(each, Tensor) and not each.is_sparse and each.is_floating_point() and each.numel()
+        for each in (loc, scale)
+    )
+    if not tensors or loc.dim() != 2 or loc.shape != scale.shape:
+        kinds = f"{type(loc).__name__} and {type(scale).__name__}"
+        shapes = (
+            f"shapes {tuple(loc.shape)} and {tuple(scale.shape)}" if tensors else f"{kinds}, empty or not of floats"
+        )
         raise ShapeError.must_be("loc and scale", "[B, D], the moments of each datum's posterior", shapes)
     if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
         scales = f"scales from {scale.min().item():g} to {scale.max().item():g}"
         do = "For an encoder without noise use start='prior', or the prior's moments."
         raise OptionError.must_be("loc and scale", "finite, and scale above 0", scales, do)
+
+
+def check_scores(log_p: Tensor, z: Tensor) -> None:
+    """Raise `ShapeError` unless a log joint of codes ``z [S, B, D]`` is a tensor ``log_p [S, B]``."""
+    if not isinstance(log_p, Tensor) or log_p.shape != z.shape[:-1]:
+        got = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
+        expected = f"of shape {tuple(z.shape[:-1])} for codes {tuple(z.shape)}"
+        raise ShapeError.must_be("The log joint", expected, got)
 
 
 def _check_grid(log_p: Tensor, total: Tensor) -> None:
@@ -164,8 +192,9 @@ def semi_implicit_bound(
         Semi-Implicit Variational Inference, Mingzhang Yin, Mingyuan Zhou, 2018. Doubly Semi-Implicit Variational
         Inference, Dmitry Molchanov, Valery Kharitonov, Artem Sobolev, Dmitry Vetrov, 2019.
     """
-    check_at_least("num_samples", num_samples, 2)
-    check_at_least("num_mixture", num_mixture, 1)
+    check_whole("num_samples", num_samples, 2)
+    check_whole("num_mixture", num_mixture)
+    seed = check_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from implicitvi.errors import ShapeError, check_at_least, check_positive
+from implicitvi.errors import ShapeError, check_positive, check_whole
 from implicitvi.metrics.two_sample import knn_kl
 
 
@@ -31,7 +32,8 @@ def aggregated_kl(codes: Tensor, prior: Tensor, *, k: int = 5) -> float:
     >>> abs(aggregated_kl(0.8 * means + 0.6 * noise, prior)) < 0.1
     True
     """
-    return knn_kl(codes.flatten(0, -2), prior, k=k)
+    _check_tensors("The codes", codes)
+    return knn_kl(codes.flatten(0, -2) if codes.dim() > 1 else codes, prior, k=k)
 
 
 def active_units(means: Tensor, *, threshold: float = 0.01) -> Tensor:
@@ -55,6 +57,7 @@ def active_units(means: Tensor, *, threshold: float = 0.01) -> Tensor:
         Importance Weighted Autoencoders, Yuri Burda, Roger Grosse, Ruslan Salakhutdinov, 2016, section 5.2.
     """
     check_positive("threshold", threshold)
+    _check_tensors("The posterior means", means)
     if means.dim() != 2 or len(means) < 2:
         raise ShapeError.must_be("The posterior means", "[N, D] with N >= 2", f"shape {tuple(means.shape)}")
     return means.var(0) > threshold
@@ -74,7 +77,8 @@ def squared_error(x: Tensor, reconstruction: Tensor) -> float:
     >>> squared_error(torch.zeros(5, 2), torch.tensor([1.0, 3.0]).expand(4, 5, 2))
     5.0
     """
-    if reconstruction.shape[-x.dim() :] != x.shape:
+    _check_tensors("Data and reconstructions", x, reconstruction)
+    if reconstruction.shape[reconstruction.dim() - x.dim() :] != x.shape:
         shapes = f"shapes {tuple(x.shape)} and {tuple(reconstruction.shape)}"
         raise ShapeError.must_be("Data and reconstructions", "[B, *x_shape] and [(S,) B, *x_shape]", shapes)
     return float((reconstruction - x).square().mean())
@@ -96,5 +100,19 @@ def negative_log_likelihood(log_likelihood: Tensor, *, entries: int = 1) -> floa
     >>> negative_log_likelihood(torch.tensor([-8.0, -4.0]), entries=4)
     1.5
     """
-    check_at_least("entries", entries, 1)
+    check_whole("entries", entries)
+    _check_tensors("The log likelihood", log_likelihood)
     return float(-log_likelihood.mean() / entries)
+
+
+def _check_tensors(what: str, *tensors: Tensor) -> None:
+    """Raise `ShapeError` unless all are tensors of floats with a value."""
+    for tensor in tensors:
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not (dense and tensor.is_floating_point() and tensor.numel()):
+            got = (
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else type(tensor).__name__
+            )
+            raise ShapeError.must_be(what, "tensors of floats, not empty", got)

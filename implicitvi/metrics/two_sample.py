@@ -12,6 +12,7 @@ equal distributions and its noise there.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from implicitvi.errors import OptionError, ShapeError, check_at_least, check_positive
+from implicitvi.errors import OptionError, ShapeError, check_number, check_seed, check_whole
 from implicitvi.numerics import gaussian
 from implicitvi.numerics.gaussian import standard_deviations
 
@@ -65,7 +66,7 @@ def knn_kl(q_draws: Draws, p_draws: Draws, *, k: int = 5) -> float:
         Divergence estimation for multidimensional densities via k-nearest-neighbor distances (Wang, Kulkarni, Verdú,
         2009). Information theoretical estimators toolbox (Szabó, 2014), ``BDKL_KnnK``.
     """
-    check_at_least("k", k, 1)
+    check_whole("k", k)
     q, p = (side.numpy() for side in _pair(q_draws, p_draws, least_rows=k + 1))
     _refuse_repeats(q, p)
     rho = cKDTree(q).query(q, k=[k + 1], workers=1)[0]  # the nearest draw of q to one of q is itself
@@ -110,9 +111,7 @@ def mmd(x: Draws, y: Draws, *, bandwidth: float | None = None) -> float:
     centre = torch.cat([x, y]).mean(0)  # cdist loses digits far from the origin
     x, y = x - centre, y - centre
     width = _median_distance(x, y) if bandwidth is None else bandwidth
-    check_positive("bandwidth", width)
-    if math.isinf(width):
-        raise OptionError.must_be("bandwidth", "finite", width)
+    width = check_number("bandwidth", width, "a number > 0 whose square is one too", 1e-150, 1e150)
     within = [(_kernel_sum(a, a, width) - len(a)) / (len(a) * (len(a) - 1)) for a in (x, y)]
     return sum(within) - 2 * _kernel_sum(x, y, width) / (len(x) * len(y))
 
@@ -148,7 +147,8 @@ def c2st(x: Draws, y: Draws, *, seed: int = 0, folds: int = 5) -> float:
     """
     from sklearn.model_selection import StratifiedKFold  # takes a second
 
-    check_at_least("folds", folds, 2)
+    check_whole("folds", folds, 2)
+    seed = check_seed("seed", seed) % 2**32  # as many as numpy has
     x, y = _pair(x, y, least_rows=max(2, folds))
     rows = min(len(x), len(y))
     # no draw of y is sqrt(M) deviations out; far beyond that the network would diverge
@@ -232,7 +232,8 @@ def sliced_wasserstein(x: Draws, y: Draws, *, num_projections: int = 200, seed: 
     References:
         Wasserstein barycenter and its application to texture mixing (Rabin, Peyré, Delon, Bernot, 2011), definition 1.
     """
-    check_at_least("num_projections", num_projections, 1)
+    check_whole("num_projections", num_projections)
+    seed = check_seed("seed", seed)
     x, y = _pair(x, y, least_rows=2)
     rows = min(len(x), len(y))
     generator = torch.Generator().manual_seed(seed)
@@ -279,15 +280,26 @@ def _pair(first: Draws, second: Draws, *, least_rows: int) -> tuple[Tensor, Tens
 
 
 def _matrix(name: str, draws: Draws) -> Tensor:
-    if not isinstance(draws, Tensor):  # copied: torch refuses negative strides and warns about read-only arrays
-        draws = torch.from_numpy(np.array(draws, dtype=np.float64))
-    matrix = draws.detach().to("cpu", torch.float64)
+    what = f"{name} of draws"
+    if isinstance(draws, Mapping):
+        do = (
+            "Pass guide.sample_unconstrained(num_samples), or torch.cat([v.reshape(len(v), -1) for v in d.values()], 1)"
+        )
+        raise ShapeError.must_be(what, "a matrix [N, D]", f"a dict of {', '.join(map(repr, draws))}", f"{do}.")
+    try:
+        if draws.is_complex() if isinstance(draws, Tensor) else np.iscomplexobj(draws):
+            raise TypeError("complex numbers")
+        if not isinstance(draws, Tensor):  # copied: torch refuses negative strides and warns about read-only arrays
+            draws = torch.from_numpy(np.array(draws, dtype=np.float64))
+        matrix = draws.detach().to_dense().to("cpu", torch.float64)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ShapeError.must_be(what, "a matrix [N, D] of real numbers", type(draws).__name__) from error
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         do = "Flatten the draws to one row each; for one dimension pass draws[:, None]."
-        raise ShapeError.must_be(f"{name} of draws", "a matrix [N, D]", f"shape {tuple(matrix.shape)}", do)
+        raise ShapeError.must_be(what, "a matrix [N, D]", f"shape {tuple(matrix.shape)}", do)
     if not matrix.isfinite().all():
         rows = f"{int((~matrix.isfinite()).any(1).sum())} bad rows of {len(matrix)}"
-        raise OptionError.must_be(f"{name} of draws", "finite", rows)
+        raise OptionError.must_be(what, "finite", rows)
     return matrix
 
 
