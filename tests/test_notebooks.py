@@ -102,7 +102,7 @@ def test_of_many_latents_the_first_are_shown() -> None:
 
 
 @pytest.mark.uses_param_store
-def test_an_amortized_fit_shows_its_parameters_only() -> None:
+def test_an_amortized_fit_shows_its_parameters_and_the_latents_of_its_data() -> None:
     def local(y: Tensor) -> None:
         scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
@@ -111,7 +111,7 @@ def test_an_amortized_fit_shows_its_parameters_only() -> None:
 
     guide = ImplicitGuide(local, amortize={"data": lambda y: y[:, None]})
     table = Table(fitted(local, Y, guide=guide)._repr_html_())
-    assert [row[0] for row in table.rows] == ["", "scale (parameter)"]
+    assert [row[0] for row in table.rows] == ["", "scale (parameter)", "z[0]", "z[1]", "z[2]"]
 
 
 def test_a_fit_of_a_latent_variable_model_is_a_table_of_its_metrics() -> None:
