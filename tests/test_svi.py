@@ -607,7 +607,7 @@ def two_modes(y: Tensor) -> None:
     pyro.sample("obs", pyro.distributions.Normal(x.square(), 0.6), obs=y)
 
 
-INTERRUPTS = {"starting_point": True, "gaussian_fit": False, "search_modes": True, "PosteriorObjective": False}
+INTERRUPTS = {"starting_point": True, "first_gaussian": False, "search_modes": True, "PosteriorObjective": False}
 
 
 @pytest.mark.parametrize(("where", "by_hand"), INTERRUPTS.items())
@@ -652,7 +652,7 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", OWN)
 def test_functions_of_ones_own_are_tried_before_the_warm_start(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, message = OWN[case]
-    monkeypatch.setattr(setup, "gaussian_fit", lambda *args, **kwargs: pytest.fail("the warm start has begun"))
+    monkeypatch.setattr(setup, "first_gaussian", lambda *args, **kwargs: pytest.fail("the warm start has begun"))
     with pytest.raises(OptionError, match=message):
         small(**options).run(Y)
 

@@ -923,12 +923,12 @@ MISUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "'num_steps' for method 'iwae'",
     ),
     "log_evidence(seed='a')": (lambda: vae().log_evidence(data(), seed="a"), OptionError, "seed must be an int"),  # type: ignore[arg-type]
-    "fit(seed=1.5)": (
-        lambda: fit(vae(), seed=1.5),
+    "fit(seed=1.5)": (lambda: fit(vae(), seed=1.5), OptionError, "seed must be an int >= 0, got 1.5"),
+    "fit(seed=2**70)": (
+        lambda: fit(vae(), seed=2**70),
         OptionError,
-        "seed must be an int of at most 64 bits, or None, got 1.5",
+        "seed must be an int >= 0 and <= 18446744073709551615",
     ),
-    "fit(seed=2**70)": (lambda: fit(vae(), seed=2**70), OptionError, "seed must be an int of at most 64 bits"),
     "fit(ema='0.9')": (lambda: fit(vae(), ema="0.9"), OptionError, "ema must be between 0 and 1, got '0.9'"),
     "fit(sparse)": (
         lambda: fit(vae(), data().to_sparse()),

@@ -84,6 +84,7 @@ def trained(animal: Animal, dtype: torch.dtype, num_steps: int) -> AVBSVI:
 @pytest.mark.uses_param_store
 @pytest.mark.filterwarnings("ignore:.*leave the posterior:UserWarning")
 @named(FITTED)
+@pytest.mark.filterwarnings("ignore:The start of the fit has not arrived")  # of the improper posteriors
 def test_it_trains_draws_and_resumes(animal: Animal) -> None:
     """Draws, predictions, a state that goes round, equal losses for equal seeds, and single precision."""
     args = animal.args(torch.float64)
