@@ -171,6 +171,11 @@ def check_seed(option: str, value: Any) -> int:
     return check_whole(option, value, 0, 2**64 - 1)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def as_float(what: str, value: Any) -> float:
     """Return a number that a user's function has returned; raise `OptionError` unless it is one."""
     try:

@@ -17,7 +17,7 @@ from implicitvi.diagnostics.chains import climb
 from implicitvi.diagnostics.report import Check
 from implicitvi.errors import FitWarning, check_whole
 from implicitvi.numerics.hmc import Point
-from implicitvi.numerics.optimise import gradients
+from implicitvi.numerics.optimise import gradients, where_finite
 from implicitvi.rng import RandomStream
 
 Scores = Callable[[Tensor], Tensor]  # latents [S, B, D] of B data to their log densities [S, B] in nats
@@ -65,9 +65,7 @@ def lost_modes(score: Scores, draws: Tensor, *, num_pairs: int = PAIRS, num_step
         log_p, slope = gradients(
             lambda z: score(z.view(shape)).flatten(), (middle + own * w.view(shape)).flatten(0, 1), chunk=len(w)
         )
-        slope = (slope.view(shape) * own).flatten(0, 1)
-        known = log_p.isfinite() & slope.isfinite().all(1)
-        return Point(w, log_p.where(known, -torch.inf), slope.where(known[:, None], 0.0))
+        return Point(w, *where_finite(log_p, (slope.view(shape) * own).flatten(0, 1)))
 
     with torch.no_grad():
         enough = score(draws[: 4 * num_pairs]).nan_to_num(-torch.inf).median(0).values

@@ -17,7 +17,7 @@ from torch import Tensor
 from implicitvi.errors import check_seed, check_whole
 from implicitvi.numerics.gaussian import mean_and_cholesky, whiten
 from implicitvi.numerics.hmc import Evaluate, Point, transition
-from implicitvi.numerics.optimise import descend, gradients
+from implicitvi.numerics.optimise import descend, gradients, where_finite
 from implicitvi.numerics.types import LogDensity
 
 TAIL = 0.01  # share of the draws that counts as their tail
@@ -213,9 +213,7 @@ class _Chains:
     def at(self, w: Tensor) -> Point:
         """Evaluate ``log p [C]`` and its gradient in ``w``: ``-inf`` and 0 where one of them is not finite."""
         log_p, slope = gradients(self.log_joint, self.unwhiten(w))
-        slope = slope @ self.scale_tril
-        known = log_p.isfinite() & slope.isfinite().all(1)
-        return Point(w, log_p.where(known, -torch.inf), slope.where(known[:, None], 0.0))
+        return Point(w, *where_finite(log_p, slope @ self.scale_tril))
 
     def run(
         self, w: Tensor, num_steps: int, num_leapfrog: int, size: float, *, adapt: bool = False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicitvi.diagnostics.posterior import thin
 from implicitvi.diagnostics.report import Check
+from implicitvi.errors import reason_of
 from implicitvi.pyro_model.target import Target
 from implicitvi.pyro_model.tracing import is_deterministic, run_at, unvalidated
 from implicitvi.rng import RandomStream
@@ -34,7 +35,7 @@ def check_predictive(target: Target, u: Tensor, seed: int) -> Check:
         try:
             drawn = predictive(*target.args, **target.kwargs)
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            return Check.left_out("predictive", f"The observed sites cannot be drawn: {str(error).splitlines()[0]}.")
+            return Check.left_out("predictive", f"The observed sites cannot be drawn: {reason_of(error)}.")
     shares = {
         f"{name} {what}": share
         for name, value in observed.items()

@@ -18,7 +18,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from implicitvi.diagnostics.posterior import TrainedFit, TrainedGuide, check_model, tensors_of
-from implicitvi.errors import ModelError, OptionError, ShapeError, check_flag, check_whole
+from implicitvi.errors import ModelError, OptionError, ShapeError, check_flag, check_whole, reason_of
 from implicitvi.numerics.doors import with_gradients
 from implicitvi.numerics.types import Draws, Model
 from implicitvi.pyro_model.enumeration import Enumerate, batchable, is_enumerated, log_sum
@@ -173,7 +173,7 @@ def simulate(model: Model, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
         with poutine.block():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     except NotImplementedError as error:
-        why = str(error).splitlines()[0]
+        why = reason_of(error)
         raise ModelError(f"{SIMULATED}, but a site cannot be drawn: {why}. Give it a proper prior.") from error
     latents: Values = {}
     data: Values = {}

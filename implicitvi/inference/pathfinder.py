@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitvi.numerics.optimise import gradients
+from implicitvi.numerics.optimise import gradients, where_finite
 from implicitvi.numerics.types import LogDensity
 
 # sizes of a step, as shares of the quasi-Newton step; each row is tried where none before rises
@@ -182,9 +182,8 @@ def _elbo(log_joint: LogDensity, loc: Tensor, root: Tensor, log_det: Tensor, dra
 
 def _gradients(log_joint: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``log p [S]`` and its gradient ``[S, D]``; ``-inf`` and 0 where one of them is not finite."""
-    log_p, slope = gradients(log_joint, u)
-    known = log_p.isfinite() & slope.isfinite().all(1)
-    return log_p.where(known, -torch.inf).to(u), slope.where(known[:, None], 0.0)
+    log_p, slope = where_finite(*gradients(log_joint, u))
+    return log_p.to(u), slope
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import nextafter
 from typing import Any, TypedDict
 
@@ -21,7 +21,6 @@ from implicitvi.errors import (
     check_positive,
     check_seed,
     check_whole,
-    plain_number,
 )
 from implicitvi.pyro_model.compiled import check_compile
 from implicitvi.pyro_model.log_joint import MODES
@@ -179,8 +178,6 @@ class ElboSettings:
     )
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            object.__setattr__(self, each.name, plain_number(getattr(self, each.name)))
         check_options(self)
         schedule = self.schedule
         ends = [schedule.at(step) for step in (0, self.num_steps)]

@@ -242,18 +242,18 @@ def set_up(
     """
     check_guide(guide)
     target = Target(model, outside_inference(arguments), mode=settings.mode, plate=guide.plate)
-    with all_or_nothing(guide, model, stream), stream, _one_device(arguments):
+    with all_or_nothing(guide, model), stream, _one_device(arguments):
         build = _posterior_objective if guide.amortization is None else _amortized_objective
         target, objective = build(target, guide, settings)
-    if not list(guide.sampler.parameters()):
-        raise OptionError.must_be("the sampler", "one with weights to train", type(guide.sampler).__name__)
+        if not list(guide.sampler.parameters()):
+            raise OptionError.must_be("the sampler", "one with weights to train", type(guide.sampler).__name__)
     return Training(target, objective, guide, settings, stream, moves_sampler=moves_sampler)
 
 
 @contextmanager
-def all_or_nothing(guide: ImplicitGuide, model: Model, stream: RandomStream) -> Iterator[None]:
-    """Leave guide, parameters and random numbers as they were where an error or an interrupt ends the block."""
-    position, store = stream.state_dict(), pyro.get_param_store()
+def all_or_nothing(guide: ImplicitGuide, model: Model) -> Iterator[None]:
+    """Leave guide and parameters as they were where an error or an interrupt ends the block."""
+    store = pyro.get_param_store()
     own = [*model.parameters()] if isinstance(model, nn.Module) else []
     names, leaves = set(store), [*(leaf for _, leaf in store.named_parameters()), *own]
     values = [leaf.detach().clone() for leaf in leaves]
@@ -261,7 +261,6 @@ def all_or_nothing(guide: ImplicitGuide, model: Model, stream: RandomStream) -> 
         with restored_on_error(guide):
             yield
     except BaseException:
-        stream.load_state_dict(position)
         for name in set(store) - names:
             del store[name]
         with torch.no_grad():

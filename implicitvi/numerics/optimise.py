@@ -24,6 +24,12 @@ def gradients(log_joint: LogDensity, z: Tensor, *, chunk: int = 2000) -> tuple[T
     return torch.cat(values), torch.cat(slopes)
 
 
+def where_finite(log_p: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``log p [S]`` and its gradient ``[S, D]``: ``-inf`` and 0 where one of them is not finite."""
+    known = log_p.isfinite() & slope.isfinite().all(1)
+    return log_p.where(known, -torch.inf), slope.where(known[:, None], 0.0)
+
+
 def descend(
     loss: Callable[[], Tensor | None], groups: list[dict[str, Any]], num_steps: int, *, normalised: bool = False
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError
+from implicitvi.errors import CheckpointError, ImplicitVIError, OptionError, reason_of
 
 FORMAT = 3
 STATE, CONFIG = "state.safetensors", "config.json"
@@ -81,7 +81,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], Any]:
             document = _unflatten(json.loads(text), tensors)
             config, state = dict(document["config"]), document["state"]
     except Exception as error:  # a file may be damaged in more ways than there are names for
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         do = "Use an older copy, or start again in an empty folder."
         raise CheckpointError(f"The checkpoint {path} cannot be read: {reason}. {do}") from error
     if version > FORMAT:

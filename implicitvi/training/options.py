@@ -26,7 +26,7 @@ from dataclasses import field, fields, replace
 from textwrap import TextWrapper
 from typing import Any, TypeVar
 
-from implicitvi.errors import OptionError, did_you_mean
+from implicitvi.errors import OptionError, did_you_mean, plain_number
 
 T = TypeVar("T")
 Check = Callable[[str, Any], object]
@@ -47,8 +47,9 @@ def option(default: T, doc: str, *, group: str = "", check: Check | None = None,
 
 
 def check_options(settings: Any) -> None:
-    """Run the check of every option; for ``__post_init__``."""
+    """Bring numbers of any kind to Python's own, and run the check of every option; for ``__post_init__``."""
     for each in fields(settings):
+        object.__setattr__(settings, each.name, plain_number(getattr(settings, each.name)))
         if each.metadata["check"] is not None:
             each.metadata["check"](each.name, getattr(settings, each.name))
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from implicitvi.errors import ImplicitVIError, NonFiniteError
+from implicitvi.errors import ImplicitVIError, NonFiniteError, reason_of
 from implicitvi.rng import RandomStream
 from implicitvi.training.checkpoint import as_folder, save_state, well_formed
 from implicitvi.training.clipping import Clip
@@ -152,7 +152,7 @@ class Trainer:
         other = isinstance(error, ImplicitVIError) or not isinstance(error, Exception)
         found: NonFiniteError | None = None
         if isinstance(error, LIN_ALG_ERROR) or not (other or all(w.isfinite().all() for w in weights)):
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = reason_of(error)
             found = self._non_finite(
                 f"The turn of the {self._turn} failed at step {self.step_count}: {reason}", self._turn
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from implicitvi import distributed
-from implicitvi.errors import OptionError, ShapeError, check_whole
+from implicitvi.errors import OptionError, ShapeError, check_whole, reason_of
 from implicitvi.rng import RandomStream
 from implicitvi.vae.identity import digest_of
 
@@ -199,7 +199,7 @@ def tensor_of(data: Any, what: str = "Data") -> Tensor:
         if tensor.layout is torch.strided and tensor.dtype not in COMPUTABLE and not tensor.is_complex():
             tensor = tensor.to(torch.float64)  # such as uint16, of which torch knows little more than the name
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"{what} must be numbers. torch says: {str(error).splitlines()[0]}") from error
+        raise OptionError(f"{what} must be numbers. torch says: {reason_of(error)}") from error
     if tensor.is_inference():
         tensor = tensor.clone()  # an ordinary one, from which gradients can start
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from implicitvi.errors import ModelError, ShapeError, check_choice, check_seed, check_whole, did_you_mean
+from implicitvi.errors import ModelError, ShapeError, check_choice, check_seed, check_whole, did_you_mean, reason_of
 from implicitvi.metrics.ais import Annealing, ais
 from implicitvi.metrics.evidence import importance_sampling, quadrature
 from implicitvi.rng import forked
@@ -258,7 +258,7 @@ class LatentModel(Trainable):
             try:
                 scores = network(*given)
             except (RuntimeError, TypeError) as error:
-                raise ShapeError(f"The {name} does not accept {inputs} {shapes}: {_first_line(error)}.") from error
+                raise ShapeError(f"The {name} does not accept {inputs} {shapes}: {reason_of(error)}.") from error
         expected = given[0].shape[: given[0].dim() - (len(self.x_shape) if inputs == "data" else 1)]
         if scores.shape != expected:
             what, do = f"Scores of the {name} for {shapes}", "Leave out the last axis: scores.squeeze(-1)."
@@ -316,10 +316,6 @@ def as_network(name: str, module: Any) -> nn.Module:
     raise ModelError.must_be(f"The {name}", "a torch.nn.Module", got)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _shape(num_samples: int | None) -> torch.Size:
     return torch.Size([] if num_samples is None else [num_samples])
 
@@ -330,7 +326,7 @@ def _distribution(name: str, part: nn.Module, *args: Tensor) -> Distribution:
     try:
         value = part(*args)
     except RuntimeError as error:
-        got = (f" of shape {tuple(args[0].shape)}" if args else "") + f": {_first_line(error)}"
+        got = (f" of shape {tuple(args[0].shape)}" if args else "") + f": {reason_of(error)}"
         do = "A decoder takes codes of the prior's dimension, an encoder data of the decoder's shape."
         raise ShapeError(f"The {name} does not accept its input{got}. {do}") from error
     if versions != [0 if arg.is_inference() else arg._version for arg in args]:

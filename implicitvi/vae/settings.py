@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 
 from implicitvi.errors import OptionError, check_choice, check_positive, check_seed, check_whole
@@ -30,13 +29,6 @@ def _check_ema(name: str, value: float) -> None:
 def _check_transform(name: str, value: object) -> None:
     if not callable(value):
         raise OptionError.must_be(name, "a function of a batch", repr(value))
-
-
-def _plain(value: Any) -> Any:
-    """Return a pair that came as a list as a tuple, and a number of numpy's as one of Python's."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_compile(name: str, value: Any) -> None:
@@ -100,7 +92,8 @@ class FitSettings:
     )
 
     def __post_init__(self) -> None:
-        values = {name: _plain(value) for name, value in vars(self).items()}
+        # a pair may come as a list
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(self).items()}
         values["callbacks"] = as_callbacks(self.callbacks)
         if self.checkpoint is not None:
             values["checkpoint"] = as_folder(self.checkpoint, writable=True)
