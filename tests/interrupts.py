@@ -104,7 +104,9 @@ def start(make: Callable[[], Any], folder: Path) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         made = make()
         if made.run(folder):
-            folder.with_suffix(".digest").write_text(digest(made))
+            written = folder.with_suffix(".part")
+            written.write_text(digest(made))
+            written.replace(folder.with_suffix(".digest"))  # a file that is there is whole
     except KeyboardInterrupt:
         pass
     except BaseException:

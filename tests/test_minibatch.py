@@ -96,7 +96,7 @@ def test_a_minibatch_that_the_model_draws_is_shared_by_all_particles_and_known(h
     with seeded():
         log_joint = LogJoint(model, ImplicitGuide(model).setup(Y).layout)
         scores = torch.stack([log_joint(u, Y) for _ in range(400)])
-    assert log_joint.mode == "vmap", log_joint.reason
+    assert log_joint.mode != "loop", log_joint.reason
     rows = Y[:10] if how == "given" else Y
     exact = dist.Normal(u, 1.0).log_prob(rows).sum(1) * (100 / len(rows)) + dist.Normal(0.0, 1.0).log_prob(u[:, 0])
     if how == "given":

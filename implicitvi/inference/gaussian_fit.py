@@ -151,7 +151,9 @@ class GaussianFit:
         return self.loc + self.scale_tril @ shift, lower_triangular(root)
 
 
-def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> GaussianFit | None:
+def refine_gaussian(
+    log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, *, num_steps: int = REFINING
+) -> GaussianFit | None:
     """Refine a Gaussian approximation by natural gradient, in any units.
 
     The best Gaussian has ``E[s] = 0`` and ``-E[v sᵀ] = I``, where ``z = loc + scale_tril v`` and ``s`` is the gradient
@@ -164,6 +166,7 @@ def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> G
         log_joint: Log density of points ``[S, D]``, the same at every look.
         loc: Mean ``[D]`` of the first Gaussian.
         scale_tril: Its lower triangular scale ``[D, D]``.
+        num_steps: Most steps, of 60.
 
     Returns:
         The refined Gaussian; ``None`` where the first one has no density.
@@ -175,7 +178,7 @@ def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> G
     """
     here = GaussianFit.at(log_joint, loc, scale_tril)
     rate, averaged = FASTEST, 0
-    for step in range(REFINING):
+    for step in range(min(num_steps, REFINING)):
         if here is None or averaged == AVERAGED:
             break
         there = GaussianFit.at(log_joint, *here.step(min(rate, 1 / (averaged + 2))))
@@ -190,7 +193,7 @@ def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> G
 
 
 def best_gaussian(
-    log_joint: LogDensity, paths: Paths, *, tries: int, best: GaussianFit | None = None
+    log_joint: LogDensity, paths: Paths, *, tries: int, best: GaussianFit | None = None, num_steps: int = REFINING
 ) -> GaussianFit | None:
     """Refine the most promising Gaussians of the paths, and return the one with the highest ELBO.
 
@@ -202,6 +205,7 @@ def best_gaussian(
         paths: Paths uphill.
         tries: Most Gaussians to refine, besides the one at the highest end.
         best: The best one so far.
+        num_steps: Most steps of each refinement, of 60.
     """
     many = paths.u.shape[1] > MANY
     by_elbo, by_height = (x.argsort(descending=True).tolist() for x in (paths.elbo, paths.log_p))
@@ -210,7 +214,7 @@ def best_gaussian(
     for loc, root in places:
         if best is not None and whiten(loc[None], best.loc, best.scale_tril).square().mean() < WITHIN**2:
             continue
-        found = refine_gaussian(log_joint, loc, lower_triangular(root))
+        found = refine_gaussian(log_joint, loc, lower_triangular(root), num_steps=num_steps)
         if found is not None and (best is None or found.elbo > best.elbo + 2 * (found.error + best.error)):
             best = found
     return best

@@ -31,6 +31,7 @@ STOPS = 16  # points on a path
 TAIL = 5.0  # degrees of freedom of the wide proposals
 BENDS = 60  # steps in which a path bends around what is in its way
 DRAWS = 500  # of each proposal, to weigh the modes by
+FAILURES = 4  # ends in a row that turn out to be no mode; the search then ends
 STARTS = 32  # around the Gaussian
 LEAST = 0.01  # share of the evidence below which a mode is left out
 
@@ -106,15 +107,15 @@ def find_modes(
     if first is None or not len(paths.u):
         return [Mode(1.0, loc, scale_tril)]
     better = best_gaussian(score, paths, tries=1, best=first)
-    if better is not None and bent_barriers(score, better.loc, first.loc[None]).item() < BARRIER:
+    if better is not None and better is not first and bent_barriers(score, better.loc, first.loc[None]) < BARRIER:
         first = better
     fits = [first]
     enough = paths.log_p > score(first.loc) - SLACK[0] - SLACK[1] * len(loc)
     apart = enough & (barriers(score, first.loc, paths.u) > BARRIER)
-    for _ in range(2 * max_modes):
-        if not apart.any() or len(fits) == max_modes:
-            break
-        top = int(paths.log_p.masked_fill(~apart, -torch.inf).argmax())
+    failures = 0  # in a row
+    while apart.any() and len(fits) < max_modes and failures < FAILURES:
+        top = int(paths.elbo.masked_fill(~apart, -torch.inf).argmax())  # a point of high density may have no mass
+        failures += 1
         apart &= barriers(score, paths.u[top], paths.u) > BARRIER
         apart[top] = False
         known = torch.stack([fit.loc for fit in fits])
@@ -123,6 +124,7 @@ def find_modes(
             if fit is not None and bent_barriers(score, fit.loc, known).min() > BARRIER:
                 apart &= barriers(score, fit.loc, paths.u) > BARRIER
                 fits.append(fit)
+                failures = 0
     places = [(fit.loc, fit.scale_tril) for fit in fits]
     weights = evidence_shares(score, places) if len(fits) > 1 else unit.new_ones(1)
     kept = [i for i, weight in enumerate(weights.tolist()) if weight >= LEAST]

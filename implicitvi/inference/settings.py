@@ -147,7 +147,7 @@ class ElboSettings:
         600,
         "Most steps of the Gaussian fit that gives the sampler its location and scale (`first_gaussian`): of Adam if "
         "the model has parameters, minibatches, more than 200 dimensions or an amortized guide; each path uphill takes "
-        "at most 100. 0 for no such fit.",
+        "at most 100, the natural gradient at most 60. 0 for no such fit.",
         group="start",
         check=_at_least(0),
     )

@@ -38,6 +38,7 @@ from implicitvi.rng import RandomStream
 Run = Callable[[Tensor, Arguments], Tensor]
 MODES = ("auto", "vmap", "plate", "loop")
 CACHED = 400_000  # entries of a site's tensor that a CPU still computes fastest at once
+WIDE = 64  # points at which vmap and the plate are compared
 FAST = {"vmap": "vmap", "plate": "the particle plate"}
 
 
@@ -80,6 +81,7 @@ class LogJoint:
         self._shape = () if plate is None else (1 + layout.plate_size(plate),)
         self.reason = "not chosen yet" if mode == "auto" else "asked for"
         self._is_chosen = False
+        self._agreeing: list[str] = []  # the fast modes that give the values of the loop
         self._shapes = {site.name: site.shape for site in layout.sites}
         self._nesting: int | None = None  # the depth of batch dimensions; `_inspect` finds it and the next two
         self._enumerates, self._width = False, 1
@@ -104,7 +106,8 @@ class LogJoint:
     def choose(self, u: Tensor, /, *args: Any, **kwargs: Any) -> None:
         """Check the model, and the modes of scoring it, near the first points of ``u [S, D]``; the first time only.
 
-        ``"auto"`` becomes the first of vmap, plate and loop that gives the values and gradients of the loop.
+        ``"auto"`` becomes the plate, the faster mode, if it and vmap give the values and gradients of the loop and also
+        agree at points far apart, so that no particles are mixed up; else the first mode that fits.
 
         Raises:
             ModelError: Sites differ from the layout, the support of one depends on another, or the mode is wrong here.
@@ -112,21 +115,24 @@ class LogJoint:
         if self._is_chosen:
             return
         call, asked, failures = Arguments(args, kwargs), self.mode, []
+        self._agreeing = []
         with unvalidated(), RandomStream(0):
             points, exact = self._exact_points(u, call)
             self._watch(points, call)
             for mode in FAST if asked == "auto" else {asked} & FAST.keys():
                 failure = self._failure(mode, points, exact, call)
-                if failure is None:
-                    self.mode, self.reason = mode, f"{FAST[mode]} agrees with the loop"
-                    break
-                failures.append(failure)
+                if failure is not None:
+                    failures.append(failure)
+                elif mode == asked or not self._agreeing or self._same_far_out(u, call):
+                    self._agreeing.append(mode)
+            reason = "; ".join(failures)
+            if self._agreeing:
+                self.mode = self._agreeing[-1]
+                names = " and ".join(FAST[mode] for mode in self._agreeing)
+                self.reason = f"{names} agree{'s' * (len(self._agreeing) == 1)} with the loop"
+            elif asked in FAST:
+                raise ModelError.must_be(f"mode={asked!r}", "a mode that fits the model", reason, "Use mode='auto'.")
             else:
-                reason = "; ".join(failures)
-                if asked in FAST:
-                    raise ModelError.must_be(
-                        f"mode={asked!r}", "a mode that fits the model", reason, "Use mode='auto'."
-                    )
                 self.mode, self.reason = "loop", reason or "asked for"
             run = partial(self._score, self._run(self.mode))
             check_gradient(lambda u: self._probe(run, u, call), points, exact, self.layout)
@@ -138,7 +144,7 @@ class LogJoint:
         """Trace the model at ``u [S, D]`` and score with the graph (`CompiledScore`), or warn why there can be none."""
         self.choose(u, *args, **kwargs)
         try:
-            if self.mode != "vmap":
+            if "vmap" not in self._agreeing:
                 raise ModelError(f"mode must be 'vmap' to be traced, got {self.mode!r}.")
             with unvalidated(), RandomStream(0):
                 points, _ = self._exact_points(u, Arguments(args, kwargs))
@@ -244,9 +250,12 @@ class LogJoint:
             return scores
 
     def _vmap(self, u: Tensor, call: Arguments) -> Tensor:
-        """Score all particles, so many at a time that the largest site stays in the processor's cache."""
-        parts = ceil(len(u) * self._width / CACHED) if u.is_cpu else 1
-        return self._batched(u, call, ceil(len(u) / max(parts, 1)) or None)
+        """Score all particles by vmap, so many at a time that the largest site stays in the processor's cache."""
+        return self._batched(u, call, ceil(len(u) / self._parts(u)) or None)
+
+    def _parts(self, u: Tensor) -> int:
+        """Return the number of parts of ``u [S, D]`` whose largest site each stays in the processor's cache."""
+        return max(ceil(len(u) * self._width / CACHED), 1) if u.is_cpu else 1
 
     def _batched(self, u: Tensor, call: Arguments, chunk_size: int | None = None) -> Tensor:
         with batchable(quiet=self._falls_back):
@@ -260,6 +269,16 @@ class LogJoint:
             raise NotImplementedError("it does not sum discrete sites out")
         if self.plate is not None:
             raise NotImplementedError("it does not score data one by one")
+        parts, set_back = self._parts(u), rewind()
+        if parts == 1:
+            return self._together(u, call)
+        scores = []
+        for part in u.tensor_split(parts):
+            set_back()
+            scores.append(self._together(part, call))
+        return torch.cat(scores)
+
+    def _together(self, u: Tensor, call: Arguments) -> Tensor:
         values, log_det = self.layout.unpack(u)
         depth = self._nesting or 0
         for site in self.layout.sites:
@@ -321,6 +340,19 @@ class LogJoint:
         except Exception as error:  # whatever a model does in a batch, the loop is right
             return f"{FAST[mode]} raised {first_line(error)}"
         return None if _agree(fast, exact) else f"{FAST[mode]} and the loop disagree"
+
+    def _same_far_out(self, u: Tensor, call: Arguments) -> bool:
+        """Return whether vmap and plate agree at points far apart, where an ``any()`` over particles shows."""
+        with RandomStream(0):
+            noise = torch.randn(WIDE, u.shape[1]).to(u) * torch.logspace(-1, 1, WIDE).to(u)[:, None]
+        points = u[torch.arange(WIDE) % min(len(u), 3)].detach() + noise
+        try:
+            with torch.no_grad(), RandomStream(0), seeded(), self._minibatch.pinned():
+                each, together = self._vmap(points, call), self._together(points, call)
+        except Exception:  # whatever a model does in a batch
+            return False
+        finite = each.isfinite()
+        return bool((finite == together.isfinite()).all()) and _close(together[finite], each[finite])
 
     def _probe(self, run: Run, u: Tensor, call: Arguments) -> tuple[Tensor, Tensor]:
         """Return values ``[S]`` and gradients ``[S, D]``, with the same random choices in every mode."""
