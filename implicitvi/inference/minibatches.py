@@ -201,15 +201,15 @@ class DatasetMinibatches:
 
     def scoring(self) -> str:
         """Return the mode of scoring the model, and the reason for it."""
-        whole = "" if self._nests else ", one dataset at a time"
-        return f"{self.log_joint.mode} ({self.log_joint.reason}){whole}"
+        mode, whole = ("vmap", "") if self._nests else (self.log_joint.mode, ", one dataset at a time")
+        return f"{mode} ({self.log_joint.reason}){whole}"
 
     def _choose(self, z: Tensor, batch: Minibatch) -> None:
         """Score datasets together only where that gives the scores of one by one."""
         first = dataset(0, batch.arguments)
         self.log_joint.choose(z[:, 0].detach(), *first.args, **first.kwargs)
         self._nests = False
-        if self.log_joint.mode != "vmap":
+        if not self.log_joint.vmaps:
             return
         with torch.no_grad():
             try:

@@ -144,7 +144,7 @@ class LogJoint:
         """Trace the model at ``u [S, D]`` and score with the graph (`CompiledScore`), or warn why there can be none."""
         self.choose(u, *args, **kwargs)
         try:
-            if "vmap" not in self._agreeing:
+            if not self.vmaps:
                 raise ModelError(f"mode must be 'vmap' to be traced, got {self.mode!r}.")
             with unvalidated(), RandomStream(0):
                 points, _ = self._exact_points(u, Arguments(args, kwargs))
@@ -162,6 +162,11 @@ class LogJoint:
         why = str(error).rstrip(".")
         self.reason = f"{self.reason.split('; compiled')[0]}; not compiled: {why}"
         warnings.warn(f"the model is scored without compiling it: {why}", stacklevel=3)
+
+    @property
+    def vmaps(self) -> bool:
+        """True if vmap gives the values of the loop, whatever mode is in use."""
+        return "vmap" in self._agreeing
 
     @property
     def minibatches(self) -> dict[str, tuple[int, int]]:
