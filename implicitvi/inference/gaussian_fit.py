@@ -151,9 +151,7 @@ class GaussianFit:
         return self.loc + self.scale_tril @ shift, lower_triangular(root)
 
 
-def refine_gaussian(
-    log_joint: LogDensity, loc: Tensor, scale_tril: Tensor, *, num_steps: int = REFINING
-) -> GaussianFit | None:
+def refine_gaussian(log_joint: LogDensity, loc: Tensor, scale_tril: Tensor) -> GaussianFit | None:
     """Refine a Gaussian approximation by natural gradient, in any units.
 
     The best Gaussian has ``E[s] = 0`` and ``-E[v sᵀ] = I``, where ``z = loc + scale_tril v`` and ``s`` is the gradient
@@ -166,7 +164,6 @@ def refine_gaussian(
         log_joint: Log density of points ``[S, D]``, the same at every look.
         loc: Mean ``[D]`` of the first Gaussian.
         scale_tril: Its lower triangular scale ``[D, D]``.
-        num_steps: Most steps, of 60.
 
     Returns:
         The refined Gaussian; ``None`` where the first one has no density.
@@ -178,7 +175,7 @@ def refine_gaussian(
     """
     here = GaussianFit.at(log_joint, loc, scale_tril)
     rate, averaged = FASTEST, 0
-    for step in range(min(num_steps, REFINING)):
+    for step in range(REFINING):
         if here is None or averaged == AVERAGED:
             break
         there = GaussianFit.at(log_joint, *here.step(min(rate, 1 / (averaged + 2))))
@@ -193,7 +190,7 @@ def refine_gaussian(
 
 
 def best_gaussian(
-    log_joint: LogDensity, paths: Paths, *, tries: int, best: GaussianFit | None = None, num_steps: int = REFINING
+    log_joint: LogDensity, paths: Paths, *, tries: int, best: GaussianFit | None = None
 ) -> GaussianFit | None:
     """Refine the most promising Gaussians of the paths, and return the one with the highest ELBO.
 
@@ -205,7 +202,6 @@ def best_gaussian(
         paths: Paths uphill.
         tries: Most Gaussians to refine, besides the one at the highest end.
         best: The best one so far.
-        num_steps: Most steps of each refinement, of 60.
     """
     many = paths.u.shape[1] > MANY
     by_elbo, by_height = (x.argsort(descending=True).tolist() for x in (paths.elbo, paths.log_p))
@@ -214,7 +210,7 @@ def best_gaussian(
     for loc, root in places:
         if best is not None and whiten(loc[None], best.loc, best.scale_tril).square().mean() < WITHIN**2:
             continue
-        found = refine_gaussian(log_joint, loc, lower_triangular(root), num_steps=num_steps)
+        found = refine_gaussian(log_joint, loc, lower_triangular(root))
         if found is not None and (best is None or found.elbo > best.elbo + 2 * (found.error + best.error)):
             best = found
     return best

@@ -63,7 +63,7 @@ def first_gaussian(
         target: The target, in its mode of scoring.
         start: A point ``[D]`` with a finite log density.
         parameters: Leaves of the log density to fit with the Gaussian.
-        num_steps: Steps of Adam; if fewer than 100, most steps of the paths, than 60, of natural gradient.
+        num_steps: Steps of Adam, and most steps of the paths if below 100.
 
     Returns:
         Mean ``[D]``, lower triangular scale ``[D, D]``, and the ends ``[N, D]`` of the paths.
@@ -78,11 +78,9 @@ def first_gaussian(
     if parameters or noisy or dim > WIDEST:
         place = gaussian_fit(target, *place, parameters=parameters, num_steps=num_steps)
     if not noisy and dim <= WIDEST:
-        tries = 1 if loop else TRIED
-        if parameters:
-            fit = refine_gaussian(target, *place, num_steps=num_steps)
-        else:
-            fit = best_gaussian(target, paths, tries=tries, num_steps=num_steps)
+        fit = (
+            refine_gaussian(target, *place) if parameters else best_gaussian(target, paths, tries=1 if loop else TRIED)
+        )
     if fit is not None and fit.arrived:
         place = fit.loc, fit.scale_tril
     elif not noisy and dim <= WIDEST:
