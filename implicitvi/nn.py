@@ -108,6 +108,12 @@ class SkipNet(nn.Module):
             last.weight.mul_(0.1)
             last.bias.zero_()
 
+    @torch.no_grad()
+    def be_linear(self) -> None:
+        """Return to ``A ε``, with ``A`` the identity on the first outputs."""
+        self.skip.weight.copy_(torch.eye(*self.skip.weight.shape))
+        zero_init(last_layer(self.net))
+
     def forward(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         """Map ``eps [S, (B,) noise_dim]`` and ``x [B, C]`` to ``[S, (B,) out_dim]``."""
         h: Tensor = self.skip(eps) + self.net(concat_context(eps, x))

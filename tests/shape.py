@@ -41,7 +41,7 @@ WINDOW = 8  # lines that count as repeated where they occur twice
 OPENERS = ("What", "Where", "Whether", "Which", "How", "As", "Who", "When", "In place")  # no docstring starts with one
 # The largest allowed value of each measure.
 BOUNDS = {
-    "lines": 19_000,  # of these about 2,500 check arguments, calls, files and fits that failed without a word
+    "lines": 19_600,  # of these about 2,500 check arguments, calls, files and fits that failed without a word
     "rooms": 17,
     "floors": 6,
     "arrows between rooms": 50,

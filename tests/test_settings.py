@@ -33,7 +33,7 @@ def test_types_signature_and_documentation_follow_the_declaration(taker: type, s
 def test_every_option_belongs_to_a_group() -> None:
     assert set(grouped(Settings)) == {"schedule", "objective", "start", "run"}
     names = [{each.name for each in fields(settings)} for settings in (ElboSettings, Settings)]
-    assert names[1] - names[0] == {"lr", "restarts"} and names[0] < names[1]
+    assert names[1] - names[0] == {"lr", "max_steps", "restarts"} and names[0] < names[1]
 
 
 @pytest.mark.parametrize("taker", [AVBSVI, AVB_ELBO])

@@ -172,7 +172,7 @@ def test_too_many_rooms_and_arrows_are_caught(plant: Plant) -> None:
 
 
 def test_too_many_lines_are_caught(plant: Plant) -> None:
-    measures = plant("rng", "\n" * 19_001)
+    measures = plant("rng", "\n" * 19_601)
     assert broken(measures) == {"lines"}
 
 

@@ -43,6 +43,9 @@ class Contrast(nn.Module, ABC):
     def observe(self, z: Tensor, r: Distribution) -> None:
         """Learn from draws ``z [S, (B,) D]`` that have been compared with ``r``; for contrasts with a memory."""
 
+    def be_gaussian(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> None:
+        """Be a mixture with these weights ``[K]``, means ``[K, D]`` and scales ``[K, D, D]``; if it has a memory."""
+
     def loss(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """Return ``-mean log r(z | x)`` in nats, the loss of the contrast's own parameters if it has any."""
         loss: Tensor = -self(z, x).log_prob(z).mean()
@@ -157,7 +160,20 @@ class MixtureContrast(Contrast):
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
+        if self.components > 1 and bool((self.locs == self.locs[0]).all()):  # equal components would stay equal
+            self._begin(z)
         self._step(gather_draws(z), self.rate)
+
+    @torch.no_grad()
+    def be_gaussian(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> None:
+        """Make all components one Gaussian; the next draws that are observed spread them."""
+        if len(locs) > 1:
+            raise OptionError.must_be("the components of a mixture contrast", "of one Gaussian", len(locs))
+        self.weights.fill_(1 / self.components)
+        self.locs.copy_(locs)
+        self.covs.copy_(scale_trils @ scale_trils.mT)
+        self.fitted.fill_(True)
+        self._factorise()
 
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:

@@ -61,6 +61,9 @@ class MixtureSampler(Sampler):
         ]
         return torch.cat(parts)[order.argsort()]
 
+    def be_gaussian(self) -> bool:
+        return all(sampler.be_gaussian() for sampler in self.samplers)
+
     @torch.no_grad()
     def observe(self, elbo: Tensor) -> None:
         """Move the weights along their natural gradient, by the objective ``[S]`` of the last draws; NaN if dropped."""
@@ -142,6 +145,13 @@ class PerModeContrast(Contrast):
         found = one_hot(gather_draws(modes[:, None])[:, 0], len(self.contrasts)).to(z).mean(0)
         weights = self.weights.lerp(found, self.rate).clamp(min=1e-3)
         self.weights.copy_(weights / weights.sum())
+
+    @torch.no_grad()
+    def be_gaussian(self, weights: Tensor, locs: Tensor, scale_trils: Tensor) -> None:
+        self.weights.copy_(weights)
+        one = weights.new_ones(1)
+        for contrast, loc, scale_tril in zip(self.contrasts, locs, scale_trils, strict=True):
+            contrast.be_gaussian(one, loc[None], scale_tril[None])
 
     def _draws_of(self, k: int, z: Tensor, modes: Tensor) -> Tensor:
         """Return the draws of mode ``k``; if they are too few, with ``2 D`` points that have its Gaussian's moments."""

@@ -69,6 +69,10 @@ class Sampler(nn.Module, ABC):
         """Return locations ``[K, D]`` and lower triangular scales ``[K, D, D]`` of the frames, ``K = 1`` for most."""
         return self.loc[None], self.scale_tril[None]
 
+    def be_gaussian(self) -> bool:
+        """Make the draws exactly those of the frame as a Gaussian; return whether this sampler can."""
+        return False
+
     def noise(self, num_samples: int, x: Tensor | None = None) -> Tensor:
         """Draw standard normal noise ``[S, (B,) noise_dim]`` on the sampler's device, in its dtype."""
         if (x is None) != (self.context_dim == 0) or (x is not None and x.shape[-1] != self.context_dim):
@@ -115,6 +119,10 @@ class _NetworkSampler(Sampler):
     def transform(self, eps: Tensor, x: Tensor | None = None) -> Tensor:
         h: Tensor = self.net(eps, x)
         return h
+
+    def be_gaussian(self) -> bool:
+        self.net.be_linear()
+        return True
 
 
 class DenseSampler(_NetworkSampler):

@@ -78,6 +78,11 @@ class Report:
             raise KeyError(f"There is no check {name!r}, only {', '.join(checks)}.")
         return checks[name]
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """Return the report of which `to_dict` gave the values."""
+        return cls(tuple(Check(**check) for check in values["checks"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and words, ready for JSON: ``{"ok": …, "checks": [{"name": …, …}, …]}``."""
         return {"ok": self.ok, "checks": [asdict(check) for check in self]}

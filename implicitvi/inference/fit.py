@@ -44,7 +44,9 @@ class Fit(Copyable):
         num_steps: Steps taken so far, over all runs.
         seconds: Wall time of this run, the one-off costs included.
         setup_seconds: The part of it before the first step: layout, choice of log joint, compiling and warm start.
-        stop_reason: ``"finished"``, ``"interrupted"`` or a callback's message.
+        stop_reason: ``"finished"``, ``"interrupted"`` or a callback's message; in rounds ``"converged"`` or
+            ``"not converged"``.
+        report: Judgement of the draws at the end of rounds; ``None`` after a fixed number of steps.
         skipped: Turns skipped because a loss or gradient was not finite.
         log_joint: Mode of scoring the model, and the reason for it.
         parameters: Values of the model's parameters that were learned with the posterior, by name.
@@ -75,6 +77,7 @@ class Fit(Copyable):
     agreement: Agreement | None = None
     seed: int | None = None
     lost_modes: tuple[int, int] | None = None
+    report: Report | None = None
     write: Callable[[str | Path], None] | None = field(default=None, repr=False, compare=False)
 
     def save(self, folder: str | Path) -> None:

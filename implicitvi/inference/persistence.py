@@ -17,6 +17,7 @@ from torch import Tensor
 from implicitvi.avb.adversaries import GatedAdversary
 from implicitvi.avb.ratios import RATIOS
 from implicitvi.avb.samplers import SAMPLERS, Sampler
+from implicitvi.diagnostics.report import Report
 from implicitvi.errors import CheckpointError, ImplicitVIError, ModelError
 from implicitvi.inference.amortization import AmortizedSampler
 from implicitvi.inference.guide import ImplicitGuide
@@ -35,9 +36,9 @@ from implicitvi.training.trainer import check_step
 KIND = "AVBSVI"
 OWN_OBJECT = "a function or object of your own"  # in place of an option that a file cannot hold
 GUIDE_OPTIONS = ("sampler", "amortize")  # the others are those of AVBSVI
-NEW_OPTIONS = ("max_modes", "restarts")  # that files of format 1 do not have
+NEW_OPTIONS = ("max_modes", "max_steps", "restarts")  # that files of format 1 do not have
 STATE, NEW_STATE = ("fit", "probe", "record"), ("log density", "layout")
-RECORD, LOST = ("seconds", "setup_seconds", "stop_reason"), "lost_modes"
+RECORD, LOST, REPORT = ("seconds", "setup_seconds", "stop_reason"), "lost_modes", "report"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class SavedFit:
         """Raise any error unless every entry is there, none is unknown, and each has a value that can be."""
         _check_names("options", self.config["options"], (*values_of(Settings()), *GUIDE_OPTIONS), NEW_OPTIONS)
         _check_names("entries", self.state, (*STATE, *NEW_STATE), NEW_STATE)
-        _check_names("record", record := self.state["record"], (*RECORD, LOST), (LOST,))
+        _check_names("record", record := self.state["record"], (*RECORD, LOST, REPORT), (LOST, REPORT))
         record[LOST] = None if record.get(LOST) is None else tuple(map(int, record[LOST]))
+        record[REPORT] = None if record.get(REPORT) is None else Report.from_dict(record[REPORT])
         check_step(self.state["fit"])
         options = {k: v for k, v in self.options.items() if k not in GUIDE_OPTIONS and v not in (OWN_OBJECT, "gated")}
         try:
@@ -189,6 +191,8 @@ def save(
         "options": options,
         **present_config(guide, trainer),
     }
+    report: Report | None = record.get(REPORT)
+    record = record | ({} if report is None else {REPORT: report.to_dict()})
     state = {"fit": trainer.state_dict(), "probe": _probe(guide), "record": record, "log density": density}
     state |= {"layout": describe_sites(guide)}
     save_state(folder, state, config=config)

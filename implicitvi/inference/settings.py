@@ -66,8 +66,14 @@ class ElboSettings:
         OptionError: An option has a value that cannot work.
     """
 
-    num_steps: int = option(
-        Schedule.num_steps, "Steps of the sampler in a run, and the horizon of every schedule.", group="schedule"
+    num_steps: int | None = option(
+        Schedule.num_steps,
+        "Steps of the sampler in a run, and the horizon of every schedule. ``None`` for rounds, each a whole schedule "
+        "and twice as long as the last: `AVBSVI.run` ends when a judgement of fresh draws finds nothing wrong. "
+        "Amortized guides, and models with parameters, minibatches or a log density that is scored in a loop, cannot "
+        "be judged; for them ``None`` is 2,500 steps.",
+        group="schedule",
+        check=optional(check_whole),
     )
     num_particles: int | Pair = option(Schedule.num_particles, "Draws a step, at least 2.", group="schedule")
     adversary_steps: int | Pair = option(
@@ -147,7 +153,7 @@ class ElboSettings:
         600,
         "Most steps of the Gaussian fit that gives the sampler its location and scale (`first_gaussian`): of Adam if "
         "the model has parameters, minibatches, more than 200 dimensions or an amortized guide; each path uphill takes "
-        "at most 100, the natural gradient at most 60. 0 for no such fit.",
+        "at most 100. 0 for no such fit.",
         group="start",
         check=_at_least(0),
     )
@@ -180,7 +186,8 @@ class ElboSettings:
     def __post_init__(self) -> None:
         check_options(self)
         schedule = self.schedule
-        ends = [schedule.at(step) for step in (0, self.num_steps)]
+        whole = schedule.round_at(0)
+        ends = [schedule.within(whole, step) for step in (0, whole.end)]
         check_whole("num_particles", min(stage.num_particles for stage in ends), 2)
         check_whole("adversary_steps", min(stage.adversary_steps for stage in ends))
 
@@ -209,6 +216,9 @@ class Settings(ElboSettings):
     """
 
     lr: Rate = option(Schedule.lr, "Rate of the sampler.", group="schedule")
+    max_steps: int = option(
+        6300, "Steps after which no further round begins, with ``num_steps=None``.", group="schedule", check=check_whole
+    )
     restarts: int = option(
         1,
         "Independent fits that `AVBSVI.run` makes, to see whether they agree (`Fit.agreement`). The guide is the first "
@@ -227,7 +237,7 @@ class Settings(ElboSettings):
 class ElboOptions(TypedDict, total=False):
     """The names and types of `ElboSettings`, for editors and type checkers."""
 
-    num_steps: int
+    num_steps: int | None
     num_particles: int | Pair
     adversary_steps: int | Pair
     adversary_lr: Rate
@@ -251,4 +261,5 @@ class Options(ElboOptions, total=False):
     """The names and types of `Settings`, for editors and type checkers."""
 
     lr: Rate
+    max_steps: int
     restarts: int

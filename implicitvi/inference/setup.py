@@ -45,6 +45,7 @@ from implicitvi.inference.minibatches import (
 from implicitvi.inference.modes import Mode, search_modes
 from implicitvi.inference.objective import PosteriorObjective
 from implicitvi.inference.own_functions import check_own_functions, own_contrast
+from implicitvi.inference.rounds import settled
 from implicitvi.inference.settings import ElboSettings, Settings
 from implicitvi.inference.start import first_gaussian, starting_point
 from implicitvi.numerics.gaussian import moments
@@ -90,7 +91,7 @@ class Training:
         self._parts = (guide, settings, moves_sampler)
         self.trainer = Trainer(
             objective.players(lambda: self.target, with_sampler=moves_sampler),
-            schedule=settings.schedule,
+            schedule=settled(settings.schedule, target, objective),
             stream=stream,
             clip_norm=settings.clip_norm,
             max_skips=settings.max_skips,
@@ -174,7 +175,7 @@ class TrainingHolder:
     @property
     def schedule(self) -> Schedule:
         """Settings of every step."""
-        return self.settings.schedule
+        return self.settings.schedule if self._training is None else self.trainer.schedule
 
     @property
     def trainer(self) -> Trainer:
@@ -313,7 +314,7 @@ def _posterior_objective(
     avb = _avb(sampler, contrast, network, settings, informed=settings.informed)
     objective = PosteriorObjective(sampler, avb, parameters=parameters)
     guide.set_log_density(partial(objective.log_q, target), partial(objective.log_ratio, target))
-    _warn_of_noise(objective, target, settings.num_steps)
+    _warn_of_noise(objective, target, settled(settings.schedule, target, objective).num_steps or 0)
     return target, objective
 
 

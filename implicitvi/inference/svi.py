@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,6 +24,7 @@ from implicitvi.inference.fit import Fit, restart_folder
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.inference.persistence import SavedFit, check_density, log_density, made_by, present_config, save
 from implicitvi.inference.restarts import together, warn_of_disagreement
+from implicitvi.inference.rounds import CONVERGED, NOT_CONVERGED, has_ended, judge_fit, train
 from implicitvi.inference.settings import Options, Settings
 from implicitvi.inference.setup import TrainingHolder, check_guide, set_up
 from implicitvi.numerics.doors import exclusive, with_gradients
@@ -140,7 +142,8 @@ class AVBSVI(Copyable, TrainingHolder):
         """Train to the horizon with the model's arguments; an interrupt keeps everything learned so far.
 
         The next run continues one that was interrupted. A run after the horizon takes ``num_steps`` more steps with
-        the settings of the last.
+        the settings of the last. With ``num_steps=None`` the run ends when a judgement of fresh draws finds nothing
+        wrong (`Fit.report`), or with a `FitWarning` at ``max_steps``; a run after it begins with one more round.
 
         With ``checkpoint`` this holds across processes: if the folder has a later state of this fit, the run continues
         from there, on the CPU bit for bit as if it had never stopped; if that state is at the horizon, the run returns
@@ -149,7 +152,8 @@ class AVBSVI(Copyable, TrainingHolder):
         Args:
             *args: The model's arguments.
             checkpoint: Folder for the state, made if it does not exist; each restart has a folder of its own inside.
-            every: Steps between two saved states; ``None`` for a twentieth of the fit. The last one is always saved.
+            every: Steps between two saved states; ``None`` for a twentieth of the fit, in rounds 100. The last one is
+                always saved.
             **kwargs: The model's keyword arguments.
 
         Raises:
@@ -243,9 +247,9 @@ class AVBSVI(Copyable, TrainingHolder):
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss of fresh draws, untempered, in nats; only the stream of random numbers moves on."""
         self.setup(*args, **kwargs)
-        last = self.schedule.at(self.schedule.num_steps)
+        whole = self.schedule.round_at(max(self.trainer.step_count - 1, 0))
         with self._stream:
-            loss, _ = self.objective.loss(self.target, last)
+            loss, _ = self.objective.loss(self.target, self.schedule.within(whole, whole.end))
         return nan if loss is None else loss.item()
 
     def _restart(self, key: int) -> AVBSVI:
@@ -262,7 +266,7 @@ class AVBSVI(Copyable, TrainingHolder):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], checkpoint: Path | None, every: int | None) -> Fit:
         """Run this fit without its restarts."""
         began = time.perf_counter()
-        keeper = _keeper(checkpoint, every, self.schedule.num_steps)
+        keeper = _keeper(checkpoint, every, self.settings.num_steps)
         resumed = checkpoint is not None and self._continue_from_later(checkpoint)
         then = nan if self._saved is None else self._saved.log_density
         labels = {"sampler": "loss", "adversary": "adversary"}
@@ -270,17 +274,21 @@ class AVBSVI(Copyable, TrainingHolder):
             self.setup(*args, **kwargs)
             if resumed:
                 check_density(then, log_density(self.guide, self.target))
-            if resumed and self.trainer.step_count >= self.schedule.num_steps:
+            if resumed and has_ended(self.trainer, self._record["stop_reason"]):
                 return self._fit()
+            judged = self._record["stop_reason"] in (CONVERGED, NOT_CONVERGED)
             self._record = UNFINISHED | {"setup_seconds": time.perf_counter() - began}
-            # up to the horizon, after it as many steps again
-            num_steps, taken = self.schedule.num_steps, self.trainer.step_count
-            ahead = num_steps - taken if taken < num_steps else num_steps
-            if bar is not None:
-                bar.begin(ahead)
             watchers = [*([] if bar is None else [bar]), *self.callbacks, *([] if keeper is None else [keeper])]
-            stop_reason = self.trainer.run(ahead, watchers)
-        self._record |= _lost_modes(self) | {"seconds": time.perf_counter() - began, "stop_reason": stop_reason}
+            reason, report = train(
+                self.trainer,
+                watchers,
+                bar,
+                max_steps=self.settings.max_steps,
+                judged=judged,
+                judgement=partial(judge_fit, self.target, self.objective, self.settings.seed or 0),
+            )
+        self._record |= _lost_modes(self) | {"seconds": time.perf_counter() - began, "stop_reason": reason}
+        self._record |= {} if report is None else {"report": report}
         if checkpoint is not None:
             with held_interrupt():  # the run is over
                 self.save(checkpoint)
@@ -335,10 +343,10 @@ class AVBSVI(Copyable, TrainingHolder):
         )
 
 
-def _keeper(checkpoint: Path | None, every: int | None, num_steps: int) -> Checkpoint | None:
+def _keeper(checkpoint: Path | None, every: int | None, num_steps: int | None) -> Checkpoint | None:
     """Return the callback that writes the states of a run, ``None`` where they are not wanted."""
     if checkpoint is not None:
-        return Checkpoint(checkpoint, every=max(1, num_steps // 20) if every is None else every)
+        return Checkpoint(checkpoint, every=max(1, (num_steps or 2000) // 20) if every is None else every)
     if every is not None:
         advice = "Pass checkpoint=folder too; pass an argument of the model with that name by position."
         raise OptionError(f"every must be given with checkpoint, got every={every!r} alone. {advice}")

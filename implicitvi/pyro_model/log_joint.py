@@ -218,23 +218,6 @@ class LogJoint:
         self._nesting = max([plate_nesting(nodes), *undeclared])
         self._width = max((node["value"].numel() for node in nodes), default=1)
 
-    def _check_supports(self, u: Tensor, call: Arguments) -> None:
-        """Raise `ModelError` unless the support of every site at ``u [D]`` is that of the layout."""
-        values, _ = self.layout.unpack(u)
-        try:
-            trace = self._trace(values, call)
-        except Exception as error:
-            if not is_particles_fault(error):
-                raise
-            return
-        for site, flat in self.layout.split(u):
-            here, there = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat)), values[site.name]
-            same_shape = here.shape[here.dim() - there.dim() :] == there.shape  # enumerated values come in front
-            if not same_shape or not torch.allclose(here, there.expand_as(here)):
-                message = f"The support of site {site.name!r} must not depend on other latents. Sample a site of fixed "
-                message += "support and scale it: b times Uniform(0, 1) for Uniform(0, b)."
-                raise ModelError(message, faq="a-site-cannot-be-mapped-to-the-real-line")
-
     def _run(self, mode: str) -> Run:
         return {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[mode]
 
@@ -319,7 +302,7 @@ class LogJoint:
                 noise = torch.randn(4, u.shape[1]).to(u)
             points = torch.cat([near, near[torch.arange(4) % len(near)] + scale * noise])
             for v in points:
-                self._check_supports(v, call)
+                _check_supports(self.layout, lambda values: self._trace(values, call), v)
             values, gradients = self._probe(partial(self._score, self._loop), points, call)
             finite = finite_draws(values) & gradients.isfinite().all(-1)
             if finite.sum() > 1:  # a single point would not show particles that the model mixes up
@@ -347,17 +330,8 @@ class LogJoint:
         return None if _agree(fast, exact) else f"{FAST[mode]} and the loop disagree"
 
     def _same_far_out(self, u: Tensor, call: Arguments) -> bool:
-        """Return whether vmap and plate agree at points far apart, where an ``any()`` over particles shows."""
-        with RandomStream(0):
-            noise = torch.randn(WIDE, u.shape[1]).to(u) * torch.logspace(-1, 1, WIDE).to(u)[:, None]
-        points = u[torch.arange(WIDE) % min(len(u), 3)].detach() + noise
-        try:
-            with torch.no_grad(), RandomStream(0), seeded(), self._minibatch.pinned():
-                each, together = self._vmap(points, call), self._together(points, call)
-        except Exception:  # whatever a model does in a batch
-            return False
-        finite = each.isfinite()
-        return bool((finite == together.isfinite()).all()) and _close(together[finite], each[finite])
+        with torch.no_grad(), self._minibatch.pinned():
+            return _same_far_out(partial(self._vmap, call=call), partial(self._together, call=call), u)
 
     def _probe(self, run: Run, u: Tensor, call: Arguments) -> tuple[Tensor, Tensor]:
         """Return values ``[S]`` and gradients ``[S, D]``, with the same random choices in every mode."""
@@ -366,6 +340,40 @@ class LogJoint:
             scores = run(v, call)
             (grad,) = torch.autograd.grad(scores.sum() + 0 * v.sum(), v)
         return scores.detach(), grad
+
+
+def _check_supports(layout: SiteLayout, trace_at: Callable[[dict[str, Tensor]], Any], u: Tensor) -> None:
+    """Raise `ModelError` unless the support of every site at ``u [D]`` is that of the layout."""
+    values, _ = layout.unpack(u)
+    try:
+        trace = trace_at(values)
+    except Exception as error:
+        if not is_particles_fault(error):
+            raise
+        return
+    for site, flat in layout.split(u):
+        here, there = bijection(site.name, trace.nodes[site.name]["fn"])(site.unflatten(flat)), values[site.name]
+        same_shape = here.shape[here.dim() - there.dim() :] == there.shape  # enumerated values come in front
+        if not same_shape or not torch.allclose(here, there.expand_as(here)):
+            message = f"The support of site {site.name!r} must not depend on other latents. Sample a site of fixed "
+            message += "support and scale it: b times Uniform(0, 1) for Uniform(0, b)."
+            raise ModelError(message, faq="a-site-cannot-be-mapped-to-the-real-line")
+
+
+def _same_far_out(vmap: Callable[[Tensor], Tensor], plate: Callable[[Tensor], Tensor], u: Tensor) -> bool:
+    """Return whether two ways of scoring agree far from ``u [S, D]`` too, where an ``any()`` of particles shows."""
+    with RandomStream(0):
+        noise = torch.randn(WIDE, u.shape[1]).to(u) * torch.logspace(-1, 1, WIDE).to(u)[:, None]
+    points = u[torch.arange(WIDE) % min(len(u), 3)].detach() + noise
+    try:
+        with RandomStream(0), seeded():
+            each = vmap(points)
+        with RandomStream(0), seeded():
+            together = plate(points)
+    except Exception:  # whatever a model does in a batch
+        return False
+    finite = each.isfinite()
+    return bool((finite == together.isfinite()).all()) and _close(together[finite], each[finite])
 
 
 def _agree(fast: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> bool:

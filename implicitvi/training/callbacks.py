@@ -46,12 +46,12 @@ class Progress:
                 total=total, mininterval=10.0 if quiet else 0.1, unit="step", desc=None if total else "set-up"
             )
 
-    def begin(self, total: int) -> None:
-        """Go from the set-up to ``total`` steps."""
+    def begin(self, total: int, title: str | None = None) -> None:
+        """Go from the set-up, or another round, to ``total`` steps under a title."""
         self.every = max(1, total // 20)
         if self.bar is not None:
             with suppress(OSError, ValueError):
-                self.bar.set_description(None, refresh=False)
+                self.bar.set_description(title, refresh=False)
                 self.bar.reset(total)
 
     def __call__(self, trainer: Trainer) -> None:

@@ -33,7 +33,7 @@ class History:
             self._values[name].append(value.detach().clone() if isinstance(value, Tensor) else float(value))
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        if name not in self._values:
+        if self._values and name not in self._values:  # before the first step there are none
             raise KeyError(f"no metric {name!r}; there are {sorted(self._values)}")
         return np.array(self._fetch(name))
 

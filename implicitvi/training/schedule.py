@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from implicitvi.errors import OptionError, check_positive, check_whole
+
+FIRST_ROUND = 100  # steps
+SETTLED = 0.7  # peak of the sampler's rate in a round, as a share of that in the round before
+
+
+class Round(NamedTuple):
+    """A round of a schedule: its number from 0, its first step, and its length in steps."""
+
+    number: int
+    first: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Step after the last."""
+        return self.first + self.length
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,8 @@ class Schedule:
     fall geometrically to the second. A single number never changes.
 
     Args:
-        num_steps: Steps of the sampler.
+        num_steps: Steps of the sampler; ``None`` for rounds, each a whole schedule: the first of 100 steps, every other
+            twice as long as the one before, from a lower peak of the sampler's rate.
         num_particles: Draws a step.
         adversary_steps: Steps of the adversary for each of the sampler.
         lr: Learning rate of the sampler (Adam).
@@ -45,7 +63,7 @@ class Schedule:
     [256, 362, 1024]
     """
 
-    num_steps: int = 2500
+    num_steps: int | None = 2500
     num_particles: int | tuple[int, int] = (448, 640)
     adversary_steps: int | tuple[int, int] = 3
     lr: float | tuple[float, float] = (1e-3, 1e-5)
@@ -56,7 +74,8 @@ class Schedule:
     warm_up: float = 0.0
 
     def __post_init__(self) -> None:
-        check_whole("num_steps", self.num_steps)
+        if self.num_steps is not None:
+            check_whole("num_steps", self.num_steps)
         for option, least in (("num_particles", 1), ("adversary_steps", 0)):
             for value in _pair(option, getattr(self, option)):
                 check_whole(option, value, least)
@@ -72,16 +91,31 @@ class Schedule:
 
     def at(self, step: int) -> Stage:
         """Return the settings of step ``step``, counted from 0; beyond the horizon those of the last step."""
-        done = min(step / self.num_steps, 1.0)
+        return self.within(self.round_at(step), step)
+
+    def round_at(self, step: int) -> Round:
+        """Return the round of a step; with ``num_steps`` there is one."""
+        if self.num_steps is not None:
+            return Round(0, 0, self.num_steps)
+        number = (step // FIRST_ROUND + 1).bit_length() - 1
+        return Round(number, FIRST_ROUND * (2**number - 1), FIRST_ROUND * 2**number)
+
+    def within(self, whole: Round, step: int) -> Stage:
+        """Return the settings of a step of a round; at its end those of its cool end."""
+        step -= whole.first
+        done = min(step / whole.length, 1.0)
         cooled = max(0.0, (done - (1 - self.cool)) / self.cool) if self.cool else 0.0
-        risen = min(1.0, (step + 1) / (self.warm_up * self.num_steps)) if self.warm_up else 1.0
+        risen = min(1.0, (step + 1) / (self.warm_up * whole.length)) if self.warm_up else 1.0
+        high, low = _pair("lr", self.lr)
+        if high > low:
+            high = max(low, high * SETTLED**whole.number)
         few, many = _pair("adversary_steps", self.adversary_steps)
         return Stage(
             num_particles=round(_geometric(*_pair("num_particles", self.num_particles), cooled)),
             adversary_steps=round(few + (many - few) * cooled),
-            lr=risen * _geometric(*_pair("lr", self.lr), cooled),
+            lr=risen * _geometric(high, low, cooled),
             adversary_lr=risen * _geometric(*_pair("adversary_lr", self.adversary_lr), cooled),
-            beta=self._beta(done),
+            beta=1.0 if whole.number else self._beta(done),
         )
 
     def _beta(self, done: float) -> float:

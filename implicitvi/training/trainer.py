@@ -57,7 +57,7 @@ class Trainer:
     ``max_skips`` in a row the last good state is restored and `NonFiniteError` raised.
 
     A step is taken as a whole or not at all: Ctrl-C waits for its end. A second Ctrl-C, or any error in a step,
-    restores the last good state, at most 2 % of the steps earlier.
+    restores the last good state, at most 2 % of the round earlier.
 
     A step never waits for the device, which decides whether a turn is taken. On an accelerator the counts are read at
     every tenth step: the error comes up to ten steps late, and not at all if the fit has recovered by then.
@@ -140,8 +140,9 @@ class Trainer:
         self.history.append(**metrics)
         if self.step_count % self._look_every == 0:
             self._raise_if_stuck()
+        length = self.schedule.round_at(self.step_count).length
         self.step_count += 1
-        if self.step_count % max(1, self.schedule.num_steps // 50) == 0:
+        if self.step_count % max(1, length // 50) == 0:
             if not any(skips.in_a_row for skips in self._skips.values()):
                 self._good = self.state_dict()
         return metrics

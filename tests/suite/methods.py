@@ -153,6 +153,7 @@ ABLATIONS: dict[str, Method] = {
     **{how: partial(refined, how=how) for how in REFINED},
     f"{SHORT} steps": partial(implicit, num_steps=SHORT),
     **{f"{SHORT} steps, {how}": partial(refined, how=how, num_steps=SHORT) for how in REFINED},
+    "rounds": partial(implicit, num_steps=None),
     "tempered": partial(implicit, tempering=0.1),
     "whole coordinates": partial(implicit, contrast=Whole),
     "uncooled": partial(implicit, lr=1e-3, adversary_lr=4e-3),
