@@ -245,7 +245,8 @@ CASES: dict[str, dict[str, tuple[Call, str]]] = {
     "plots.diagnosis": wrong(plots.diagnosis, checks=((), 3, [3], None)),
     "Settings of wrong kinds": wrong(
         Settings,
-        num_steps=WHOLE,
+        num_steps=tuple(value for value in WHOLE if value is not None),
+        max_steps=WHOLE,
         num_particles=(1, 1.5, None, "a", (4, "a")),
         adversary_steps=(0, 1.5, None, "a"),
         lr=(0, -1.0, nan, inf, None, "a"),

@@ -30,11 +30,15 @@ def settled(schedule: Schedule, target: Target, objective: PosteriorObjective) -
     There is no judgement of an amortized guide, which has many posteriors, of one that depends on parameters,
     minibatches or a prior without a density, and of a model that is scored one draw at a time.
     """
-    many = objective.source is not None or bool(objective.parameters)
-    noisy = target.log_joint.mode == "loop" or bool(target.log_joint.minibatches) or bool(target.sites_without_density)
-    return (
-        replace(schedule, num_steps=Schedule.num_steps) if schedule.num_steps is None and (many or noisy) else schedule
-    )
+    if schedule.num_steps is None and not _can_be_judged(target, objective):
+        return replace(schedule, num_steps=Schedule.num_steps)
+    return schedule
+
+
+def _can_be_judged(target: Target, objective: PosteriorObjective) -> bool:
+    if objective.source is not None or objective.parameters:  # the model is not looked at: it may not run as a whole
+        return False
+    return not (target.log_joint.mode == "loop" or target.log_joint.minibatches or target.sites_without_density)
 
 
 def has_ended(trainer: Trainer, stop_reason: str) -> bool:
