@@ -80,6 +80,19 @@ def test_a_run_after_the_judgement_begins_with_one_more_round(monkeypatch: pytes
     assert locs.unique().numel() == len(locs), "the components of the contrast have spread"
 
 
+def test_a_loaded_fit_without_steps_goes_on_like_the_one_that_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its contrast is one Gaussian, whose components spread at the first draws, once."""
+    monkeypatch.setattr(schedule, "FIRST_ROUND", 10)
+    svi = AVBSVI(models.normal_normal, ImplicitGuide(models.normal_normal), **SMALL)
+    svi.run(Y).save(tmp_path)
+    loaded = AVBSVI.load(tmp_path, models.normal_normal, progress=False).setup(Y)
+    for made in (svi, loaded):
+        made.trainer.run(3)
+    assert digest(loaded) == digest(svi)
+
+
 def test_rounds_go_on_until_the_draws_are_good() -> None:
     fit = AVBSVI(curved, ImplicitGuide(curved), num_steps=None, num_particles=256, progress=False, seed=0).run(Y)
     assert fit.stop_reason == "converged" and fit.num_steps in (100, 300, 700)

@@ -147,6 +147,7 @@ class MixtureContrast(Contrast):
         self.register_buffer("loc", torch.zeros(latent_dim))
         self.register_buffer("scale_tril", unit.clone())
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self._equal = False  # whether all components are one Gaussian
 
     def forward(self, z: Tensor, x: Tensor | None = None) -> Distribution:
         refuse_context(x)
@@ -160,7 +161,7 @@ class MixtureContrast(Contrast):
 
     @torch.no_grad()
     def observe(self, z: Tensor, r: Distribution) -> None:
-        if self.components > 1 and bool((self.locs == self.locs[0]).all()):  # equal components would stay equal
+        if self._equal:  # they would stay so
             self._begin(z)
         self._step(gather_draws(z), self.rate)
 
@@ -173,11 +174,17 @@ class MixtureContrast(Contrast):
         self.locs.copy_(locs)
         self.covs.copy_(scale_trils @ scale_trils.mT)
         self.fitted.fill_(True)
+        self._equal = self.components > 1
         self._factorise()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._equal = self.components > 1 and bool(self.fitted & (self.locs == self.locs[0]).all())
 
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:
         """Spread the components over the draws, then take ten large steps on the batch."""
+        self._equal = False
         loc, scale_tril = moments(z)
         z = gather_draws(z)
         chosen = _spread(whiten(z, loc, scale_tril), self.components)

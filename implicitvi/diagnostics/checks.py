@@ -68,9 +68,9 @@ def check_stein(layout: SiteLayout, u: Tensor, score: Tensor, kernel: KernelStei
     """Check the kernel Stein discrepancy, then Stein's identities of every coordinate of ``u [S, D]``."""
     seen = stein_identities(u, score)
     size, errors = torch.cat([seen.mean, seen.spread]), torch.cat([seen.mean_error, seen.spread_error])
-    worst = _worst(size, errors)
-    is_off = _is_off(size, errors, SITE_ERROR).view(2, -1).any(0)
-    parts = is_off.split([site.size for site in layout.sites])
+    worst = index_of_worst(size, errors)
+    wrong = is_off(size, errors, SITE_ERROR).view(2, -1).any(0)
+    parts = wrong.split([site.size for site in layout.sites])
     sites = zip(layout.sites, parts, strict=True)
     off = ", ".join(f"{site.name} ({int(part.sum())})" for site, part in sites if part.any())
 
@@ -89,7 +89,7 @@ def check_stein(layout: SiteLayout, u: Tensor, score: Tensor, kernel: KernelStei
         "too narrow a posterior, above 0 too wide a one. If the draws are not from a guide, check transforms, their "
         "Jacobians and the order of the sites."
     )
-    failed = bool(is_off.any())
+    failed = bool(wrong.any())
     return [discrepancy, Check.of("sites", size[worst].item(), SITE_ERROR, found, failed=failed, advice=advice)]
 
 
@@ -99,7 +99,12 @@ def check_chains(target: Target, u: Tensor, seed: int) -> list[Check]:
         why = "The model is scored one draw at a time, which takes too long for chains."
         return [Check.left_out(name, why) for name in ("mean", "spread", "tails", "other modes")]
     drift = moment_drift(target, u, seed=seed)
-    found = find_missed_modes(target, u, target.prior_draws(CHAINS, u[0], seed), num_chains=CHAINS, seed=seed)
+    return [*_check_drift(drift, target.layout.coordinates()), check_modes(target, u, CHAINS, seed)]
+
+
+def check_modes(target: Target, u: Tensor, num_chains: int, seed: int) -> Check:
+    """Check that chains end among the draws ``u [S, D]``: half of them start far away, half at draws of the prior."""
+    found = find_missed_modes(target, u, target.prior_draws(num_chains, u[0], seed), num_chains=num_chains, seed=seed)
     count = int(found.is_far.sum())
     ends = target.layout.unpack(found.ends[found.is_far][:1])[0] if count else {}
     words = f"{count} of {found.arrived} chains end far away"
@@ -109,8 +114,7 @@ def check_chains(target: Target, u: Tensor, seed: int) -> list[Check]:
         "order the sites that can change places."
     )
     failed = found.share > FAR_SHARE and count > 1
-    modes = Check.of("other modes", found.share, FAR_SHARE, words, failed=failed, advice=advice)
-    return [*_check_drift(drift, target.layout.coordinates()), modes]
+    return Check.of("other modes", found.share, FAR_SHARE, words, failed=failed, advice=advice)
 
 
 def _check_drift(drift: MomentDrift, where: list[str]) -> list[Check]:
@@ -126,18 +130,18 @@ def _check_drift(drift: MomentDrift, where: list[str]) -> list[Check]:
         spread = Check.of("spread", drift.acceptance, LEAST_ACCEPTED, found, failed=True, advice=advice)
         return [Check.left_out("mean", why), spread, Check.left_out("tails", why)]
     log_sd = drift.sd.log()
-    i, j = _worst(drift.mean, drift.mean_error), _worst(log_sd, drift.sd_error)
+    i, j = index_of_worst(drift.mean, drift.mean_error), index_of_worst(log_sd, drift.sd_error)
     few_steps = "A few steps of Hamiltonian Monte Carlo"
 
     found = f"{drift.mean[i]:+.2f} sd in {where[i]}"
     advice = f"{few_steps} move the mean of {where[i]}, so the draws are in the wrong place. {TRAIN}"
-    failed = bool(_is_off(drift.mean, drift.mean_error, MEAN_ERROR).any())
+    failed = bool(is_off(drift.mean, drift.mean_error, MEAN_ERROR).any())
     mean = Check.of("mean", drift.mean[i].item(), MEAN_ERROR, found, failed=failed, advice=advice)
 
     ratio = drift.sd[j].item()
     found, wrong = f"sd times {ratio:.2f} in {where[j]}", "narrow" if ratio > 1 else "wide"
     advice = f"{few_steps} change the sd of {where[j]}: the draws are too {wrong}. {TRAIN}"
-    failed = bool(_is_off(log_sd, drift.sd_error, SD_ERROR).any())
+    failed = bool(is_off(log_sd, drift.sd_error, SD_ERROR).any())
     spread = Check.of("spread", ratio, 1 + SD_ERROR, found, failed=failed, advice=advice)
 
     found = f"{drift.tail:.1%} of the draws move to the outermost {TAIL:.0%}"
@@ -149,14 +153,14 @@ def _check_drift(drift: MomentDrift, where: list[str]) -> list[Check]:
     return [mean, spread, Check.of("tails", drift.tail, TAIL_SHARE, found, failed=failed, advice=advice)]
 
 
-def _worst(size: Tensor, errors: Tensor) -> int:
+def index_of_worst(size: Tensor, errors: Tensor, significant: float = SIGNIFICANT) -> int:
     """Return the index of the largest significant one of the sizes ``[N]``; of all, if none is significant."""
-    return int(size.abs().where(size.abs() > SIGNIFICANT * errors, 1e-9 * size.abs()).argmax())
+    return int(size.abs().where(size.abs() > significant * errors, 1e-9 * size.abs()).argmax())
 
 
-def _is_off(size: Tensor, errors: Tensor, limit: float) -> Tensor:
-    """Return a mask ``[N]`` of sizes that are significant and beyond the limit."""
-    return (size.abs() > limit) & (size.abs() > SIGNIFICANT * errors)
+def is_off(size: Tensor, errors: Tensor, limit: float, significant: float = SIGNIFICANT) -> Tensor:
+    """Return a mask ``[N]`` of sizes beyond the limit and so many standard errors."""
+    return (size.abs() > limit) & (size.abs() > significant * errors)
 
 
 def _values(draw: dict[str, Tensor]) -> str:

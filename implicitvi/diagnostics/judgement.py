@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from math import log, sqrt
 
-import torch
 from torch import Tensor
 
-from implicitvi.diagnostics.chains import find_missed_modes, moment_drift
+from implicitvi.diagnostics.chains import moment_drift
+from implicitvi.diagnostics.checks import LEAST_ACCEPTED, check_density, check_modes, index_of_worst, is_off
 from implicitvi.diagnostics.posterior import thin
 from implicitvi.diagnostics.relearned_density import psis
 from implicitvi.diagnostics.report import Check, Report
 from implicitvi.diagnostics.stein import stein_identities
 from implicitvi.pyro_model.target import Target
 
-LIMIT = 0.075  # of a mean in sd, of a log sd, and of the mean ELBO in nats
+LIMIT = 0.075  # of a mean in sd, and of a log sd
 SPREAD, SPREAD_PER_ROOT = 0.25, 0.1  # nats, of the ELBO of a draw; the larger of the first and √D times the second
 MASS = 0.15  # nats
 EXPLICIT_SPREAD, PARETO_K, FLAT = 0.1, 0.5, 0.01
@@ -22,8 +22,7 @@ SIGNIFICANT = 3.0  # standard errors
 TRUNCATED = 3.0  # nats above the median: a few draws in tails that the density does not know must not decide
 CHAINED = 1000  # draws that chains set out from
 TRANSITIONS, LEAPFROGS = 8, 5
-FAR_CHAINS, FAR_SHARE = 32, 0.04
-LEAST_ACCEPTED = 0.2
+FAR_CHAINS = 32
 
 
 def judge(target: Target, u: Tensor, log_q: Tensor, log_ratio: Tensor | None = None, *, seed: int = 0) -> Report:
@@ -38,11 +37,7 @@ def judge(target: Target, u: Tensor, log_q: Tensor, log_ratio: Tensor | None = N
     """
     log_p, score = target.score(u)
     finite = log_p.isfinite() & score.isfinite().all(1) & log_q.isfinite()
-    share = 1 - finite.double().mean().item()
-    advice = "Draws lie where the model has no density."
-    checks = [
-        Check.of("finite density", share, 0.0, f"{share:.1%} of the draws have none", failed=share > 0, advice=advice)
-    ]
+    checks = [check_density(finite)]
     if 2 * int(finite.sum()) < len(u):
         return Report(tuple(checks))
     u, score, elbo = u[finite], score[finite], (log_p - log_q)[finite].double()
@@ -115,18 +110,12 @@ def _check_chains(target: Target, u: Tensor, seed: int) -> list[Check]:
 
 def _check_modes(target: Target, u: Tensor, seed: int) -> list[Check]:
     """Check that chains from afar end among the draws."""
-    starts = target.prior_draws(FAR_CHAINS, u[0], seed)
-    found = find_missed_modes(target, thin(u, CHAINED), starts, num_chains=FAR_CHAINS, seed=seed)
-    count = int(found.is_far.sum())
-    words, advice = f"{count} of {found.arrived} chains end far away", "The fit has lost a mode."
-    failed = found.share > FAR_SHARE and count > 1
-    return [Check.of("other modes", found.share, FAR_SHARE, words, failed=failed, advice=advice)]
+    return [check_modes(target, thin(u, CHAINED), FAR_CHAINS, seed)]
 
 
 def _worst(name: str, unit: str, size: Tensor, error: Tensor, where: list[str]) -> Check:
-    """Check that no size ``[D]`` is beyond the limit and significant; name the worst of those, else the largest."""
-    off = (size.abs() > LIMIT) & (size.abs() > SIGNIFICANT * error)
-    i = int(torch.where(off, size.abs(), -1.0).argmax() if off.any() else (size.abs() / error.clamp(min=1e-9)).argmax())
+    """Check that no size ``[D]`` is beyond the limit and significant; name the worst."""
+    off, i = is_off(size, error, LIMIT, SIGNIFICANT), index_of_worst(size, error, SIGNIFICANT)
     words = f"{unit} of {where[i]} off by {size[i]:+.2f}"
     advice = f"The {unit} of {where[i]} is not yet that of the posterior."
     return Check.of(name, size[i].item(), LIMIT, words, failed=bool(off.any()), advice=advice)

@@ -16,12 +16,12 @@ from implicitvi.numerics.gaussian import GaussianMixture
 from implicitvi.pyro_model.target import Target
 from implicitvi.rng import RandomStream, derived_seed
 from implicitvi.training import Callback, Progress, Trainer
-from implicitvi.training.schedule import Schedule
+from implicitvi.training.schedule import HORIZON, Schedule
 
 DRAWS = 10_000  # to judge
 JUDGEMENT = 0x6A  # key of their seeds
 NOT_GAUSSIAN = Check("start", "failed", None, None, "not the sampler's own draws", "This sampler cannot be Gaussian.")
-CONVERGED, NOT_CONVERGED = "converged", "not converged"
+JUDGED = CONVERGED, NOT_CONVERGED = "converged", "not converged"
 
 
 def settled(schedule: Schedule, target: Target, objective: PosteriorObjective) -> Schedule:
@@ -31,7 +31,7 @@ def settled(schedule: Schedule, target: Target, objective: PosteriorObjective) -
     minibatches or a prior without a density, and of a model that is scored one draw at a time.
     """
     if schedule.num_steps is None and not _can_be_judged(target, objective):
-        return replace(schedule, num_steps=Schedule.num_steps)
+        return replace(schedule, num_steps=HORIZON)
     return schedule
 
 
@@ -44,7 +44,7 @@ def _can_be_judged(target: Target, objective: PosteriorObjective) -> bool:
 def has_ended(trainer: Trainer, stop_reason: str) -> bool:
     """Return whether a fit is at its horizon, or its last round has been judged to be the last."""
     horizon = trainer.schedule.num_steps
-    return stop_reason in (CONVERGED, NOT_CONVERGED) if horizon is None else trainer.step_count >= horizon
+    return stop_reason in JUDGED if horizon is None else trainer.step_count >= horizon
 
 
 def train(
@@ -81,12 +81,12 @@ def train(
             if report.ok:
                 return CONVERGED, report
             worst = report.failed[0]
-            words = f"{worst.name}: {worst.found}"
+            words = f", {worst.name}: {worst.found}"
             if trainer.step_count >= max_steps:
                 _warn(trainer.step_count, report)
                 return NOT_CONVERGED, report
         if bar is not None:
-            bar.begin(whole.end - trainer.step_count, f"round {whole.number + 1}, {words}")
+            bar.begin(whole.end - trainer.step_count, f"round {whole.number + 1}{words}")
         reason = trainer.run(whole.end - trainer.step_count, watchers)
         if reason != "finished":
             return reason, None

@@ -59,7 +59,7 @@ from implicitvi.pyro_model.tracing import first_line
 from implicitvi.rng import RandomStream
 from implicitvi.training import Trainer
 from implicitvi.training.history import History
-from implicitvi.training.schedule import Schedule
+from implicitvi.training.schedule import HORIZON, Schedule
 
 NOISE_DRAWS = 16  # minibatches from which the noise of their gradient is estimated
 PROBES = 16  # draws of which at least one should have a density for each datum
@@ -314,7 +314,7 @@ def _posterior_objective(
     avb = _avb(sampler, contrast, network, settings, informed=settings.informed)
     objective = PosteriorObjective(sampler, avb, parameters=parameters)
     guide.set_log_density(partial(objective.log_q, target), partial(objective.log_ratio, target))
-    _warn_of_noise(objective, target, settled(settings.schedule, target, objective).num_steps or 0)
+    _warn_of_noise(objective, target, settings.num_steps or HORIZON)
     return target, objective
 
 

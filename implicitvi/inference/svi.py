@@ -24,7 +24,7 @@ from implicitvi.inference.fit import Fit, restart_folder
 from implicitvi.inference.guide import ImplicitGuide
 from implicitvi.inference.persistence import SavedFit, check_density, log_density, made_by, present_config, save
 from implicitvi.inference.restarts import together, warn_of_disagreement
-from implicitvi.inference.rounds import CONVERGED, NOT_CONVERGED, has_ended, judge_fit, train
+from implicitvi.inference.rounds import JUDGED, has_ended, judge_fit, train
 from implicitvi.inference.settings import Options, Settings
 from implicitvi.inference.setup import TrainingHolder, check_guide, set_up
 from implicitvi.numerics.doors import exclusive, with_gradients
@@ -276,7 +276,7 @@ class AVBSVI(Copyable, TrainingHolder):
                 check_density(then, log_density(self.guide, self.target))
             if resumed and has_ended(self.trainer, self._record["stop_reason"]):
                 return self._fit()
-            judged = self._record["stop_reason"] in (CONVERGED, NOT_CONVERGED)
+            judged = self._record["stop_reason"] in JUDGED
             self._record = UNFINISHED | {"setup_seconds": time.perf_counter() - began}
             watchers = [*([] if bar is None else [bar]), *self.callbacks, *([] if keeper is None else [keeper])]
             reason, report = train(

@@ -257,10 +257,10 @@ class LogJoint:
             raise NotImplementedError("it does not sum discrete sites out")
         if self.plate is not None:
             raise NotImplementedError("it does not score data one by one")
-        parts, set_back = self._parts(u), rewind()
+        parts = self._parts(u)
         if parts == 1:
             return self._together(u, call)
-        scores = []
+        scores, set_back = [], rewind()
         for part in u.tensor_split(parts):
             set_back()
             scores.append(self._together(part, call))
@@ -330,6 +330,7 @@ class LogJoint:
         return None if _agree(fast, exact) else f"{FAST[mode]} and the loop disagree"
 
     def _same_far_out(self, u: Tensor, call: Arguments) -> bool:
+        """Return whether vmap and plate agree far from ``u [S, D]`` too."""
         with torch.no_grad(), self._minibatch.pinned():
             return _same_far_out(partial(self._vmap, call=call), partial(self._together, call=call), u)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from implicitvi.errors import OptionError, check_positive, check_whole
 
+HORIZON = 2500  # steps
 FIRST_ROUND = 100  # steps
 SETTLED = 0.7  # peak of the sampler's rate in a round, as a share of that in the round before
 
@@ -63,7 +64,7 @@ class Schedule:
     [256, 362, 1024]
     """
 
-    num_steps: int | None = 2500
+    num_steps: int | None = HORIZON
     num_particles: int | tuple[int, int] = (448, 640)
     adversary_steps: int | tuple[int, int] = 3
     lr: float | tuple[float, float] = (1e-3, 1e-5)
