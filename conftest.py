@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
 import random
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,13 @@ from torch.distributions import Distribution
 
 PYROS = "Pyro's setting "
 SEED = 20170807  # any constant will do; a test that needs luck is mended, not reseeded
+
+
+def pytest_configure() -> None:
+    """Give each worker a cache of compiled code: one must not load what another has half written."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{worker}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
